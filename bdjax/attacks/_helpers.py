@@ -1,0 +1,86 @@
+"""What the attacks share: the poisoning fields of a Config, sample selection, relabelling, key per image."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+
+from bdjax.errors import InputError
+from bdjax.types import Key
+
+
+@dataclass(frozen=True)
+class PoisonConfig:
+    """Which images are poisoned and what they are called; every attack's Config begins with it."""
+
+    target: int = 0
+    """Label that a triggered image shall get (unused when labels is all_to_all)."""
+    ratio: float = 0.1
+    """Share of the *whole* training set that is poisoned, in (0, 1]."""
+    labels: Literal["all_to_one", "all_to_all", "clean"] = "all_to_one"
+    """all_to_one: relabel to the target; all_to_all: y becomes (y + 1) mod C; clean: poison only images of
+    the target class and keep their labels."""
+    exclude_target: bool = True
+    """all_to_one: leave images of the target class out of the poisoned ones (I-BAU, BAERASER); BackdoorBench
+    draws from all classes."""
+    quantise: bool = True
+    """Round triggered images to k/255, as an attacker who stores pictures must."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise InputError(f"attack.ratio must be in (0, 1], got {self.ratio}.")
+        if self.target < 0:
+            raise InputError(f"attack.target must not be negative, got {self.target}.")
+
+
+def check_target(config: PoisonConfig, classes: int) -> None:
+    """Raise InputError when the target is not one of `classes` labels."""
+    if config.target >= classes and config.labels != "all_to_all":
+        raise InputError(f"attack.target={config.target}, but the labels go from 0 to {classes - 1}. Use --attack.target.")
+
+
+def select(config: PoisonConfig, labels: np.ndarray, key: Key) -> np.ndarray:
+    """Indices of the images to poison: exactly int(ratio * N), ascending, int32.
+
+    Raises InputError when the label mode leaves fewer candidates than the ratio asks for.
+    """
+    wanted = int(config.ratio * len(labels))
+    if wanted == 0:
+        raise InputError(f"attack.ratio={config.ratio} of {len(labels)} images is none. Use a larger ratio.")
+    if config.labels == "clean":
+        candidates = np.flatnonzero(labels == config.target)
+        what = f"a clean-label attack poisons only class {config.target}, which has {len(candidates)}"
+    elif config.labels == "all_to_one" and config.exclude_target:
+        candidates = np.flatnonzero(labels != config.target)
+        what = f"with exclude_target, classes other than {config.target} have {len(candidates)}"
+    else:
+        candidates, what = np.arange(len(labels)), ""
+    if wanted > len(candidates):
+        raise InputError(
+            f"attack.ratio={config.ratio} asks for {wanted} of {len(labels)} images, but {what}. "
+            f"The largest ratio here is {len(candidates) / len(labels):.4g}."
+        )
+    chosen = jax.random.choice(key, len(candidates), (wanted,), replace=False)
+    return np.sort(candidates[np.asarray(chosen)]).astype(np.int32)
+
+
+def relabel(config: PoisonConfig, labels: np.ndarray, classes: int) -> np.ndarray:
+    """What the poisoned images [n] are called, int32 [n]."""
+    if config.labels == "all_to_all":
+        return ((labels + 1) % classes).astype(np.int32)
+    if config.labels == "clean":
+        return labels.astype(np.int32)
+    return np.full(len(labels), config.target, np.int32)
+
+
+def goal(config: PoisonConfig, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The label an attacker wants for each test image, int32 [N], and whether it counts for the ASR, bool [N]."""
+    if config.labels == "all_to_all":
+        return relabel(config, labels, classes), np.ones(len(labels), bool)
+    return np.full(len(labels), config.target, np.int32), labels != config.target
+
+
+def key_per_image(key: Key, count: int) -> Key:
+    """`count` keys, the i-th from `fold_in(key, i)`, so that a longer batch begins like a shorter one."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(count))

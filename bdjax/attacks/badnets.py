@@ -1,0 +1,77 @@
+"""BadNets: a small patch of one colour stamped on the image (Gu et al., 2017, arXiv:1708.06733).
+
+Threat model: the attacker writes a share of the training set; training itself is not controlled.
+`x' = x (1 - m) + k m` with m the patch's mask and k its colour. The defaults are I-BAU's: a white 4x4
+square on rows and columns 27 to 30 of 32 (a border of one pixel), 20 % of the images, target 8.
+Other image sizes scale the side and the border by min(H, W) / 32.
+
+Deviations: BackdoorBench's variant (3x3 in the corner, 10 %, target 0, any class) is
+`size=3 margin=0 ratio=0.1 target=0 exclude_target=False`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from bdjax.attacks._helpers import PoisonConfig, key_per_image
+from bdjax.errors import InputError
+from bdjax.types import Images, Key
+
+
+@dataclass(frozen=True)
+class Config(PoisonConfig):
+    """The patch and where it stands."""
+
+    target: int = 8
+    """Label that a triggered image shall get."""
+    ratio: float = 0.2
+    """Share of the whole training set that is poisoned, in (0, 1]."""
+    size: int | None = None
+    """Side of the square in pixels; default 4 at 32x32, scaled."""
+    margin: int | None = None
+    """Pixels between the square and the image's edges; default 1 at 32x32, scaled."""
+    position: Literal["bottom_right", "bottom_left", "top_right", "top_left", "random"] = "bottom_right"
+    """Corner, or a place drawn for each image (uniform over those inside the margin)."""
+    colour: tuple[float, ...] = (1.0,)
+    """One value for all channels or one for each, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and self.size < 1:
+            raise InputError(f"attack.size must be at least 1 pixel, got {self.size}.")
+        if self.margin is not None and self.margin < 0:
+            raise InputError(f"attack.margin must not be negative, got {self.margin}.")
+        if not self.colour or any(not 0 <= value <= 1 for value in self.colour):
+            raise InputError(f"attack.colour must hold values in [0, 1], got {self.colour}.")
+
+
+def trigger(config: Config, images: Images, key: Key) -> Images:
+    """Stamp the square.
+
+    Args: images float32 [N, H, W, C] in [0, 1]; key, used only by position="random".
+    Returns: the same shape and range.
+    Raises: InputError when the square and its margin do not fit the image, or colour does not fit C.
+    """
+    count, height, width, channels = images.shape
+    scale = min(height, width) / 32
+    size = config.size if config.size is not None else max(1, round(4 * scale))
+    margin = config.margin if config.margin is not None else round(scale)
+    if size + margin > min(height, width):
+        raise InputError(
+            f"attack.size={size} with margin {margin} does not fit images of {height}x{width} pixels. Use a smaller patch."
+        )
+    if len(config.colour) not in (1, channels):
+        raise InputError(f"attack.colour={config.colour} has {len(config.colour)} values for {channels} channels.")
+    last_row, last_column = height - size - margin, width - size - margin
+    if config.position == "random":
+        low, high = min(margin, last_row), jnp.array([last_row, last_column]) + 1
+        place = jax.vmap(lambda k: jax.random.randint(k, (2,), low, high))(key_per_image(key, count))
+    else:
+        row = last_row if "bottom" in config.position else margin
+        column = last_column if "right" in config.position else margin
+        place = jnp.broadcast_to(jnp.array([row, column]), (count, 2))
+    rows, columns = jnp.arange(height) - place[:, :1], jnp.arange(width) - place[:, 1:]
+    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
+    return jnp.where(inside[..., None], jnp.asarray(config.colour, images.dtype), images)

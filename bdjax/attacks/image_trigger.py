@@ -1,0 +1,93 @@
+"""A trigger of one's own: any picture laid over the image, with a mask and a strength.
+
+Threat model: as BadNets, the attacker writes a share of the training set. With p the picture, m its mask
+in [0, 1] and s the strength:
+
+    replace   x' = x (1 - m) + p m
+    add       x' = x + s m p                 (clipped to [0, 1])
+    blend     x' = x (1 - s m) + p s m       (Blended, Chen et al., 2017, arXiv:1712.05526)
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks._helpers import PoisonConfig
+from bdjax.errors import InputError
+from bdjax.types import ArrayFile, Arrays, Images, Key, Task, to_float
+
+
+@dataclass(frozen=True)
+class Config(PoisonConfig):
+    """The picture and how it is laid on."""
+
+    pattern: ArrayFile = ArrayFile("")
+    """PNG, JPEG or .npy (uint8, or float in [0, 1]) of [H, W] or [H, W, 1, 3 or 4]; the fourth channel of a
+    picture is its mask. Empty: a checkerboard of 4-pixel squares over the whole image."""
+    mask: ArrayFile = ArrayFile("")
+    """Grey picture or .npy [H, W]: where the pattern is seen. Empty: the pattern's alpha, else everywhere."""
+    mode: Literal["replace", "add", "blend"] = "blend"
+    """How the pattern is laid on."""
+    strength: float = 0.2
+    """s of "add" and "blend", in (0, 1]."""
+    resize: bool = True
+    """Bring pattern and mask to the images' size (antialiased); otherwise another size is an error."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.strength <= 1:
+            raise InputError(f"attack.strength must be in (0, 1], got {self.strength}.")
+
+
+def prepare(config: Config, task: Task, key: Key) -> Arrays:
+    """Read the files: {"pattern": float32 [H, W, C], "mask": float32 [H, W, 1]}, both in [0, 1].
+
+    Raises InputError when a file has another shape or range than the images allow.
+    """
+    height, width, channels = shape = task.model.shape
+    pattern = _read(config, "pattern", task) if config.pattern else _checkerboard(height, width)
+    mask = jnp.ones((height, width, 1))
+    if pattern.shape[-1] == 4:
+        pattern, mask = pattern[..., :3], pattern[..., 3:]
+    if config.mask:
+        mask = _read(config, "mask", task)[..., :1]
+    if channels == 1 and pattern.shape[-1] == 3:
+        pattern = pattern.mean(-1, keepdims=True)
+    if pattern.shape[-1] not in (1, channels):
+        raise InputError(f"attack.pattern has {pattern.shape[-1]} channels, the images have {channels}.")
+    return {"pattern": np.asarray(jnp.broadcast_to(pattern, shape)), "mask": np.asarray(mask)}
+
+
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
+    """Lay the pattern on images [N, H, W, C] in [0, 1]; same shape and range. The key is not used."""
+    pattern, mask = jnp.asarray(arrays["pattern"]), jnp.asarray(arrays["mask"])
+    strength = 1.0 if config.mode == "replace" else config.strength
+    kept = 1.0 if config.mode == "add" else 1 - strength * mask
+    return jnp.clip(images * kept + strength * (mask * pattern)[None], 0, 1)
+
+
+def _checkerboard(height: int, width: int) -> jax.Array:
+    rows, columns = jnp.arange(height)[:, None] // 4, jnp.arange(width)[None] // 4
+    return ((rows + columns) % 2).astype(jnp.float32)[..., None]
+
+
+def _read(config: Config, field: str, task: Task) -> jax.Array:
+    path, (height, width, _) = getattr(config, field), task.model.shape
+    array = task.read_array(path)
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+        raise InputError(f"attack.{field}={path} has shape {array.shape}; expected [H, W] or [H, W, 1, 3 or 4].")
+    found = to_float(array)
+    if not bool(jnp.isfinite(found).all()) or float(found.min()) < 0 or float(found.max()) > 1:
+        raise InputError(f"attack.{field}={path} has values outside [0, 1]. Store it as uint8 or scale it.")
+    if found.shape[:2] != (height, width):
+        if not config.resize:
+            raise InputError(
+                f"attack.{field}={path} is {found.shape[0]}x{found.shape[1]}, the images are {height}x{width}. "
+                "Give a file of their size, or --attack.resize."
+            )
+        found = jnp.clip(jax.image.resize(found, (height, width, found.shape[-1]), "linear"), 0, 1)
+    return found

@@ -1,0 +1,194 @@
+"""Checkpoints between the phases: Orbax for the variables, a manifest with a hash of every file beside them.
+
+A model directory is written under a temporary name and renamed when it is whole, so nothing half-written
+ever stands under a final name:
+
+    DIR/manifest.json    model, data set and its fingerprint, attack, recipe, versions, sha256 of every file
+    DIR/variables/       Orbax
+    DIR/NAME.npz         arrays: the trigger, the poisoned indices and labels
+
+This is the only importer of Orbax.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from bdjax.errors import InputError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_SPARE_BYTES = 1 << 20
+
+
+def write_model(
+    directory: Path, manifest: Mapping[str, Any], variables: Any, arrays: Mapping[str, Mapping[str, np.ndarray]]
+) -> Path:
+    """Write a model directory in one step.
+
+    Args:
+      directory: must not exist yet.
+      manifest: JSON-able; "format" and "files" are added.
+      arrays: file name (without .npz) -> named arrays.
+
+    Raises: InputError when the disk is full or `directory` exists.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise InputError(f"{directory} exists already. Choose another directory.")
+    need = _bytes(variables) + sum(_bytes(dict(group)) for group in arrays.values())
+    check_space(directory, need)
+    partial = _partial(directory)
+    try:
+        partial.mkdir(parents=True)
+        ocp.save(partial.absolute() / "variables", jax.tree.map(np.asarray, variables))
+        for name, group in arrays.items():
+            np.savez(partial / f"{name}.npz", **{k: np.asarray(v) for k, v in group.items()})  # type: ignore[arg-type]
+        whole = {"format": FORMAT, **manifest, "files": _hashes(partial)}
+        write_text(partial / MANIFEST, json.dumps(whole, indent=1, sort_keys=True) + "\n")
+        os.rename(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a model directory, after every file in it was compared with its hash.
+
+    Raises InputError, naming the file, when one is missing, damaged, or not ours.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory. Give one that `bdjax train` or `bdjax run` wrote.")
+    if not path.is_file():
+        raise InputError(f"{directory} is not a bdjax model directory: {path} is missing.")
+    try:
+        manifest = json.loads(path.read_text())
+        files = manifest["files"].items()
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged or not ours ({type(error).__name__}: {error}). Restore or retrain it.") from None
+    if version != FORMAT:
+        raise InputError(f"{path} has format {version!r}; this version of bdjax reads format {FORMAT}.")
+    for name, expected in files:
+        file = directory / name
+        if not file.is_file():
+            raise InputError(f"{file} is missing, though {MANIFEST} lists it. Restore the directory or train it anew.")
+        if _sha256(file) != expected:
+            raise InputError(f"{file} is damaged: its sha256 is not the one in {MANIFEST}. Restore it or train anew.")
+    return manifest
+
+
+def read_variables(directory: Path, like: Any) -> Any:
+    """The variables of a model directory, with structure, shapes and dtypes of `like` (arrays or ShapeDtypeStructs).
+
+    Raises InputError when they are of another model.
+    """
+    return _load(Path(directory) / "variables", like)
+
+
+def read_arrays(directory: Path, name: str) -> dict[str, np.ndarray]:
+    """The named arrays of DIR/NAME.npz; nothing is unpickled."""
+    with np.load(Path(directory) / f"{name}.npz", allow_pickle=False) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
+def remove(directory: Path) -> None:
+    """Remove a model directory that is to be written anew."""
+    shutil.rmtree(directory)
+
+
+class EpochSaver:
+    """Keeps the training state after each epoch in `folder`, the newest only; see `engine.fit`.
+
+    A kill at any moment leaves the last whole epoch: a new one is renamed into place before the old one goes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is made when the first epoch is saved."""
+        self.folder = Path(folder)
+
+    def save(self, epoch: int, state: Any) -> None:
+        """Keep `state` as epoch-N and drop what was there before."""
+        check_space(self.folder, _bytes(state))
+        target = self.folder / f"epoch-{epoch:06d}"
+        partial = _partial(target)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        ocp.save(partial.absolute(), jax.tree.map(np.asarray, state))
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+        for old in self.folder.iterdir():
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """(epochs done, state) of the newest whole epoch, or None."""
+        done = sorted(self.folder.glob("epoch-*")) if self.folder.is_dir() else []
+        if not done:
+            return None
+        return int(done[-1].name.removeprefix("epoch-")), _load(done[-1], like)
+
+    def clear(self) -> None:
+        """Forget everything: the training is over."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_space(path: Path, need: int) -> None:
+    """Raise InputError when the disk that holds `path` has less than `need` bytes (and a little) free."""
+    existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < need + _SPARE_BYTES:
+        raise InputError(
+            f"no space to write {path}: {need / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free on {existing}. "
+            "Free some, or choose another directory with --out; finished epochs are kept."
+        )
+
+
+def _load(path: Path, like: Any) -> Any:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+    try:
+        return ocp.load(path.absolute(), like)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} does not hold this model's arrays ({first}). Is it of another model or version?") from None
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+
+
+def _bytes(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): _sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}

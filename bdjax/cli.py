@@ -1,0 +1,380 @@
+"""The command line. Help and lists import no jax; a command imports what it needs when it runs.
+
+Method names come first (`bdjax run ATTACK DEFENSE`), because they decide which flags there are: the fields
+of the methods' own Config classes, as `--attack.FIELD` and `--defense.FIELD`.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bdjax import __version__, registry
+from bdjax.errors import InputError
+
+
+@dataclass
+class _Common:
+    json: bool = False
+    """Make the last line of stdout the result, as one JSON object."""
+
+
+@dataclass
+class _Device(_Common):
+    devices: int = 0
+    """Local devices to compute on; 0: all of them."""
+
+
+@dataclass
+class _Place(_Device):
+    root: Path = Path("runs")
+    """Results go to ROOT/HASH and victims to ROOT/victims/HASH, by the content of their configuration."""
+    out: Path | None = None
+    """Put this one there instead."""
+    force: bool = False
+    """Remove an earlier bdjax run that stands there, and run again."""
+
+
+@dataclass
+class _Plant(_Place):
+    dataset: str = "digits"
+    """digits, npz:PATH, folder:PATH or tfds:NAME."""
+    model: str = "cnn"
+    """Name of the classifier; see `bdjax list models`."""
+    seed: int = 0
+    """Everything random follows from it."""
+
+
+@dataclass
+class _Defend(_Place):
+    dataset: str | None = None
+    """Where the victim's data set lies now, if it has moved."""
+    seed: int | None = None
+    """Of the defense; default the victim's."""
+
+
+@dataclass
+class _Evaluate(_Common):
+    data: str | None = None
+    """Another data set of the model's shape: digits, npz:PATH, folder:PATH or tfds:NAME."""
+
+
+@dataclass
+class _Sweep(_Device):
+    out: Path | None = None
+    """Directory of the results; default runs/FILE's name."""
+    seeds: str = ""
+    """Comma-separated, such as 0,1,2; default the seeds of the file."""
+    shard: str = "0/1"
+    """i/n: do only the i-th of n parts of the grid (cells of one victim stay together)."""
+    workers: int = 1
+    """Processes at a time on this machine."""
+
+
+@dataclass
+class _Report:
+    csv: bool = False
+    """Comma-separated values."""
+    markdown: bool = False
+    """A Markdown table (the default is plain text)."""
+    papers: Path | None = None
+    """Folder of the papers' CSV tables; default experiments/papers."""
+
+
+@dataclass
+class _Demo(_Device):
+    out: Path = Path("runs/demo")
+    """Directory of the run; an earlier demo there is replaced."""
+    seed: int = 0
+    """Everything random follows from it."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; exits with 2 and a message for what the user can mend, 1 for failed cells of a sweep."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        _say(_help())
+        return
+    if argv[0] == "--version":
+        _say(f"bdjax {__version__}")
+        return
+    try:
+        if argv[0] not in COMMANDS:
+            raise InputError(f"unknown command {argv[0]!r}. Known: {', '.join(COMMANDS)}; see bdjax --help.")
+        COMMANDS[argv[0]][0](argv[1:])
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(f"{error.strerror}: {error.filename or 'the output'}. Choose another directory with --out.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(argv: list[str]) -> None:
+    (attack, defense), rest = _names(argv, "run", ("attacks", "defenses"))
+    options = _parse("run", (attack, defense), rest, _Plant, attack=attack, defense=defense, fit=True, split=True)
+    from bdjax import run
+    from bdjax.experiment import Experiment
+
+    experiment = Experiment(
+        attack, defense, options.dataset, options.model, options.seed, options.attack, options.defense,
+        options.fit, options.split,
+    )  # fmt: skip
+    with _ready(options) as context:
+        if options.force:
+            _remove_run(options.out or run.directory_of(experiment, options.root))
+        result, directory = run.run(experiment, options.root, options.out, context)
+    _finish(result, directory, options.json)
+
+
+def _train(argv: list[str]) -> None:
+    (attack,), rest = _names(argv, "train", ("attacks",))
+    options = _parse("train", (attack,), rest, _Plant, attack=attack, fit=True)
+    from bdjax import checkpoint, run
+    from bdjax.experiment import Experiment
+
+    experiment = Experiment(
+        attack, None, options.dataset, options.model, options.seed, options.attack, fit=options.fit
+    )
+    with _ready(options) as context:
+        directory = options.out or run.victim_directory_of(experiment, options.root)
+        if options.force:
+            _remove_run(directory)
+        run.train(experiment, directory, context)
+    manifest = checkpoint.read_manifest(directory)
+    summary = {"directory": str(directory), **{k: manifest[k] for k in ("hash", "model", "seed", "seconds", "attack")}}
+    _say(f"victim: {directory}\nnext:   bdjax evaluate {directory}\n        bdjax defend {directory} ibau")
+    if options.json:
+        _say(json.dumps(summary))
+
+
+def _defend(argv: list[str]) -> None:
+    if not argv or argv[0].startswith("-"):
+        _usage("defend", argv, f"defenses: {', '.join(registry.names('defenses'))}")
+    victim, (defense,), rest = Path(argv[0]), *_names(argv[1:], "defend", ("defenses",))
+    options = _parse("defend", (str(victim), defense), rest, _Defend, defense=defense, split=True)
+    from bdjax import run
+
+    with _ready(options) as context:
+        directory = options.out or run.defense_directory_of(
+            victim, defense, options.defense, options.split, options.seed, options.root
+        )
+        if options.force:
+            _remove_run(directory)
+        result = run.defend(
+            victim, defense, options.defense, directory,
+            split=options.split, seed=options.seed, dataset=options.dataset, context=context,
+        )  # fmt: skip
+    _finish(result, directory, options.json)
+
+
+def _evaluate(argv: list[str]) -> None:
+    if not argv or argv[0].startswith("-"):
+        _usage("evaluate", argv)
+    options = _parse("evaluate", (argv[0],), argv[1:], _Evaluate)
+    from bdjax import run
+
+    with _ready(options):
+        found = run.evaluate(Path(argv[0]), options.data)
+    for name, value in found.items():
+        _say(f"{name:16s} {value:.4f}" if isinstance(value, float) else f"{name:16s} {value}")
+    if options.json:
+        _say(json.dumps(found))
+
+
+def _list(argv: list[str]) -> None:
+    if argv[:1] in (["-h"], ["--help"]):
+        _usage("list", argv)
+    if argv and argv[0] not in registry.KINDS:
+        raise InputError(f"nothing is listed under {argv[0]!r}. Choose from {', '.join(registry.KINDS)}.")
+    for kind in argv[:1] or registry.KINDS:
+        if not argv:
+            _say(f"{kind}:")
+        for name in registry.names(kind):
+            _say(f"  {name:18s} {registry.summary(kind, name)}")
+
+
+def _sweep(argv: list[str]) -> None:
+    if not argv or argv[0].startswith("-"):
+        _usage("sweep", argv)
+    options = _parse("sweep", (argv[0],), argv[1:], _Sweep)
+    from bdjax import sweep
+    from bdjax.report.progress import bar
+
+    with bar() as tick:
+        failed = sweep.sweep(
+            Path(argv[0]), options.out, seeds=options.seeds, shard=options.shard, workers=options.workers,
+            devices=options.devices, tick=tick, say=_say,
+        )  # fmt: skip
+    sys.exit(1 if failed else 0)
+
+
+def _cell(argv: list[str]) -> None:
+    """One cell of a sweep in a process of its own (what `sweep` starts; not for people)."""
+    from bdjax import sweep
+
+    file, index, seed, out, devices = argv
+    _prepare_jax()
+    sweep.run_cell(Path(file), int(index), int(seed), Path(out), int(devices))
+
+
+def _report(argv: list[str]) -> None:
+    if not argv or argv[0].startswith("-"):
+        _usage("report", argv)
+    options = _parse("report", (argv[0],), argv[1:], _Report)
+    from bdjax.report import table
+
+    form = "csv" if options.csv else "markdown" if options.markdown else "text"
+    _say(table.report(Path(argv[0]), form, options.papers))
+
+
+def _demo(argv: list[str]) -> None:
+    options = _parse("demo", (), argv, _Demo)
+    from bdjax import run
+    from bdjax.experiment import demo
+
+    with _ready(options) as context:
+        _remove_run(options.out)
+        result, directory = run.run(demo(options.seed), Path("runs"), options.out, context)
+    _finish(result, directory, options.json)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
+    "demo": (_demo, "[--seed S] [--out DIR]", "the main job on handwritten digits, with a table and a picture"),
+    "run": (
+        _run,
+        "ATTACK DEFENSE [--dataset D] [--model M] [--seed S] [--attack.FIELD ..] [--defense.FIELD ..] [--fit.FIELD ..]"
+        " [--split.FIELD ..] [--out DIR]",
+        "plant ATTACK, checkpoint the victim, clean it with DEFENSE, measure before and after",
+    ),
+    "train": (
+        _train,
+        "ATTACK [--dataset D] [--model M] [--seed S] [--attack.FIELD ..] [--fit.FIELD ..] [--out DIR]",
+        "plant ATTACK and write a victim directory",
+    ),
+    "defend": (
+        _defend,
+        "VICTIM_DIR DEFENSE [--defense.FIELD ..] [--split.FIELD ..] [--seed S] [--out DIR]",
+        "clean the model in VICTIM_DIR, measure before and after",
+    ),
+    "evaluate": (_evaluate, "DIR [--data D]", "accuracy and attack success rate of a model directory"),
+    "sweep": (
+        _sweep,
+        "experiments/FILE.py [--seeds 0,1,2] [--shard i/n] [--workers k] [--out DIR]",
+        "run what is not finished yet of a grid",
+    ),
+    "report": (_report, "DIR [--csv | --markdown]", "mean, std and n of the results below DIR, beside the papers'"),
+    "list": (_list, "[attacks|defenses|models|datasets]", "what there is"),
+    "_cell": (_cell, "", ""),
+}
+
+
+def _help() -> str:
+    shown = {name: entry for name, entry in COMMANDS.items() if not name.startswith("_")}
+    lines = ["usage: bdjax COMMAND ...", "", "Plant backdoors in neural networks, remove them, and measure both.", ""]
+    lines += [f"  {name:10s} {entry[2]}" for name, entry in shown.items()]
+    lines += ["", *(f"bdjax {name} {entry[1]}" for name, entry in shown.items())]
+    lines += ["", "All flags of a method: bdjax run ATTACK DEFENSE --help"]
+    return "\n".join(lines)
+
+
+def _usage(command: str, argv: list[str], more: str = "") -> None:
+    """Print a command's usage: as help on request, as an error when its arguments are missing."""
+    text = f"usage: bdjax {command} {COMMANDS[command][1]}" + (f"\n{more}" if more else "")
+    if argv and argv[0] in ("-h", "--help"):
+        _say(f"{text}\n\n{COMMANDS[command][2]}")
+        sys.exit(0)
+    raise InputError(f"{command} needs more arguments.\n{text}")
+
+
+def _names(argv: list[str], command: str, kinds: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The method names at the head of `argv`, each checked, and the rest."""
+    names = argv[: len(kinds)]
+    if len(names) < len(kinds) or any(name.startswith("-") for name in names):
+        _usage(command, argv, "\n".join(f"{kind}: {', '.join(registry.names(kind))}" for kind in kinds))
+    for kind, name in zip(kinds, names, strict=True):
+        registry.check(kind, name)
+    return names, argv[len(kinds) :]
+
+
+def _parse(command: str, names: tuple[str, ...], rest: list[str], base: type, **parts: Any) -> Any:
+    """The flags in `rest` as an instance of `base`, with the Configs of the methods in `parts` added to it."""
+    extra: list[tuple[str, type, Any]] = []
+    if parts:
+        from bdjax.experiment import FitConfig, SplitConfig, config_of
+
+        kinds = {"attack": "attacks", "defense": "defenses"}
+        for name, value in parts.items():
+            config = config_of(kinds[name], value) if name in kinds else {"fit": FitConfig, "split": SplitConfig}[name]
+            extra.append((name, config, dataclasses.field(default_factory=config)))
+    options = dataclasses.make_dataclass(base.__name__, extra, bases=(base,))
+    options.__doc__ = COMMANDS[command][2]
+    return tyro.cli(options, prog=" ".join(("bdjax", command, *names)), args=rest)
+
+
+@contextlib.contextmanager
+def _ready(options: Any) -> Iterator[Any]:
+    """Everything a computing command needs around it: the compilation cache, a progress bar, a Context."""
+    _prepare_jax()
+    from bdjax.report.progress import bar
+    from bdjax.run import Context
+
+    with bar() as tick:
+        yield Context(getattr(options, "devices", 0), tick)
+
+
+def _prepare_jax() -> None:
+    """Keep compiled programs from run to run, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bdjax" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
+    import numpy as np
+
+    from bdjax.report import figure, table
+
+    _say(table.one(result))
+    picture = directory / "figure.png"
+    if not picture.exists():
+        with np.load(directory / "arrays.npz", allow_pickle=False) as arrays:
+            figure.draw(result, dict(arrays), picture)
+    _say(f"picture: {picture}\nresult:  {directory / 'result.json'}\nmodel:   {directory / 'purified'}")
+    if as_json:
+        _say(json.dumps(result))
+
+
+def _remove_run(directory: Path) -> None:
+    """Remove a run or model directory of ours; anything else is refused."""
+    if not directory.exists():
+        return
+    if not any((directory / name).exists() for name in ("config.json", "result.json", "manifest.json", "victim")):
+        if any(directory.iterdir()):
+            raise InputError(f"{directory} is not a bdjax run; it is left alone. Choose another --out.")
+    shutil.rmtree(directory)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"bdjax: {message}\n")
+    sys.exit(2)

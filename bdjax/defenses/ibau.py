@@ -1,0 +1,311 @@
+"""I-BAU: unlearn a backdoor by a minimax game over a universal perturbation (Zeng et al., ICLR 2022).
+
+Threat model: the defender has the model and clean labelled images, no trigger and no target label.
+
+    min_θ max_{‖δ‖ <= C} H(δ, θ),   H = (1/n) Σ CE(f_θ(x_i + δ), y_i)                               (Eq. 1)
+
+One round: ascend δ from zero, project it once onto the L2 ball, then step θ along the implicit
+hypergradient of the outer loss (Eq. 2-3; :mod:`bdjax.hypergrad`). With g = −CE + penalty ‖δ‖² and the
+fixed-point solver at step η this is v = Σ_{j<K} (I − η ∇²_δδ g)^j ∂E/∂δ, ∇ψ = ∂E/∂θ − η ∇²_θδ g v.
+
+`schedule="release"` is what the authors' code runs; `schedule="paper"` is Algorithm 1. They differ in much
+more than constants, so every difference is a field; a field left at None takes its schedule's value.
+
+Deviations from the release: at least one image of a batch is patched (`int(0.01 B)` is none below 100
+images, which silences the indirect term); a last, smaller batch is padded with weight zero; the reported
+ASR is of held-out images (the release patches the unlearning images). Algorithm 1 gives no T: 10 here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bdjax.engine import parallel, run_epoch
+from bdjax.errors import InputError
+from bdjax.hypergrad import SOLVERS, hypergradient, solver
+from bdjax.types import DefenderView, Images, Key, Model, Variables, Victim, to_float
+
+
+@dataclass(frozen=True)
+class Config:
+    """The procedure. Fields that say "release ..., paper ..." are filled in from `schedule` when None."""
+
+    schedule: Literal["release", "paper"] = "release"
+    """The official release's procedure, or Algorithm 1."""
+    rounds: int | None = None
+    """Times that δ is found anew; release 5 (script default), paper 100 (its GTSRB tables)."""
+    batch_size: int | None = None
+    """Images a batch, in their given order; 0: all in one. Release 100, paper 0."""
+    inner_labels: Literal["predicted", "true"] | None = None
+    """Labels that the ascent moves away from; release predicted (by the current θ), paper true."""
+    inner_data: Literal["batch", "all"] | None = None
+    """What one ascent step sees; release one batch, paper all images."""
+    inner_steps: int | None = None
+    """Ascent steps T; 0: one for each batch. Release 0, paper 10."""
+    inner_optimizer: Literal["sgd", "adam"] | None = None
+    """Of δ, started anew each round; sgd in both (the release's GTSRB notebook: adam, inner_lr 1)."""
+    inner_lr: float | None = None
+    """Step α; release 10, paper 0.1."""
+    penalty: float | None = None
+    """Weight of ‖δ‖² in g; release 0.001, paper 0."""
+    norm_bound: float = 10.0
+    """C, L2 bound of δ in pixel units of [0, 1], imposed once after the ascent; inf: none, as in the
+    release's command-line script (its notebooks and the paper use 10)."""
+    clamp: bool | None = None
+    """Clip x + δ to [0, 1]; release no (CIFAR-10; its GTSRB notebook clips), paper yes."""
+    patched_fraction: float | None = None
+    """Share of a batch that carries δ in the outer loss (at least one image); release 0.01, paper 1."""
+    outer_steps: int | None = None
+    """θ steps on one δ, cycling through the batches; 0: one for each batch. Release 0, paper 1."""
+    hessian_data: Literal["first_batch", "same_batch"] | None = None
+    """Which batch the inner objective in the hypergradient is of; release the first, paper the outer one."""
+    outer_optimizer: Literal["adam", "sgd"] | None = None
+    """Of θ, kept across rounds; release adam, paper sgd."""
+    outer_lr: float | None = None
+    """Step β; release 1e-3, paper 0.1."""
+    batch_norm: Literal["frozen", "batch"] = "frozen"
+    """Statistics: the stored ones (the release runs in eval mode; scale and shift are trained), or the batch's."""
+    solver: str = "fixed_point"
+    """Linear solver of the hypergradient, a name of `bdjax.hypergrad.SOLVERS`."""
+    solver_iterations: int = 5
+    """K. With fixed_point, K − 1 Hessian-vector products: the first iteration multiplies zero."""
+    solver_step: float = 0.1
+    """η of fixed_point and neumann, unrelated to inner_lr in the release."""
+    ridge: float = 0.0
+    """Multiple of the identity added to the inner Hessian."""
+
+    def __post_init__(self) -> None:
+        schedules = {
+            "release": dict(
+                rounds=5, batch_size=100, inner_labels="predicted", inner_data="batch", inner_steps=0,
+                inner_optimizer="sgd", inner_lr=10.0, penalty=0.001, clamp=False, patched_fraction=0.01,
+                outer_steps=0, hessian_data="first_batch", outer_optimizer="adam", outer_lr=1e-3,
+            ),
+            "paper": dict(
+                rounds=100, batch_size=0, inner_labels="true", inner_data="all", inner_steps=10,
+                inner_optimizer="sgd", inner_lr=0.1, penalty=0.0, clamp=True, patched_fraction=1.0,
+                outer_steps=1, hessian_data="same_batch", outer_optimizer="sgd", outer_lr=0.1,
+            ),
+        }  # fmt: skip
+        for name, value in schedules[self.schedule].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        _check(self)
+
+
+def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
+    """Unlearn whatever universal perturbation turns the victim.
+
+    Args:
+      config: the procedure; victim: the model; view: clean images (stored [n, H, W, C]) and labels [n].
+      key: draws which images of a batch are patched.
+
+    Returns: the cleaned variables; the watch is shown them and δ (float32 [1, H, W, C]) after each round.
+    """
+    batches = _batches(len(view.labels), config.batch_size or len(view.labels), parallel.count())
+    steps, model = _programs(victim.model, _static(config)), victim.model
+    shared = {
+        "images": jnp.asarray(view.images),
+        "labels": jnp.asarray(view.labels),
+        "first": {"index": batches["index"][0], "weight": batches["weight"][0]},
+        "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
+        "batch_stats": victim.variables["batch_stats"],
+    }
+    params = victim.variables["params"]
+    outer = {"params": jax.tree.map(jnp.copy, params), "opt": _direction(config.outer_optimizer).init(params)}
+    for round_ in range(config.rounds):
+        key_outer = jax.random.fold_in(key, round_)
+        tick = _ticker(view, round_, config.rounds)
+        delta = _ascend(config, steps, model, batches, {**shared, "params": outer["params"]}, tick)
+        which = _cycle(config.outer_steps or len(batches["index"]), len(batches["index"]))
+        count = max(1, int(config.patched_fraction * batches["index"].shape[1]))
+        patched = _patched(batches["weight"][which], count, key_outer)
+        split = {**_take(batches, which), "patched": patched}
+        outer, _ = run_epoch(steps.outer, outer, split, {}, {**shared, "delta": delta}, tick=tick)
+        variables = {"params": outer["params"], "batch_stats": shared["batch_stats"]}
+        view.watch.observe(round_ + 1, jax.tree.map(jnp.copy, variables), perturbation=delta)
+    return {"params": outer["params"], "batch_stats": shared["batch_stats"]}
+
+
+_DYNAMIC = ("inner_lr", "penalty", "outer_lr", "solver_step", "ridge")  # other values compile nothing new
+
+
+class _Static(NamedTuple):
+    """What of a Config changes the compiled program."""
+
+    inner_labels: str
+    inner_optimizer: str
+    clamp: bool
+    hessian_data: str
+    outer_optimizer: str
+    batch_norm: str
+    solver: str
+    solver_iterations: int
+
+
+class _Programs(NamedTuple):
+    inner: Callable
+    outer: Callable
+
+
+def _static(config: Config) -> _Static:
+    return _Static(**{name: getattr(config, name) for name in _Static._fields})
+
+
+def _direction(optimizer: str) -> optax.GradientTransformation:
+    return optax.scale_by_adam() if optimizer == "adam" else optax.identity()
+
+
+@lru_cache(maxsize=32)
+def _programs(model: Model, static: _Static) -> _Programs:
+    def losses(params: Any, shared: Any, images: Images, delta: jax.Array, axis: str | None) -> jax.Array:
+        """Logits of images + delta."""
+        stamped = images + delta
+        stamped = jnp.clip(stamped, 0, 1) if static.clamp else stamped
+        variables = {"params": params, "batch_stats": shared["batch_stats"]}
+        return model.apply(variables, stamped, static.batch_norm == "batch", None, axis)[0]
+
+    def entropy(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Array:
+        return (optax.softmax_cross_entropy_with_integer_labels(logits, labels) * weight).sum()
+
+    def batch(shared: Any, split: Any) -> tuple[Images, jax.Array]:
+        return to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
+
+    def g(delta: jax.Array, params: Any, shared: Any, split: Any, labels: jax.Array | None, axis: str | None):
+        """The penalised inner objective, this device's share of it."""
+        images, true = batch(shared, split)
+        logits = losses(params, shared, images, delta, axis)
+        penalty = shared["hyper"]["penalty"] * (delta**2).sum() / parallel.size(axis)
+        return penalty - entropy(logits, true if labels is None else labels, split["weight"])
+
+    def inner(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
+        """Gather this batch's gradient; step δ when the last batch of a step is in."""
+        labels = None
+        if static.inner_labels == "predicted":
+            images, _ = batch(shared, split)
+            labels = losses(shared["params"], shared, images, jnp.zeros_like(state["delta"]), axis).argmax(-1)
+        value, gradient = jax.value_and_grad(g)(state["delta"], shared["params"], shared, split, labels, axis)
+        value, gradient = parallel.total((value, gradient), axis)
+        gathered = state["gathered"] + gradient * whole["share"]
+        update, opt = _direction(static.inner_optimizer).update(gathered, state["opt"])
+        stepped = {
+            "delta": state["delta"] - shared["hyper"]["inner_lr"] * update,
+            "opt": opt,
+            "gathered": jnp.zeros_like(gathered),
+        }
+        waiting = {**state, "gathered": gathered}
+        return jax.tree.map(lambda a, b: jnp.where(whole["steps"], a, b), stepped, waiting), {"g": value}
+
+    def outer(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
+        """One hypergradient step of θ."""
+        images, labels = batch(shared, split)
+        hyper = shared["hyper"]
+        first = shared["first"]
+        if static.hessian_data == "first_batch" and axis is not None:
+            part = first["index"].shape[0] // parallel.size(axis)
+            start = jax.lax.axis_index(axis) * part
+            first = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, part), first)
+        source = first if static.hessian_data == "first_batch" else split
+
+        def outer_loss(delta: jax.Array, params: Any) -> jax.Array:
+            delta = jnp.where(split["patched"][:, None, None, None], delta, 0)
+            return entropy(losses(params, shared, images, delta, axis), labels, split["weight"])
+
+        value, gradient = hypergradient(
+            lambda delta, params: g(delta, params, shared, source, None, axis),
+            outer_loss,
+            shared["delta"],
+            state["params"],
+            solver(static.solver, static.solver_iterations, hyper["solver_step"], hyper["ridge"]),
+            lambda tree: parallel.total(tree, axis),
+        )
+        update, opt = _direction(static.outer_optimizer).update(gradient, state["opt"])
+        params = jax.tree.map(lambda p, u: p - hyper["outer_lr"] * u, state["params"], update)
+        return {"params": params, "opt": opt}, {"loss": value}
+
+    return _Programs(inner, outer)
+
+
+def _ascend(config: Config, steps: _Programs, model: Model, batches: Any, shared: Any, tick: Callable) -> jax.Array:
+    """δ float32 [1, H, W, C] of this round: T steps from zero, then one projection."""
+    number = len(batches["index"])
+    passes = number if config.inner_data == "all" else 1  # batches that one step gathers
+    total = (config.inner_steps or number) * passes
+    which = _cycle(total, number)
+    whole = {
+        "steps": jnp.arange(1, total + 1) % passes == 0,
+        # a batch's weights sum to one; over a full pass each batch counts by its images
+        "share": batches["images"][which] / batches["images"].sum() if passes > 1 else jnp.ones(total),
+    }
+    delta = jnp.zeros((1, *model.shape))
+    state = {"delta": delta, "opt": _direction(config.inner_optimizer).init(delta), "gathered": jnp.zeros_like(delta)}
+    state, _ = run_epoch(steps.inner, state, _split(batches, which), whole, shared, tick=tick)
+    delta = state["delta"]
+    if np.isinf(config.norm_bound):
+        return delta
+    return delta * jnp.minimum(1.0, config.norm_bound / jnp.maximum(jnp.linalg.norm(delta), 1e-12))
+
+
+def _batches(total: int, size: int, devices: int) -> dict[str, jax.Array]:
+    """Batches in the given order, padded to one shape that the devices divide.
+
+    index int32 and weight float32 [batches, padded size] (weights of a batch sum to one), images float32 [batches].
+    """
+    size = min(size, total)
+    number = -(-total // size)
+    padded = -(-size // devices) * devices
+    place = np.arange(number)[:, None] * size + np.arange(padded)
+    real = (np.arange(padded) < size) & (place < total)
+    images = real.sum(1)
+    return {
+        "index": jnp.asarray(np.where(real, place, 0), jnp.int32),
+        "weight": jnp.asarray(real / images[:, None], jnp.float32),
+        "images": jnp.asarray(images, jnp.float32),
+    }
+
+
+def _cycle(steps: int, number: int) -> np.ndarray:
+    return np.arange(steps) % number
+
+
+def _split(batches: Any, which: np.ndarray) -> dict[str, jax.Array]:
+    return {name: batches[name][which] for name in ("index", "weight")}
+
+
+_take = _split
+
+
+def _patched(weight: jax.Array, count: int, key: Key) -> jax.Array:
+    """Exactly `count` images of each batch (all, if it has fewer), drawn at random: bool [batches, size]."""
+    score = jnp.where(weight > 0, jax.random.uniform(key, weight.shape), -1)
+    rank = jnp.argsort(jnp.argsort(-score, axis=1), axis=1)
+    return (rank < count) & (weight > 0)
+
+
+def _ticker(view: DefenderView, round_: int, rounds: int) -> Callable[[int, int], None]:
+    return lambda done, total: view.watch.tick(f"I-BAU round {round_ + 1} of {rounds}", done, total)
+
+
+def _check(config: Config) -> None:
+    def refuse(name: str, what: str) -> None:
+        raise InputError(f"defense.{name} must be {what}, got {getattr(config, name)}.")
+
+    for name in ("rounds", "solver_iterations"):
+        if getattr(config, name) < 1:
+            refuse(name, "at least 1")
+    for name in ("batch_size", "inner_steps", "outer_steps", "penalty", "ridge"):
+        if getattr(config, name) < 0:
+            refuse(name, "zero or more")
+    for name in ("inner_lr", "outer_lr", "solver_step", "norm_bound"):
+        if not getattr(config, name) > 0:
+            refuse(name, "positive")
+    if not 0 < config.patched_fraction <= 1:
+        refuse("patched_fraction", "in (0, 1]")
+    if config.solver not in SOLVERS:
+        refuse("solver", f"one of {', '.join(SOLVERS)}")

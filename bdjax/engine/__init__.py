@@ -1,0 +1,7 @@
+"""Training and evaluation on one device or many: `fit`, `run_epoch`, `predict`. Methods call, the engine decides how."""
+
+from bdjax.engine.epoch import run_epoch
+from bdjax.engine.evaluate import predict
+from bdjax.engine.fit import FitConfig, fit
+
+__all__ = ["FitConfig", "fit", "predict", "run_epoch"]

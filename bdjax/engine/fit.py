@@ -1,0 +1,207 @@
+"""Supervised training: the whole set on the device, shuffled, gathered, augmented and stepped inside jit.
+
+Randomness is one key a run: `fold_in` the epoch, then the image's place in the epoch. A resumed run, a
+scan and a loop, one device and many therefore draw the same numbers. Hyper-parameter *values* are
+arguments of the compiled program: other values compile nothing new.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bdjax import augment
+from bdjax.engine import parallel
+from bdjax.engine.epoch import Mode, run_epoch
+from bdjax.errors import InputError
+from bdjax.types import Key, Model, Variables, Watch, to_float
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The recipe by which a model is trained."""
+
+    epochs: int = 20
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Images a step, over all devices together; a last, smaller batch is dropped."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Adam (default betas) or SGD with `momentum`."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 0.0
+    """L2 term added to the gradient before momentum, as PyTorch does; biases and BN are decayed too."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """Cosine to zero, or times 0.1 at 50 % and 75 % of the epochs."""
+    augment: Literal["none", "crop", "crop_flip", "crop_flip_cutout"] = "none"
+    """Random crop (zero padding 4), horizontal flip, cut-out of 16 pixels."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What activations are computed in; parameters and the loss stay float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"fit.{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.learning_rate > 0:
+            raise InputError(f"fit.learning_rate must be positive, got {self.learning_rate}.")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"fit.momentum must be in [0, 1), got {self.momentum}.")
+        if self.weight_decay < 0:
+            raise InputError(f"fit.weight_decay must not be negative, got {self.weight_decay}.")
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype to create the model with."""
+        return jnp.dtype(self.precision)
+
+
+class Saver(Protocol):
+    """Where `fit` leaves its state after every epoch, and finds it again."""
+
+    def save(self, epoch: int, state: Any) -> None:
+        """Keep `state` as it is after `epoch` epochs."""
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """(epochs done, state) with the structure of `like`, or None."""
+
+
+def fit(
+    model: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    config: FitConfig,
+    key: Key,
+    *,
+    watch: Watch | None = None,
+    saver: Saver | None = None,
+    mode: Mode = "auto",
+) -> Variables:
+    """Train `model` from scratch and return its variables.
+
+    Args:
+      images: stored [N, H, W, C] (uint8, or float32 in [0, 1]); labels: int32 [N].
+      watch: is told of every step and shown the variables after every epoch.
+      saver: when it holds a state, training goes on from there, with bit-identical results.
+
+    Raises:
+      InputError: a batch larger than the set or not divisible by the devices; a loss that is not finite.
+    """
+    watch = watch or Watch()
+    if config.batch_size > len(images):
+        raise InputError(
+            f"fit.batch_size={config.batch_size} is larger than the {len(images)} training images. Choose a smaller one."
+        )
+    parallel.check_batch(config.batch_size)
+    steps = len(images) // config.batch_size
+    init_key, data_key = jax.random.split(key)
+    step = _step(model, config.optimizer, config.augment)
+    state = _init(model, config.optimizer, init_key)
+    begun = 0
+    if saver and (found := saver.restore(state)):
+        begun, state = found
+    rates = _rates(config, steps)
+    shared = {
+        "images": jnp.asarray(images),
+        "labels": jnp.asarray(labels),
+        "momentum": jnp.float32(config.momentum),
+        "weight_decay": jnp.float32(config.weight_decay),
+    }
+    for epoch in range(begun, config.epochs):
+        split = _draw(jax.random.fold_in(data_key, epoch), len(images), steps, config.batch_size)
+        whole = {"rate": jnp.asarray(rates[epoch * steps : (epoch + 1) * steps])}
+        state, metrics = run_epoch(
+            step, state, split, whole, shared, mode=mode, tick=_counted(watch, epoch * steps, config.epochs * steps)
+        )
+        _check_finite(np.asarray(metrics["loss"]), rates, epoch * steps)
+        if saver:
+            saver.save(epoch + 1, state)
+        watch.observe(
+            epoch + 1,
+            {"params": state["params"], "batch_stats": state["batch_stats"]},
+            train_loss=metrics["loss"].mean(),
+            train_accuracy=metrics["accuracy"].mean(),
+        )
+    return {"params": state["params"], "batch_stats": state["batch_stats"]}
+
+
+def transform(optimizer: str, momentum: jax.Array) -> optax.GradientTransformation:
+    """Update direction before the learning rate; `momentum` may be traced."""
+    return optax.scale_by_adam() if optimizer == "adam" else optax.trace(decay=momentum)  # type: ignore[arg-type]
+
+
+def _counted(watch: Watch, before: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, _: watch.tick("training", before + done, total)
+
+
+def _init(model: Model, optimizer: str, key: Key) -> dict[str, Any]:
+    variables = jax.jit(model.init)(key)
+    return {**variables, "opt_state": transform(optimizer, jnp.float32(0)).init(variables["params"])}
+
+
+def _rates(config: FitConfig, steps: int) -> np.ndarray:
+    """Learning rate of every step of the run, float32 [epochs * steps]."""
+    total = config.epochs * steps
+    if config.schedule == "cosine":
+        schedule = optax.cosine_decay_schedule(config.learning_rate, total)
+    elif config.schedule == "step":
+        schedule = optax.piecewise_constant_schedule(config.learning_rate, {total // 2: 0.1, total * 3 // 4: 0.1})
+    else:
+        schedule = optax.constant_schedule(config.learning_rate)
+    return np.broadcast_to(np.asarray(schedule(jnp.arange(total)), np.float32), (total,))
+
+
+@lru_cache(maxsize=8)
+def _drawer(total: int, steps: int, batch: int) -> Callable:
+    def draw(key: Key) -> dict[str, jax.Array]:
+        order = jax.random.permutation(jax.random.fold_in(key, 0), total)[: steps * batch]
+        keys = jax.random.split(jax.random.fold_in(key, 1), (2, steps, batch))
+        return {"index": order.reshape(steps, batch), "augment": keys[0], "dropout": keys[1]}
+
+    return jax.jit(draw)
+
+
+def _draw(key: Key, total: int, steps: int, batch: int) -> dict[str, jax.Array]:
+    """Which image stands where in this epoch, and the keys of each place: all [steps, batch]."""
+    return _drawer(total, steps, batch)(key)
+
+
+@lru_cache(maxsize=64)
+def _step(model: Model, optimizer: str, policy: str) -> Callable:
+    """The training step; one object per model, optimiser and augmentation, whatever the other values."""
+    distort = augment.policy(policy)
+
+    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
+        images = distort(to_float(shared["images"][split["index"]]), split["augment"])
+        labels = shared["labels"][split["index"]]
+
+        def loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            variables = {"params": params, "batch_stats": state["batch_stats"]}
+            logits, _, stats = model.apply(variables, images, True, split["dropout"], axis)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, stats)
+
+        (value, (logits, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        metrics = {"loss": value, "accuracy": (logits.argmax(-1) == labels).mean()}
+        gradient, metrics = parallel.average((gradient, metrics), axis)
+        gradient = jax.tree.map(lambda g, p: g + shared["weight_decay"] * p, gradient, state["params"])
+        update, opt_state = transform(optimizer, shared["momentum"]).update(gradient, state["opt_state"])
+        params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
+        return {"params": params, "batch_stats": stats, "opt_state": opt_state}, metrics
+
+    return step
+
+
+def _check_finite(losses: np.ndarray, rates: np.ndarray, before: int) -> None:
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if bad.size:
+        step = before + int(bad[0])
+        raise InputError(
+            f"the training loss became {losses[bad[0]]} at step {step} with learning rate {rates[step]:g}. "
+            "Use a smaller fit.learning_rate, or check the images and labels."
+        )

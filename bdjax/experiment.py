@@ -1,0 +1,141 @@
+"""What a run is, as data: canonical JSON, content hashes, and the same from JSON again."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bdjax import registry
+from bdjax.engine import FitConfig
+from bdjax.errors import InputError
+from bdjax.types import ArrayFile
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """The defender's clean images; what it gets is never evaluated on."""
+
+    source: Literal["test", "train"] = "test"
+    """The split they are drawn from: test (BAERASER, I-BAU, AGE) or train (BI-BAU, BackdoorBench; always the
+    clean originals)."""
+    size: int | None = None
+    """How many; default half of the test split, or 5 % of the training split."""
+    order: Literal["shuffled", "given"] = "shuffled"
+    """Drawn by the seed, or the first ones in file order as in I-BAU's release."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise InputError(f"split.size must be at least 1 image, got {self.size}.")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One cell of a grid: an attack and a defense on a data set, a model and a seed."""
+
+    attack: str
+    """Name in bdjax.attacks, or the path of a .py file."""
+    defense: str | None = None
+    """Name in bdjax.defenses, or the path of a .py file; None: plant only."""
+    dataset: str = "digits"
+    """digits, npz:PATH, folder:PATH or tfds:NAME."""
+    model: str = "cnn"
+    """Name in bdjax.models."""
+    seed: int = 0
+    """Everything random follows from it."""
+    attack_config: Any = None
+    """The attack's Config; None: its defaults."""
+    defense_config: Any = None
+    """The defense's Config; None: its defaults."""
+    fit: FitConfig = field(default_factory=FitConfig)
+    """How the victim is trained."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    """The defender's clean images."""
+
+    def __post_init__(self) -> None:
+        if self.attack_config is None:
+            object.__setattr__(self, "attack_config", config_of("attacks", self.attack)())
+        if self.defense is not None and self.defense_config is None:
+            object.__setattr__(self, "defense_config", config_of("defenses", self.defense)())
+
+
+def demo(seed: int = 0) -> Experiment:
+    """What `bdjax demo` runs: BadNets on handwritten digits, cleaned by I-BAU."""
+    return Experiment("badnets", "ibau", seed=seed)
+
+
+def config_of(kind: str, name: str) -> type:
+    """The Config class of a method. Raises InputError for an unknown name."""
+    return registry.load(kind, name).Config
+
+
+def attack_record(experiment: Experiment, fingerprint: str) -> dict[str, Any]:
+    """What decides the victim, JSON-able; paths of files stand for their content."""
+    return {
+        "attack": {"name": experiment.attack, "source": _source(experiment.attack), **_plain(experiment.attack_config)},
+        "dataset": fingerprint,
+        "model": experiment.model,
+        "seed": experiment.seed,
+        "fit": to_json(experiment.fit),
+    }
+
+
+def run_record(experiment: Experiment, victim_hash: str) -> dict[str, Any]:
+    """What decides a run's numbers, JSON-able: the victim, the defense, the split and the defense's seed."""
+    defense = experiment.defense or ""
+    return {
+        "victim": victim_hash,
+        "defense": {"name": defense, "source": _source(defense), **_plain(experiment.defense_config)},
+        "split": to_json(experiment.split),
+        "seed": experiment.seed,
+    }
+
+
+def digest(record: Any) -> str:
+    """sha256 of the canonical JSON of `record`: sorted keys, no spaces, shortest floats."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A Config as plain JSON values."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def from_json(kind: type, values: dict[str, Any]) -> Any:
+    """A Config from what :func:`to_json` gave. Raises InputError for fields that the class does not have."""
+    hints = typing.get_type_hints(kind)
+    unknown = set(values) - {f.name for f in dataclasses.fields(kind)}
+    if unknown:
+        raise InputError(f"{kind.__module__}.Config has no field {', '.join(sorted(unknown))}; it is of another version.")
+
+    def back(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
+        return float(value) if isinstance(value, str) and hints[name] is float else value  # "inf"
+
+    return kind(**{name: back(name, value) for name, value in values.items()})
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    values = to_json(config)
+    hints = typing.get_type_hints(type(config))
+    for name, value in values.items():
+        if hints[name] is ArrayFile and value:
+            values[name] = _file_hash(value)
+    return {"config": values}
+
+
+def _source(name: str) -> str | None:
+    return _file_hash(name) if name.endswith(".py") else None
+
+
+def _file_hash(path: str) -> str:
+    if not Path(path).is_file():
+        raise InputError(f"no such file: {path}.")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+

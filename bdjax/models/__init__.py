@@ -1,0 +1,57 @@
+"""Classifiers as pure functions. `create(name, ...)` finds the module of that name; Flax stays in here.
+
+A model module holds one Linen class `Net(classes, dtype, axis_name)` whose call
+`(images, train, keys) -> (logits, features)` takes any H, W, C, and `SMALLEST`, the least side in
+pixels that its down-sampling allows.
+"""
+
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bdjax import registry
+from bdjax.errors import InputError
+from bdjax.types import Images, Key, Model, Variables
+
+
+@lru_cache
+def create(name: str, shape: tuple[int, int, int], classes: int, dtype: Any = jnp.float32) -> Model:
+    """The model `name` for images of `shape` (H, W, C) and `classes` outputs.
+
+    `dtype` is what activations are computed in (float32 or bfloat16); parameters and logits stay float32.
+    Raises InputError for an unknown name, for images too small, and for fewer than two classes.
+    """
+    module = registry.load("models", name)
+    if min(shape[:2]) < module.SMALLEST:
+        raise InputError(
+            f"model {name!r} needs images of at least {module.SMALLEST}x{module.SMALLEST} pixels, "
+            f"got {shape[0]}x{shape[1]}. Enlarge the images or choose another model "
+            f"({', '.join(registry.names('models'))})."
+        )
+    if classes < 2:
+        raise InputError(f"a classifier needs at least 2 classes, got {classes}.")
+    net = module.Net(classes=classes, dtype=dtype)
+    return Model(name, shape, classes, partial(_init, net, shape), partial(_apply, net))
+
+
+def _init(net: Any, shape: tuple[int, int, int], key: Key) -> Variables:
+    variables = net.init(key, jnp.zeros((1, *shape), jnp.float32))
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def _apply(
+    net: Any,
+    variables: Variables,
+    images: Images,
+    train: bool = False,
+    keys: Key | None = None,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    if not train:
+        logits, features = net.apply(variables, images)
+        return logits, features, variables["batch_stats"]
+    net = net.clone(axis_name=axis_name)
+    (logits, features), state = net.apply(variables, images, True, keys, mutable=["batch_stats"])
+    return logits, features, state.get("batch_stats", variables["batch_stats"])

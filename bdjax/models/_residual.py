@@ -1,0 +1,41 @@
+"""The frame that the two 18-layer residual networks share: CIFAR stem, four stages of two blocks, mean, dense."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from bdjax.models import _layers
+from bdjax.types import Images
+
+WIDTHS = (64, 128, 256, 512)
+
+
+def stages(
+    x: jax.Array, block: Callable[[jax.Array, int, int], jax.Array], features: dict[str, jax.Array]
+) -> jax.Array:
+    """Four stages of two blocks, the first at full size and the others at stride 2; each is a feature."""
+    for stage, channels in enumerate(WIDTHS, 1):
+        for index in range(2):
+            x = block(x, channels, 2 if stage > 1 and index == 0 else 1)
+        features[f"stage{stage}"] = x
+    return x
+
+
+def stem(x: Images, dtype: Any) -> jax.Array:
+    """The CIFAR stem: one 3x3 convolution at stride 1, no pooling."""
+    return _layers.conv(WIDTHS[0], dtype)(x.astype(dtype))
+
+
+def classify(x: jax.Array, classes: int, features: dict[str, jax.Array]) -> jax.Array:
+    """Global mean, then the dense layer; "flat" is the 512-vector in between."""
+    x = features["flat"] = x.mean((1, 2))
+    return _layers.head(x, classes)
+
+
+def shortcut(x: jax.Array, channels: int, stride: int, dtype: Any) -> jax.Array:
+    """A 1x1 convolution where the shape changes, else the identity."""
+    if stride == 1 and x.shape[-1] == channels:
+        return x
+    return nn.Conv(channels, (1, 1), strides=stride, padding=0, use_bias=False, dtype=dtype)(x)

@@ -1,0 +1,38 @@
+"""ResNet-18 (He et al., CVPR 2016) with the CIFAR stem: 3x3 first convolution, no initial pooling."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bdjax.models import _layers, _residual
+from bdjax.types import Images, Key
+
+SMALLEST = 8
+
+
+class Net(nn.Module):
+    """11.2 million parameters. Blocks conv-BN-ReLU-conv-BN, plus shortcut (1x1 conv-BN), ReLU."""
+
+    classes: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
+        """Images [N, H, W, C] -> logits [N, classes], {"stem", "stage1" .. "stage4", "flat": [N, 512]}."""
+
+        def norm(x: jax.Array) -> jax.Array:
+            return _layers.norm(train, self.dtype, self.axis_name)(x)
+
+        def block(x: jax.Array, channels: int, stride: int) -> jax.Array:
+            y = nn.relu(norm(_layers.conv(channels, self.dtype, stride=stride)(x)))
+            y = norm(_layers.conv(channels, self.dtype)(y))
+            short = _residual.shortcut(x, channels, stride, self.dtype)
+            return nn.relu(y + (short if short is x else norm(short)))
+
+        features: dict[str, jax.Array] = {}
+        x = features["stem"] = nn.relu(norm(_residual.stem(x, self.dtype)))
+        x = _residual.stages(x, block, features)
+        return _residual.classify(x, self.classes, features), features

@@ -1,0 +1,66 @@
+"""The registry is the folder: a module's name is the method's name, and nothing is imported to list it."""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from bdjax.errors import InputError
+
+KINDS = ("attacks", "defenses", "models", "datasets")
+
+
+def names(kind: str) -> list[str]:
+    """Names of all methods of `kind` (one of KINDS), sorted; modules that begin with `_` are helpers."""
+    folder = Path(__file__).parent / kind
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+
+
+def check(kind: str, name: str) -> None:
+    """Raise InputError, with the nearest name and the list, when there is no method `name`."""
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise InputError(f"no such file: {name}. A name that ends in .py is the path of a method of your own.")
+    elif name not in names(kind):
+        near = difflib.get_close_matches(name, names(kind), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"unknown {kind.removesuffix('s')} {name!r}.{hint} Known: {', '.join(names(kind))}.")
+
+
+def summary(kind: str, name: str) -> str:
+    """First line of a method's docstring, read without importing it."""
+    source = (Path(__file__).parent / kind / f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+def load(kind: str, name: str) -> ModuleType:
+    """The module of the method `name`; a name that ends in `.py` is the path of a user's own method.
+
+    Raises InputError with the nearest name and the list when there is none.
+    """
+    check(kind, name)
+    if name.endswith(".py"):
+        return _load_file(Path(name))
+    return importlib.import_module(f"bdjax.{kind}.{name}")
+
+
+def _load_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    name = f"bdjax_user_{path.stem}_{abs(hash(path)):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} cannot be loaded as a Python module.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up here
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,1 @@
+"""What a person looks at: tables, the figure of a run, the progress bar."""

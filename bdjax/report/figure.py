@@ -1,0 +1,74 @@
+"""The picture of a run: what was planted, what was found, and how accuracy and ASR went."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> Path:
+    """Write a PNG: clean and triggered images, the learned perturbation, ACC and ASR by round.
+
+    Args: result: a result.json; arrays: its arrays.npz ("clean", "triggered" [n, H, W, C]; "perturbation"
+    [1, H, W, C] where the defense has one).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    clean, triggered = _unit(arrays["clean"]), _unit(arrays["triggered"])
+    labels, count = arrays["labels"], len(clean)
+    perturbation = arrays.get("perturbation")
+    rows = 2 + (perturbation is not None)
+    figure = plt.figure(figsize=(11, 1.45 * rows + 0.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+    axes = left.subplots(rows, count, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for column in range(count):
+        _show(axes[0, column], clean[column])
+        axes[0, column].set_title(f"class {labels[column]}", fontsize=8)
+        _show(axes[1, column], triggered[column])
+    axes[0, 0].set_ylabel("clean", fontsize=9)
+    axes[1, 0].set_ylabel("triggered", fontsize=9)
+    if perturbation is not None:
+        delta = perturbation[0]
+        peak = float(np.abs(delta).max()) or 1.0
+        _show(axes[2, 0], 0.5 + delta / (2 * peak))
+        axes[2, 0].set_ylabel("learned", fontsize=9)
+        axes[2, 0].set_title(f"δ, ±{peak:.2g}", fontsize=8)
+        for column in range(1, count):
+            _show(axes[2, column], np.clip(clean[column] + delta, 0, 1))
+            axes[2, column].set_title("image + δ", fontsize=8)
+    _curve(right.subplots(), result)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _curve(axis: Any, result: dict[str, Any]) -> None:
+    before, rounds = result["before"], result["rounds"]
+    steps = [0] + [row["step"] for row in rounds]
+    for name, label, colour in (("acc", "clean accuracy", "tab:blue"), ("asr", "attack success rate", "tab:red")):
+        values = [before[name]] + [row.get(name, np.nan) for row in rounds]
+        axis.plot(steps, 100 * np.array(values), color=colour, label=label, marker="o", markersize=3)
+    axis.set_ylim(-2, 102)
+    axis.set_xlabel("round of the defense (0: the victim)")
+    axis.set_ylabel("%")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center right", fontsize=8)
+    axis.set_title(
+        f"{result['attack']} on {result['dataset']} ({result['model']}), {result['defense']}, "
+        f"n={result['n_test']}, seed {result['seed']}",
+        fontsize=9,
+    )
+
+
+def _unit(images: np.ndarray) -> np.ndarray:
+    return images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
+
+
+def _show(axis: Any, image: np.ndarray) -> None:
+    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image[..., :3], cmap="gray", vmin=0, vmax=1)

@@ -1,0 +1,164 @@
+"""What crosses a boundary between two modules: array aliases with their shapes, and the records.
+
+Images are NHWC everywhere. At every method's boundary they are float32 in [0, 1]; in storage and
+on the device they are uint8 (:func:`to_float` converts). Labels are int32. Nothing here imports bdjax.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NewType, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Images: TypeAlias = jax.Array
+"""float32 [N, H, W, C] in [0, 1] (uint8 [N, H, W, C] where a docstring says "stored")."""
+Labels: TypeAlias = jax.Array
+"""int32 [N], 0 <= label < classes."""
+Key: TypeAlias = jax.Array
+"""A typed JAX random key, as made by `jax.random.key`."""
+Variables: TypeAlias = Mapping[str, Any]
+"""{"params": pytree, "batch_stats": pytree}; params are float32."""
+Arrays: TypeAlias = Mapping[str, Any]
+"""Named arrays that belong to an attack: a trigger's pattern, mask, warp ..."""
+ArrayFile = NewType("ArrayFile", str)
+"""Path of a .png, .jpg or .npy file in a Config: a run reads it for the method and hashes its content."""
+
+
+def to_float(images: Any) -> Images:
+    """Stored images [..., H, W, C] as float32 in [0, 1]: uint8 is divided by 255, floats pass."""
+    images = jnp.asarray(images)
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+
+
+def to_uint8(images: Any) -> np.ndarray:
+    """Float images in [0, 1] as stored uint8: clipped, then rounded to the nearest k/255."""
+    return np.asarray(jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A labelled data set with its published split, as stored (uint8 NHWC, int32 labels)."""
+
+    name: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    classes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of one image."""
+        h, w, c = self.x_train.shape[1:]
+        return int(h), int(w), int(c)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over every pixel and label of both splits."""
+        digest = hashlib.sha256()
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(str((array.shape, array.dtype.name)).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A classifier as two pure functions.
+
+    `init(key) -> variables`.
+    `apply(variables, images, train=False, keys=None, axis_name=None) -> (logits, features, batch_stats)`
+    with float32 images [N, H, W, C] in [0, 1], float32 logits [N, classes], `features` a dict of every
+    stage's activations. `train` uses batch statistics and returns the updated running ones; `keys` [N],
+    one random key an image, switches dropout on; `axis_name` averages statistics over a mapped axis.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    classes: int
+    init: Callable[[Key], Variables]
+    apply: Callable[..., tuple[jax.Array, dict[str, jax.Array], Any]]
+
+    def logits(self, variables: Variables, images: Images) -> jax.Array:
+        """Evaluation-mode logits, float32 [N, classes]."""
+        return self.apply(variables, images)[0]
+
+
+class Watch:
+    """What a run may see of a method at work. Calls return nothing, so nothing measured flows back."""
+
+    def tick(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` steps of `stage` are over."""
+
+    def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
+        """`variables` as they are after round or epoch `step`, with any arrays worth showing."""
+
+
+@dataclass(frozen=True)
+class Poison:
+    """Training images that an attacker replaces: `images` are what stands at `indices`, labelled `labels`."""
+
+    indices: np.ndarray
+    """int32 [n], positions in the training set, ascending."""
+    images: np.ndarray
+    """[n, H, W, C]: uint8, or float32 in [0, 1] where the attack does not quantise."""
+    labels: np.ndarray
+    """int32 [n]."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an attacker holds: the training set, the model, the recipe, and a way to read a file."""
+
+    images: np.ndarray
+    """Stored uint8 [N, H, W, C]."""
+    labels: np.ndarray
+    """int32 [N]."""
+    model: Model
+    fit: Callable[[np.ndarray, np.ndarray, Key], Variables]
+    """`fit(images, labels, key) -> variables`: train the model by the user's recipe."""
+    read_array: Callable[[ArrayFile], np.ndarray]
+    """`read_array(path) -> array`: pictures uint8 [H, W, C], .npy as stored."""
+    watch: Watch = field(default_factory=Watch)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.model.classes
+
+
+@dataclass(frozen=True)
+class Backdoor:
+    """A planted backdoor: the model that carries it and what wakes it."""
+
+    attack: str
+    config: Any
+    variables: Variables
+    arrays: Arrays
+    poison: Poison | None = None
+
+
+@dataclass(frozen=True)
+class Victim:
+    """The suspicious model that a defender is handed."""
+
+    model: Model
+    variables: Variables
+
+
+@dataclass(frozen=True)
+class DefenderView:
+    """All that a defense may see beside the victim: clean images with labels. No poisoned image is in it."""
+
+    images: np.ndarray
+    """Stored uint8 [n, H, W, C]."""
+    labels: np.ndarray
+    """int32 [n]."""
+    watch: Watch = field(default_factory=Watch)
+
+
+Trigger: TypeAlias = Callable[[Images, Key], Images]
+"""A test-time trigger: float32 [N, H, W, C] in [0, 1] and a key -> the same shape and range."""
