@@ -10,11 +10,13 @@ ever stands under a final name:
 This is the only importer of Orbax.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         files = manifest["files"].items()
         version = manifest["format"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged or not ours ({type(error).__name__}: {error}). Restore or retrain it.") from None
+        raise InputError(
+            f"{path} is damaged or not ours ({type(error).__name__}: {error}). Restore or retrain it."
+        ) from None
     if version != FORMAT:
         raise InputError(f"{path} has format {version!r}; this version of bdjax reads format {FORMAT}.")
     for name, expected in files:
@@ -143,6 +147,16 @@ class EpochSaver:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the right to make `target`; another process waits here. A killed holder lets go by itself."""
+    lock = Path(target).with_name(f".{Path(target).name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -174,7 +188,9 @@ def _load(path: Path, like: Any) -> Any:
         return ocp.load(path.absolute(), like)
     except (ValueError, KeyError, FileNotFoundError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} does not hold this model's arrays ({first}). Is it of another model or version?") from None
+        raise InputError(
+            f"{path} does not hold this model's arrays ({first}). Is it of another model or version?"
+        ) from None
 
 
 def _partial(target: Path) -> Path:

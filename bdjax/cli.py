@@ -141,17 +141,15 @@ def _run(argv: list[str]) -> None:
 def _train(argv: list[str]) -> None:
     (attack,), rest = _names(argv, "train", ("attacks",))
     options = _parse("train", (attack,), rest, _Plant, attack=attack, fit=True)
-    from bdjax import checkpoint, run
+    from bdjax import checkpoint, run, victim
     from bdjax.experiment import Experiment
 
-    experiment = Experiment(
-        attack, None, options.dataset, options.model, options.seed, options.attack, fit=options.fit
-    )
+    experiment = Experiment(attack, None, options.dataset, options.model, options.seed, options.attack, fit=options.fit)
     with _ready(options) as context:
         directory = options.out or run.victim_directory_of(experiment, options.root)
         if options.force:
             _remove_run(directory)
-        run.train(experiment, directory, context)
+        victim.train(experiment, directory, context)
     manifest = checkpoint.read_manifest(directory)
     summary = {"directory": str(directory), **{k: manifest[k] for k in ("hash", "model", "seed", "seconds", "attack")}}
     _say(f"victim: {directory}\nnext:   bdjax evaluate {directory}\n        bdjax defend {directory} ibau")
@@ -328,7 +326,7 @@ def _ready(options: Any) -> Iterator[Any]:
     """Everything a computing command needs around it: the compilation cache, a progress bar, a Context."""
     _prepare_jax()
     from bdjax.report.progress import bar
-    from bdjax.run import Context
+    from bdjax.victim import Context
 
     with bar() as tick:
         yield Context(getattr(options, "devices", 0), tick)

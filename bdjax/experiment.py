@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from bdjax import registry
 from bdjax.engine import FitConfig
 from bdjax.errors import InputError
@@ -64,7 +66,9 @@ class Experiment:
 
 def demo(seed: int = 0) -> Experiment:
     """What `bdjax demo` runs: BadNets on handwritten digits, cleaned by I-BAU."""
-    return Experiment("badnets", "ibau", seed=seed)
+    # 398 clean images: batches of 8 keep the release's 50 batches a round, 250 steps in all
+    settings = config_of("defenses", "ibau")(batch_size=8)
+    return Experiment("badnets", "ibau", seed=seed, defense_config=settings, fit=FitConfig(epochs=12))
 
 
 def config_of(kind: str, name: str) -> type:
@@ -94,6 +98,12 @@ def run_record(experiment: Experiment, victim_hash: str) -> dict[str, Any]:
     }
 
 
+def stream(seed: int, name: Literal["attack", "defense", "split", "evaluate"]) -> jax.Array:
+    """The random key of one purpose of a run; purposes do not share numbers."""
+    place = ("attack", "defense", "split", "evaluate").index(name)
+    return jax.random.fold_in(jax.random.key(seed), place)
+
+
 def digest(record: Any) -> str:
     """sha256 of the canonical JSON of `record`: sorted keys, no spaces, shortest floats."""
     return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -110,7 +120,9 @@ def from_json(kind: type, values: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(kind)
     unknown = set(values) - {f.name for f in dataclasses.fields(kind)}
     if unknown:
-        raise InputError(f"{kind.__module__}.Config has no field {', '.join(sorted(unknown))}; it is of another version.")
+        raise InputError(
+            f"{kind.__module__}.Config has no field {', '.join(sorted(unknown))}; it is of another version."
+        )
 
     def back(name: str, value: Any) -> Any:
         if isinstance(value, list):
@@ -137,5 +149,3 @@ def _file_hash(path: str) -> str:
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}.")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-

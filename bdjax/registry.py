@@ -44,11 +44,14 @@ def load(kind: str, name: str) -> ModuleType:
     """
     check(kind, name)
     if name.endswith(".py"):
-        return _load_file(Path(name))
+        return load_file(Path(name))
     return importlib.import_module(f"bdjax.{kind}.{name}")
 
 
-def _load_file(path: Path) -> ModuleType:
+def load_file(path: Path) -> ModuleType:
+    """A Python file as a module; the same file gives the same module. Raises InputError when there is none."""
+    if not path.is_file():
+        raise InputError(f"no such file: {path}.")
     path = path.resolve()
     name = f"bdjax_user_{path.stem}_{abs(hash(path)):x}"
     if name in sys.modules:

@@ -37,7 +37,9 @@ class PoisonConfig:
 def check_target(config: PoisonConfig, classes: int) -> None:
     """Raise InputError when the target is not one of `classes` labels."""
     if config.target >= classes and config.labels != "all_to_all":
-        raise InputError(f"attack.target={config.target}, but the labels go from 0 to {classes - 1}. Use --attack.target.")
+        raise InputError(
+            f"attack.target={config.target}, but the labels go from 0 to {classes - 1}. Use --attack.target."
+        )
 
 
 def select(config: PoisonConfig, labels: np.ndarray, key: Key) -> np.ndarray:

@@ -17,8 +17,8 @@ ASR is of held-out images (the release patches the unlearning images). Algorithm
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,45 +29,49 @@ import optax
 from bdjax.engine import parallel, run_epoch
 from bdjax.errors import InputError
 from bdjax.hypergrad import SOLVERS, hypergradient, solver
-from bdjax.types import DefenderView, Images, Key, Model, Variables, Victim, to_float
+from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
+
+
+def _by_schedule() -> Any:
+    return field(default=None)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The procedure. Fields that say "release ..., paper ..." are filled in from `schedule` when None."""
+    """The procedure. A field that says "release ..., paper ..." takes its schedule's value when it is left out."""
 
     schedule: Literal["release", "paper"] = "release"
     """The official release's procedure, or Algorithm 1."""
-    rounds: int | None = None
+    rounds: int = _by_schedule()
     """Times that δ is found anew; release 5 (script default), paper 100 (its GTSRB tables)."""
-    batch_size: int | None = None
+    batch_size: int = _by_schedule()
     """Images a batch, in their given order; 0: all in one. Release 100, paper 0."""
-    inner_labels: Literal["predicted", "true"] | None = None
+    inner_labels: Literal["predicted", "true"] = _by_schedule()
     """Labels that the ascent moves away from; release predicted (by the current θ), paper true."""
-    inner_data: Literal["batch", "all"] | None = None
+    inner_data: Literal["batch", "all"] = _by_schedule()
     """What one ascent step sees; release one batch, paper all images."""
-    inner_steps: int | None = None
+    inner_steps: int = _by_schedule()
     """Ascent steps T; 0: one for each batch. Release 0, paper 10."""
-    inner_optimizer: Literal["sgd", "adam"] | None = None
+    inner_optimizer: Literal["sgd", "adam"] = _by_schedule()
     """Of δ, started anew each round; sgd in both (the release's GTSRB notebook: adam, inner_lr 1)."""
-    inner_lr: float | None = None
+    inner_lr: float = _by_schedule()
     """Step α; release 10, paper 0.1."""
-    penalty: float | None = None
+    penalty: float = _by_schedule()
     """Weight of ‖δ‖² in g; release 0.001, paper 0."""
     norm_bound: float = 10.0
     """C, L2 bound of δ in pixel units of [0, 1], imposed once after the ascent; inf: none, as in the
     release's command-line script (its notebooks and the paper use 10)."""
-    clamp: bool | None = None
+    clamp: bool = _by_schedule()
     """Clip x + δ to [0, 1]; release no (CIFAR-10; its GTSRB notebook clips), paper yes."""
-    patched_fraction: float | None = None
+    patched_fraction: float = _by_schedule()
     """Share of a batch that carries δ in the outer loss (at least one image); release 0.01, paper 1."""
-    outer_steps: int | None = None
+    outer_steps: int = _by_schedule()
     """θ steps on one δ, cycling through the batches; 0: one for each batch. Release 0, paper 1."""
-    hessian_data: Literal["first_batch", "same_batch"] | None = None
+    hessian_data: Literal["first_batch", "same_batch"] = _by_schedule()
     """Which batch the inner objective in the hypergradient is of; release the first, paper the outer one."""
-    outer_optimizer: Literal["adam", "sgd"] | None = None
+    outer_optimizer: Literal["adam", "sgd"] = _by_schedule()
     """Of θ, kept across rounds; release adam, paper sgd."""
-    outer_lr: float | None = None
+    outer_lr: float = _by_schedule()
     """Step β; release 1e-3, paper 0.1."""
     batch_norm: Literal["frozen", "batch"] = "frozen"
     """Statistics: the stored ones (the release runs in eval mode; scale and shift are trained), or the batch's."""
@@ -109,31 +113,32 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     Returns: the cleaned variables; the watch is shown them and δ (float32 [1, H, W, C]) after each round.
     """
     batches = _batches(len(view.labels), config.batch_size or len(view.labels), parallel.count())
-    steps, model = _programs(victim.model, _static(config)), victim.model
+    number, size = batches["index"].shape
+    model, stats = victim.model, victim.variables["batch_stats"]
+    inner, outer = _steps(model, _Static(**{name: getattr(config, name) for name in _Static._fields}))
     shared = {
         "images": jnp.asarray(view.images),
         "labels": jnp.asarray(view.labels),
-        "first": {"index": batches["index"][0], "weight": batches["weight"][0]},
+        "first": jax.tree.map(lambda leaf: leaf[0], {name: batches[name] for name in _SPLIT}),
         "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
-        "batch_stats": victim.variables["batch_stats"],
+        "batch_stats": stats,
     }
-    params = victim.variables["params"]
-    outer = {"params": jax.tree.map(jnp.copy, params), "opt": _direction(config.outer_optimizer).init(params)}
+    state = {"params": jax.tree.map(jnp.copy, victim.variables["params"])}
+    state["opt"] = _direction(config.outer_optimizer).init(state["params"])
     for round_ in range(config.rounds):
-        key_outer = jax.random.fold_in(key, round_)
-        tick = _ticker(view, round_, config.rounds)
-        delta = _ascend(config, steps, model, batches, {**shared, "params": outer["params"]}, tick)
-        which = _cycle(config.outer_steps or len(batches["index"]), len(batches["index"]))
-        count = max(1, int(config.patched_fraction * batches["index"].shape[1]))
-        patched = _patched(batches["weight"][which], count, key_outer)
-        split = {**_take(batches, which), "patched": patched}
-        outer, _ = run_epoch(steps.outer, outer, split, {}, {**shared, "delta": delta}, tick=tick)
-        variables = {"params": outer["params"], "batch_stats": shared["batch_stats"]}
-        view.watch.observe(round_ + 1, jax.tree.map(jnp.copy, variables), perturbation=delta)
-    return {"params": outer["params"], "batch_stats": shared["batch_stats"]}
+        tick = partial(view.watch.tick, f"I-BAU round {round_ + 1} of {config.rounds}")
+        delta = _ascend(config, inner, model.shape, batches, {**shared, "params": state["params"]}, tick)
+        which = np.arange(config.outer_steps or number) % number
+        split = {name: batches[name][which] for name in _SPLIT}
+        count = max(1, int(config.patched_fraction * size))
+        split["patched"] = _patched(split["weight"], count, jax.random.fold_in(key, round_))
+        state, _ = run_epoch(outer, state, split, {}, {**shared, "delta": delta}, tick=tick)
+        view.watch.observe(round_ + 1, {"params": state["params"], "batch_stats": stats}, perturbation=delta)
+    return {"params": state["params"], "batch_stats": stats}
 
 
 _DYNAMIC = ("inner_lr", "penalty", "outer_lr", "solver_step", "ridge")  # other values compile nothing new
+_SPLIT = ("index", "weight")
 
 
 class _Static(NamedTuple):
@@ -149,107 +154,89 @@ class _Static(NamedTuple):
     solver_iterations: int
 
 
-class _Programs(NamedTuple):
-    inner: Callable
-    outer: Callable
+@lru_cache(maxsize=32)
+def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
+    """The inner and the outer step, in the engine's form (see :mod:`bdjax.engine.parallel`)."""
+
+    def entropy(delta: jax.Array, params: Any, shared: Any, split: Any, axis: str | None, labels: Any = None):
+        """This device's share of CE(f(x + δ), y); the weights of a batch sum to one over all devices."""
+        images = to_float(shared["images"][split["index"]]) + delta
+        images = jnp.clip(images, 0, 1) if static.clamp else images
+        variables = {"params": params, "batch_stats": shared["batch_stats"]}
+        logits = model.apply(variables, images, static.batch_norm == "batch", None, axis)[0]
+        labels = shared["labels"][split["index"]] if labels is None else labels
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return (losses * split["weight"]).sum(), logits
+
+    def g(delta: jax.Array, params: Any, shared: Any, split: Any, axis: str | None, labels: Any = None) -> jax.Array:
+        """This device's share of the inner objective −CE + penalty ‖δ‖²."""
+        penalty = shared["hyper"]["penalty"] * (delta**2).sum() / parallel.size(axis)
+        return penalty - entropy(delta, params, shared, split, axis, labels)[0]
+
+    def inner(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
+        """Gather this batch's gradient; step δ when the last batch of a step is in."""
+        labels, params = None, shared["params"]
+        if static.inner_labels == "predicted":
+            labels = entropy(jnp.zeros_like(state["delta"]), params, shared, split, axis)[1].argmax(-1)
+        value, gradient = jax.value_and_grad(g)(state["delta"], params, shared, split, axis, labels)
+        value, gradient = parallel.total((value, gradient), axis)
+        gathered = state["gathered"] + gradient * whole["share"]
+        update, opt = _direction(static.inner_optimizer).update(gathered, state["opt"])
+        delta = state["delta"] - shared["hyper"]["inner_lr"] * update
+        stepped = {"delta": delta, "opt": opt, "gathered": jnp.zeros_like(gathered)}
+        waiting = {**state, "gathered": gathered}
+        return jax.tree.map(partial(jnp.where, whole["steps"]), stepped, waiting), {"g": value}
+
+    def outer(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
+        """One hypergradient step of θ."""
+        hyper, inner_split = shared["hyper"], split
+        if static.hessian_data == "first_batch":
+            inner_split = jax.tree.map(partial(_own_part, axis=axis), shared["first"])
+        value, gradient = hypergradient(
+            lambda delta, params: g(delta, params, shared, inner_split, axis),
+            lambda delta, params: entropy(
+                jnp.where(split["patched"][:, None, None, None], delta, 0), params, shared, split, axis
+            )[0],
+            shared["delta"],
+            state["params"],
+            solver(static.solver, static.solver_iterations, hyper["solver_step"], hyper["ridge"]),
+            partial(parallel.total, axis=axis),
+        )
+        update, opt = _direction(static.outer_optimizer).update(gradient, state["opt"])
+        params = jax.tree.map(lambda p, u: p - hyper["outer_lr"] * u, state["params"], update)
+        return {"params": params, "opt": opt}, {"loss": value}
+
+    return inner, outer
 
 
-def _static(config: Config) -> _Static:
-    return _Static(**{name: getattr(config, name) for name in _Static._fields})
+def _ascend(config: Config, step: Callable, shape: tuple, batches: Any, shared: Any, tick: Callable) -> jax.Array:
+    """δ float32 [1, H, W, C] of this round: T steps from zero, then one projection."""
+    number = len(batches["index"])
+    passes = number if config.inner_data == "all" else 1  # batches that one step gathers
+    total = (config.inner_steps or number) * passes
+    which = np.arange(total) % number
+    whole = {
+        "steps": jnp.arange(1, total + 1) % passes == 0,
+        # a batch's weights sum to one; over a full pass each batch counts by its images
+        "share": batches["images"][which] / batches["images"].sum() if passes > 1 else jnp.ones(total),
+    }
+    delta = jnp.zeros((1, *shape))
+    state = {"delta": delta, "opt": _direction(config.inner_optimizer).init(delta), "gathered": jnp.zeros_like(delta)}
+    split = {name: batches[name][which] for name in _SPLIT}
+    delta = run_epoch(step, state, split, whole, shared, tick=tick)[0]["delta"]
+    return delta * jnp.minimum(1, config.norm_bound / jnp.maximum(jnp.linalg.norm(delta), 1e-12))
 
 
 def _direction(optimizer: str) -> optax.GradientTransformation:
     return optax.scale_by_adam() if optimizer == "adam" else optax.identity()
 
 
-@lru_cache(maxsize=32)
-def _programs(model: Model, static: _Static) -> _Programs:
-    def losses(params: Any, shared: Any, images: Images, delta: jax.Array, axis: str | None) -> jax.Array:
-        """Logits of images + delta."""
-        stamped = images + delta
-        stamped = jnp.clip(stamped, 0, 1) if static.clamp else stamped
-        variables = {"params": params, "batch_stats": shared["batch_stats"]}
-        return model.apply(variables, stamped, static.batch_norm == "batch", None, axis)[0]
-
-    def entropy(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Array:
-        return (optax.softmax_cross_entropy_with_integer_labels(logits, labels) * weight).sum()
-
-    def batch(shared: Any, split: Any) -> tuple[Images, jax.Array]:
-        return to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
-
-    def g(delta: jax.Array, params: Any, shared: Any, split: Any, labels: jax.Array | None, axis: str | None):
-        """The penalised inner objective, this device's share of it."""
-        images, true = batch(shared, split)
-        logits = losses(params, shared, images, delta, axis)
-        penalty = shared["hyper"]["penalty"] * (delta**2).sum() / parallel.size(axis)
-        return penalty - entropy(logits, true if labels is None else labels, split["weight"])
-
-    def inner(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        """Gather this batch's gradient; step δ when the last batch of a step is in."""
-        labels = None
-        if static.inner_labels == "predicted":
-            images, _ = batch(shared, split)
-            labels = losses(shared["params"], shared, images, jnp.zeros_like(state["delta"]), axis).argmax(-1)
-        value, gradient = jax.value_and_grad(g)(state["delta"], shared["params"], shared, split, labels, axis)
-        value, gradient = parallel.total((value, gradient), axis)
-        gathered = state["gathered"] + gradient * whole["share"]
-        update, opt = _direction(static.inner_optimizer).update(gathered, state["opt"])
-        stepped = {
-            "delta": state["delta"] - shared["hyper"]["inner_lr"] * update,
-            "opt": opt,
-            "gathered": jnp.zeros_like(gathered),
-        }
-        waiting = {**state, "gathered": gathered}
-        return jax.tree.map(lambda a, b: jnp.where(whole["steps"], a, b), stepped, waiting), {"g": value}
-
-    def outer(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        """One hypergradient step of θ."""
-        images, labels = batch(shared, split)
-        hyper = shared["hyper"]
-        first = shared["first"]
-        if static.hessian_data == "first_batch" and axis is not None:
-            part = first["index"].shape[0] // parallel.size(axis)
-            start = jax.lax.axis_index(axis) * part
-            first = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, part), first)
-        source = first if static.hessian_data == "first_batch" else split
-
-        def outer_loss(delta: jax.Array, params: Any) -> jax.Array:
-            delta = jnp.where(split["patched"][:, None, None, None], delta, 0)
-            return entropy(losses(params, shared, images, delta, axis), labels, split["weight"])
-
-        value, gradient = hypergradient(
-            lambda delta, params: g(delta, params, shared, source, None, axis),
-            outer_loss,
-            shared["delta"],
-            state["params"],
-            solver(static.solver, static.solver_iterations, hyper["solver_step"], hyper["ridge"]),
-            lambda tree: parallel.total(tree, axis),
-        )
-        update, opt = _direction(static.outer_optimizer).update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - hyper["outer_lr"] * u, state["params"], update)
-        return {"params": params, "opt": opt}, {"loss": value}
-
-    return _Programs(inner, outer)
-
-
-def _ascend(config: Config, steps: _Programs, model: Model, batches: Any, shared: Any, tick: Callable) -> jax.Array:
-    """δ float32 [1, H, W, C] of this round: T steps from zero, then one projection."""
-    number = len(batches["index"])
-    passes = number if config.inner_data == "all" else 1  # batches that one step gathers
-    total = (config.inner_steps or number) * passes
-    which = _cycle(total, number)
-    whole = {
-        "steps": jnp.arange(1, total + 1) % passes == 0,
-        # a batch's weights sum to one; over a full pass each batch counts by its images
-        "share": batches["images"][which] / batches["images"].sum() if passes > 1 else jnp.ones(total),
-    }
-    delta = jnp.zeros((1, *model.shape))
-    state = {"delta": delta, "opt": _direction(config.inner_optimizer).init(delta), "gathered": jnp.zeros_like(delta)}
-    state, _ = run_epoch(steps.inner, state, _split(batches, which), whole, shared, tick=tick)
-    delta = state["delta"]
-    if np.isinf(config.norm_bound):
-        return delta
-    return delta * jnp.minimum(1.0, config.norm_bound / jnp.maximum(jnp.linalg.norm(delta), 1e-12))
+def _own_part(leaf: jax.Array, axis: str | None) -> jax.Array:
+    """This device's share of a batch that every device was given whole."""
+    if axis is None:
+        return leaf
+    part = leaf.shape[0] // parallel.size(axis)
+    return jax.lax.dynamic_slice_in_dim(leaf, jax.lax.axis_index(axis) * part, part)
 
 
 def _batches(total: int, size: int, devices: int) -> dict[str, jax.Array]:
@@ -270,17 +257,6 @@ def _batches(total: int, size: int, devices: int) -> dict[str, jax.Array]:
     }
 
 
-def _cycle(steps: int, number: int) -> np.ndarray:
-    return np.arange(steps) % number
-
-
-def _split(batches: Any, which: np.ndarray) -> dict[str, jax.Array]:
-    return {name: batches[name][which] for name in ("index", "weight")}
-
-
-_take = _split
-
-
 def _patched(weight: jax.Array, count: int, key: Key) -> jax.Array:
     """Exactly `count` images of each batch (all, if it has fewer), drawn at random: bool [batches, size]."""
     score = jnp.where(weight > 0, jax.random.uniform(key, weight.shape), -1)
@@ -288,24 +264,15 @@ def _patched(weight: jax.Array, count: int, key: Key) -> jax.Array:
     return (rank < count) & (weight > 0)
 
 
-def _ticker(view: DefenderView, round_: int, rounds: int) -> Callable[[int, int], None]:
-    return lambda done, total: view.watch.tick(f"I-BAU round {round_ + 1} of {rounds}", done, total)
-
-
 def _check(config: Config) -> None:
-    def refuse(name: str, what: str) -> None:
-        raise InputError(f"defense.{name} must be {what}, got {getattr(config, name)}.")
-
-    for name in ("rounds", "solver_iterations"):
-        if getattr(config, name) < 1:
-            refuse(name, "at least 1")
-    for name in ("batch_size", "inner_steps", "outer_steps", "penalty", "ridge"):
-        if getattr(config, name) < 0:
-            refuse(name, "zero or more")
-    for name in ("inner_lr", "outer_lr", "solver_step", "norm_bound"):
-        if not getattr(config, name) > 0:
-            refuse(name, "positive")
-    if not 0 < config.patched_fraction <= 1:
-        refuse("patched_fraction", "in (0, 1]")
-    if config.solver not in SOLVERS:
-        refuse("solver", f"one of {', '.join(SOLVERS)}")
+    rules: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+        (("rounds", "solver_iterations"), "at least 1", lambda v: v >= 1),
+        (("batch_size", "inner_steps", "outer_steps", "penalty", "ridge"), "zero or more", lambda v: v >= 0),
+        (("inner_lr", "outer_lr", "solver_step", "norm_bound"), "positive", lambda v: v > 0),
+        (("patched_fraction",), "in (0, 1]", lambda v: 0 < v <= 1),
+        (("solver",), f"one of {', '.join(SOLVERS)}", lambda v: v in SOLVERS),
+    )
+    for names, what, holds in rules:
+        for name in names:
+            if not holds(getattr(config, name)):
+                raise InputError(f"defense.{name} must be {what}, got {getattr(config, name)!r}.")

@@ -15,12 +15,12 @@ _spans: list[tuple[float, float]] = []  # disjoint (begin, end) spent tracing, l
 _programs = [0]
 
 
-def _listen(event: str, duration: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     if event not in _EVENTS:
         return
     _programs[0] += event == _EVENTS[-1]
     end = time.perf_counter()
-    begin = end - duration
+    begin = end - duration_secs
     while _spans and _spans[-1][0] >= begin:  # an inner function's tracing is part of the outer's
         _spans.pop()
     _spans.append((max(begin, _spans[-1][1]) if _spans else begin, end))

@@ -26,4 +26,6 @@ def predict(model: Model, variables: Variables, images: np.ndarray, batch_size: 
 
 @lru_cache(maxsize=64)
 def _step(model: Model):
-    return jax.jit(lambda variables, images: jnp.argmax(model.logits(variables, to_float(images)), -1).astype(jnp.int32))
+    return jax.jit(
+        lambda variables, images: jnp.argmax(model.logits(variables, to_float(images)), -1).astype(jnp.int32)
+    )

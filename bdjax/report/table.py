@@ -1,6 +1,51 @@
 """Tables: one run for a terminal; a directory of runs as mean, std and n beside the papers' numbers."""
 
-from typing import Any
+import csv
+import io
+import json
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from bdjax.errors import InputError
+
+_RATES = {  # column -> heading and place in a result
+    "acc_before": ("ACC before", "before", "acc"),
+    "asr_before": ("ASR before", "before", "asr"),
+    "acc_after": ("ACC after", "after", "acc"),
+    "asr_after": ("ASR after", "after", "asr"),
+    "asr_after_incl_target": ("ASR after, incl. target", "after", "asr_with_target"),
+}
+_PRINTED = tuple(_RATES)[:4]  # what a paper's rows give
+_NAMES = ("attack", "defense", "dataset", "model")
+_SETTING = ("paper", "table", "dataset", "model", "attack", "attack_setting")  # columns of the papers' tables
+_COLUMNS = (*_SETTING, "defense", "defense_setting", "metric", "value", "std", "note")
+_DEFAULT = "experiments/papers"
+_WIDTH = 160  # of the text
+_LEFT = ("label", "dataset", "model", "hardware")
+
+
+@dataclass
+class _Row:
+    names: list[str]
+    label: str
+    scale: str = ""
+    query: dict[str, Any] | None = None  # which rows of the papers' tables belong to it
+    planned: set[int] = field(default_factory=set)
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    paper: dict[str, tuple[str, str]] = field(default_factory=dict)  # column -> value and std as printed
+
+    def all(self, name: str) -> list[Any]:
+        return [run[name] for run in self.runs.values()]
+
+    def count(self) -> str:
+        seeds = self.planned | set(self.all("seed"))
+        return f"{len(self.runs)}/{len(seeds)}" if len(self.runs) < len(seeds) else str(len(self.runs))
 
 
 def one(result: dict[str, Any]) -> str:
@@ -13,9 +58,267 @@ def one(result: dict[str, Any]) -> str:
         f"{'clean accuracy, %':26s}{100 * before['acc']:9.2f}{100 * after['acc']:9.2f}   n = {result['n_test']}",
         f"{'attack success rate, %':26s}{100 * before['asr']:9.2f}{100 * after['asr']:9.2f}   n = {result['n_asr']}",
         "",
-        f"seconds: attack {seconds['attack']:.1f}, defense {seconds['defense']:.1f}, compilation {seconds['compile']:.1f}",
+        f"seconds: attack {seconds['attack']:.1f}, defense {seconds['defense']:.1f}, "
+        f"compilation {seconds['compile']:.1f}",
         f"peak memory: {result['peak_memory_bytes'] / 2**20:.0f} MiB ({result['peak_memory_of']}), "
         f"{result['env']['device']} x {result['env']['devices']}",
         f"defender's clean images: {result['n_defender']}",
     ]
     return "\n".join(rows)
+
+
+def report(directory: Path, form: Literal["text", "csv", "markdown"] = "text", papers: Path | None = None) -> str:
+    """The runs below `directory` as a table: a row per cell of a sweep, or per configuration without its seed.
+
+    Args:
+      directory: searched for result.json, and for the cells.json of sweeps, whose unfinished cells get a row too.
+      form: text for 160 columns; markdown; csv with percent in full precision and empty fields for what is missing.
+      papers: folder of the papers' CSV tables; default experiments/papers of the checkout or the current directory.
+
+    Raises:
+      InputError: nothing to report, a damaged file, one cell with results of several configurations, or a paper
+        filter that finds no value or several.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"no such directory: {directory}. Give the --out of a sweep, or a folder with runs.")
+    sweeps = {path.parent: _read(path, _sweep) for path in sorted(directory.rglob("cells.json"))}
+    runs = {path: _read(path, _run) for path in sorted(directory.rglob("result.json"))}
+    if not runs and not sweeps:
+        raise InputError(f"{directory} holds no result.json and no cells.json. Run `bdjax sweep` or `bdjax run` first.")
+    rows = _rows(sweeps, runs)
+    tables = _tables(papers) if any(row.query for row in rows) else []
+    for row in rows:
+        row.paper = _printed(row.query, tables) if row.query else {}
+    if form == "csv":
+        return _csv(rows)
+    titles = [sweep["title"] for sweep in sweeps.values()]
+    notes = _notes(rows, list(sweeps.values()), len(runs) - sum(len(row.runs) for row in rows))
+    return (_markdown if form == "markdown" else _text)(rows, titles, notes)
+
+
+def _read(path: Path, parse: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Remove it and run again.") from None
+
+
+def _sweep(value: Any) -> dict[str, Any]:
+    rows = {}
+    for cell in value["cells"]:
+        index, label, scale, query = _cell(cell)
+        rows[index, label, scale] = _Row(
+            [str(cell[k]) for k in _NAMES], label, scale, query, set(map(int, cell["seeds"]))
+        )
+    return {"file": str(value["file"]), "title": str(value["title"]), "rows": rows}
+
+
+def _run(value: Any) -> dict[str, Any]:
+    """What the tables need of a result.json, flat; rates in percent."""
+    parts = {"attack": "attack_config", "defense": "defense_config", "fit": "fit", "split": "split"}
+    config = {f"{part}.{name}": field for part, key in parts.items() for name, field in value[key].items()}
+    config |= {name: int(value[name]) for name in ("n_test", "n_defender")}
+    names, env = [str(value[name]) for name in _NAMES], value["env"]
+    return {
+        **{name: 100 * float(value[phase][key]) for name, (_, phase, key) in _RATES.items()},
+        "names": names,
+        "config": config,  # all that decides the numbers but the seed, named as the command line's flags
+        "key": json.dumps([names, config], sort_keys=True),
+        "hash": str(value["config_hash"]),
+        "cell": _cell(value["cell"]) if value.get("cell") else None,
+        "seed": int(value["seed"]),
+        "n_test": int(value["n_test"]),
+        "n_asr": int(value["n_asr"]),
+        "seconds": float(value["seconds"]["defense"]),
+        "mib": float(value["peak_memory_bytes"]) / 2**20,
+        "mib_of": str(value["peak_memory_of"]),
+        "hardware": f"{env['device']} x {env['devices']}",
+        "software": f"bdjax {env.get('bdjax')} ({str(env.get('commit'))[:12]}), jax {env.get('jax')}",
+    }
+
+
+def _cell(cell: Any) -> tuple[int, str, str, dict[str, Any] | None]:
+    return int(cell["index"]), str(cell["label"]), str(cell.get("scale") or ""), dict(cell.get("paper") or {}) or None
+
+
+def _rows(sweeps: dict[Path, Any], runs: dict[Path, Any]) -> list[_Row]:
+    rows: dict[Any, _Row] = {(home, *key): row for home, sweep in sweeps.items() for key, row in sweep["rows"].items()}
+    first: dict[Any, Path] = {}
+    for path, run in runs.items():
+        home = next((parent for parent in path.parents if parent in sweeps), None)
+        if run["cell"]:
+            index, label, scale, query = run["cell"]
+            key = (home, index, label, scale)
+            label += " (not in cells.json)" if home else ""
+        else:
+            key, label, scale, query = run["key"], " -> ".join(run["names"][:2]), "", None
+        row = rows.setdefault(key, _Row(run["names"], label, scale, query))
+        earlier = first.setdefault(key, path)
+        if runs[earlier]["key"] != run["key"]:
+            raise InputError(
+                f"{earlier} and {path} belong to the cell {label!r} but differ in their configurations "
+                f"({_differ([runs[earlier]['config'], run['config']]) or 'names'}). "
+                "Remove the outdated results, or sweep into another --out."
+            )
+        row.names = run["names"]
+        row.runs.setdefault(run["hash"], run)
+    loose = {key: row for key, row in rows.items() if isinstance(key, str)}
+    for key, row in loose.items():  # two configurations of one name are told apart by what differs
+        config = runs[first[key]]["config"]
+        if differ := _differ([config, *(runs[first[k]]["config"] for k, r in loose.items() if r.names == row.names)]):
+            row.label += f" ({', '.join(f'{name}={config.get(name)}' for name in differ)})"
+    return list(rows.values())
+
+
+def _differ(configs: list[dict[str, Any]]) -> list[str]:
+    return [name for name in configs[0] if any(other.get(name) != configs[0][name] for other in configs)]
+
+
+def _tables(papers: Path | None) -> list[dict[str, str]]:
+    places = [Path(papers)] if papers else [Path(__file__).parents[2] / _DEFAULT, Path.cwd() / _DEFAULT]
+    for place in places:
+        rows: list[dict[str, str]] = []
+        for path in sorted(place.glob("*.csv")):
+            with open(path, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                if missing := set(_COLUMNS) - set(reader.fieldnames or ()):
+                    raise InputError(f"{path} lacks the columns {', '.join(sorted(missing))}. Give another --papers.")
+                rows += reader
+        if rows:
+            return rows
+    raise InputError(f"no CSV tables of papers in {' or '.join(map(str, places))}. Say where they are with --papers.")
+
+
+def _printed(query: dict[str, Any], tables: list[dict[str, str]]) -> dict[str, tuple[str, str]]:
+    """What the paper prints for the rows that `query` filters, and for the undefended model beside them."""
+    if unknown := set(query) - set(_COLUMNS):
+        raise InputError(f"paper filter {query} names no column: {', '.join(unknown)}. Use {', '.join(_COLUMNS)}.")
+    found: dict[str, dict[str, str]] = {}
+    for metric in ("ACC", "ASR"):
+        match = [r for r in tables if r["metric"] == metric and all(r[k] == str(v) for k, v in query.items())]
+        if len(match) > 1:
+            values = {name: sorted({r[name] for r in match}) for name in _COLUMNS[:8]}
+            text = "; ".join(f"{name}: {' | '.join(map(repr, some))}" for name, some in values.items() if len(some) > 1)
+            raise InputError(f"paper filter {query} finds {len(match)} {metric} values. Narrow it by {text}.")
+        found |= {f"{metric.lower()}_after": r for r in match}
+    if not found:
+        raise InputError(
+            f"paper filter {query} finds no ACC or ASR in the papers' tables. Compare it with their columns."
+        )
+    for metric in ("acc", "asr"):
+        own = found.get(f"{metric}_after") or next(iter(found.values()))
+        same = {name: own[name] for name in _SETTING} | {"defense": "none", "metric": metric.upper()}
+        match = [r for r in tables if all(r[name] == value for name, value in same.items())]
+        settings = {r["defense_setting"]: r for r in match}  # I-BAU Table 5 repeats the undefended row for each setting
+        if before := settings.get("") or settings.get(own["defense_setting"]):
+            found[f"{metric}_before"] = before
+    return {name: (found[name]["value"], found[name]["std"]) if name in found else ("", "") for name in _PRINTED}
+
+
+def _fields(row: _Row) -> dict[str, Any]:
+    """A row for a program: percent in full precision, "" for what is not there."""
+    fields: dict[str, Any] = {"label": row.label, **dict(zip(_NAMES, row.names, strict=True))}
+    fields |= {"runs": len(row.runs), "planned": len(row.planned) or ""}
+    for name in _RATES:
+        values = row.all(name)
+        fields[f"{name}_mean"] = float(np.mean(values)) if values else ""
+        fields[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else ""
+    fields["n_test"] = max(row.all("n_test"), default="")
+    fields["n_asr_min"], fields["n_asr_max"] = min(row.all("n_asr"), default=""), max(row.all("n_asr"), default="")
+    fields["seconds_mean"] = float(np.mean(row.all("seconds"))) if row.runs else ""
+    fields["peak_memory_mib"] = max(row.all("mib"), default="")
+    fields["peak_memory_of"], fields["hardware"] = _some(row.all("mib_of")), _some(row.all("hardware"))
+    for name in _PRINTED:
+        fields[f"paper_{name}"], fields[f"paper_{name}_std"] = row.paper.get(name, ("", ""))
+    return {**fields, "scale": row.scale}
+
+
+def _strings(row: _Row) -> dict[str, str]:
+    """A row for a person."""
+    f = _fields(row)
+    printed = {f"paper_{name}": _pair(*row.paper.get(name, ("", ""))) for name in _PRINTED}
+    label = f"{row.label} *" if row.scale else row.label
+    names = {"label": label, "dataset": row.names[2], "model": row.names[3], "runs": row.count(), **printed}
+    if not row.runs:
+        return names | dict.fromkeys([*_RATES, "n_test", "n_asr", "seconds", "mib", "hardware"], "missing")
+    return names | {
+        **{name: _pair(f"{f[f'{name}_mean']:.2f}", f[f"{name}_std"] and f"{f[f'{name}_std']:.2f}") for name in _RATES},
+        "n_test": str(f["n_test"]),
+        "n_asr": "-".join(map(str, sorted({f["n_asr_min"], f["n_asr_max"]}))),
+        "seconds": f"{f['seconds_mean']:.1f}",
+        "mib": f"{f['peak_memory_mib']:.0f}",
+        "hardware": f["hardware"],
+    }
+
+
+def _pair(mean: str, std: str) -> str:
+    return f"{mean} ± {std}" if std else mean
+
+
+def _some(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def _notes(rows: list[_Row], sweeps: list[dict[str, Any]], twice: int) -> list[str]:
+    notes = [f"* {row.label}: {row.scale}" for row in rows if row.scale]
+    runs = [run for row in rows for run in row.runs.values()]
+    tests = ", ".join(str(n) for n in sorted({run["n_test"] for run in runs}))
+    notes += [
+        "Rates in percent: mean ± sample standard deviation over the runs, which differ in their seed; one run has no ±.",
+        f"n test = {tests or 'none yet'}: clean test images behind ACC. n ASR: triggered images behind ASR, which leaves "
+        "out images already of the target class; 'incl. target' counts them, as I-BAU's papers do.",
+        f"s: mean seconds of the defense without compilation. MiB: highest peak memory ({_some(r['mib_of'] for r in runs)}).",
+    ]
+    if any(row.paper for row in rows):
+        notes.append("paper: as printed there (experiments/papers); empty where nothing is printed.")
+    if any(not row.runs for row in rows):
+        notes.append("missing: planned, without a result yet.")
+    if twice:
+        notes.append(f"{twice} result.json of a run that is here already (same configuration and seed) not counted.")
+    for sweep in sweeps:
+        seeds = ",".join(map(str, sorted(set().union(*(row.planned for row in sweep["rows"].values())))))
+        notes.append(f"Made by: bdjax sweep {sweep['file']} --seeds {seeds}")
+    return [*notes, *([f"Software: {_some(run['software'] for run in runs)}"] if runs else [])]
+
+
+def _text(rows: list[_Row], titles: list[str], notes: list[str]) -> str:
+    headings = [heading.split(", ") for heading, *_ in _RATES.values()]
+    blocks = [[["cell", "  dataset, model"], ["runs"], *headings, ["n test", "n ASR"], ["s", "MiB"], ["hardware"]]]
+    for s in map(_strings, rows):
+        rates = [[s[name], s.get(f"paper_{name}", "")] for name in _RATES]
+        count = [s["runs"], "paper" if any(s[f"paper_{name}"] for name in _PRINTED) else ""]
+        hardware = textwrap.wrap(s["hardware"], 20)
+        cell = [s["label"], f"  {s['dataset']}, {s['model']}"]
+        blocks.append([cell, count, *rates, [s["n_test"], s["n_asr"]], [s["seconds"], s["mib"]], hardware])
+    widths = [max(len(line) for block in blocks for line in block[i]) for i in range(len(blocks[0]))]
+    widths[0] = min(widths[0], max(24, _WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
+    lines = []
+    for block in blocks:
+        block[0] = [part for line in block[0] for part in textwrap.wrap(line, widths[0], subsequent_indent="  ")]
+        for parts in zip_longest(*block, fillvalue=""):
+            lines.append("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
+        lines.append("-" * (sum(widths) + 2 * len(widths[1:])) if block is blocks[0] else "")
+    wrapped = [textwrap.fill(note, _WIDTH, subsequent_indent="  ") for note in notes]
+    return "\n".join([*(f"{title}\n" for title in titles), *lines, *wrapped])
+
+
+def _markdown(rows: list[_Row], titles: list[str], notes: list[str]) -> str:
+    columns = {"label": "cell", "dataset": "dataset", "model": "model", "runs": "runs"}
+    columns |= {name: heading for name, (heading, *_) in _RATES.items()}
+    columns |= {"n_test": "n test", "n_asr": "n ASR", "seconds": "s", "mib": "MiB", "hardware": "hardware"}
+    if any(row.paper for row in rows):
+        columns |= {f"paper_{name}": f"paper's {_RATES[name][0]}" for name in _PRINTED}
+    lines = [list(columns.values()), [":--" if name in _LEFT else "--:" for name in columns]]
+    lines += [[s[name].replace("|", "\\|").replace("*", "\\*") for name in columns] for s in map(_strings, rows)]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    marked = ["- " + note.replace("*", "\\*") for note in notes]
+    return "\n".join([*(f"**{title}**\n" for title in titles), *table, "", *marked])
+
+
+def _csv(rows: list[_Row]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(_fields(_Row([""] * 4, ""))), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(_fields, rows))
+    return out.getvalue().removesuffix("\n")

@@ -1,0 +1,47 @@
+"""The watch of a run: progress, a curve, and the last arrays that a method showed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.engine.clock import Clock
+from bdjax.types import Variables, Watch
+
+
+class Recorder(Watch):
+    """Turns what a method shows into progress, a curve, and the last arrays; its own time is not counted."""
+
+    def __init__(
+        self,
+        tick: Callable[[str, int, int], None],
+        clock: Clock | None = None,
+        measure: Callable[[Variables], dict[str, float]] | None = None,
+        lines: Path | None = None,
+    ) -> None:
+        self._tick, self._clock, self._measure, self._lines = tick, clock, measure, lines
+        self.rows: list[dict[str, Any]] = []
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def tick(self, stage: str, done: int, total: int) -> None:
+        self._tick(stage, done, total)
+
+    def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
+        with self._clock or Clock():
+            row: dict[str, Any] = {"step": step}
+            for name, value in arrays.items():
+                if jnp.ndim(value) == 0:
+                    row[name] = float(value)
+                else:
+                    self.arrays[name] = np.asarray(value)
+            if self._measure:
+                row |= self._measure(variables)
+        if self._clock:
+            row["seconds"] = self._clock.read()[0]
+        self.rows.append(row)
+        if self._lines:
+            with open(self._lines, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
