@@ -53,7 +53,7 @@ def write_model(
         partial.mkdir(parents=True)
         ocp.save(partial.absolute() / "variables", jax.tree.map(np.asarray, variables))
         for name, group in arrays.items():
-            np.savez(partial / f"{name}.npz", **{k: np.asarray(v) for k, v in group.items()})  # type: ignore[arg-type]
+            write_arrays(partial / f"{name}.npz", group)
         whole = {"format": FORMAT, **manifest, "files": _hashes(partial)}
         write_text(partial / MANIFEST, json.dumps(whole, indent=1, sort_keys=True) + "\n")
         os.rename(partial, directory)
@@ -98,6 +98,11 @@ def read_variables(directory: Path, like: Any) -> Any:
     Raises InputError when they are of another model.
     """
     return _load(Path(directory) / "variables", like)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Named arrays as an .npz file."""
+    np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
 
 
 def read_arrays(directory: Path, name: str) -> dict[str, np.ndarray]:

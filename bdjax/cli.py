@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -233,7 +233,7 @@ def _report(argv: list[str]) -> None:
     options = _parse("report", (argv[0],), argv[1:], _Report)
     from bdjax.report import table
 
-    form = "csv" if options.csv else "markdown" if options.markdown else "text"
+    form: Literal["text", "csv", "markdown"] = "csv" if options.csv else "markdown" if options.markdown else "text"
     _say(table.report(Path(argv[0]), form, options.papers))
 
 
@@ -362,9 +362,9 @@ def _remove_run(directory: Path) -> None:
     """Remove a run or model directory of ours; anything else is refused."""
     if not directory.exists():
         return
-    if not any((directory / name).exists() for name in ("config.json", "result.json", "manifest.json", "victim")):
-        if any(directory.iterdir()):
-            raise InputError(f"{directory} is not a bdjax run; it is left alone. Choose another --out.")
+    ours = any((directory / name).exists() for name in ("config.json", "result.json", "manifest.json", "victim"))
+    if not ours and any(directory.iterdir()):
+        raise InputError(f"{directory} is not a bdjax run; it is left alone. Choose another --out.")
     shutil.rmtree(directory)
 
 

@@ -20,8 +20,7 @@ class Evaluation:
     ) -> None:
         """`held_out`: leave the defender's images out of the test set (False: the whole test set counts)."""
         split, classes = experiment.split, len(data.classes)
-        self.model, pool = model, len(data.x_test if split.source == "test" else data.x_train)
-        self.clean_indices = clean_indices(split, pool, stream(experiment.seed, "split"))
+        self.model, self.clean_indices = model, clean_indices(split, data, experiment.seed)
         keep = np.ones(len(data.x_test), bool)
         if split.source == "test":
             self.clean_images, self.clean_labels = data.x_test[self.clean_indices], data.y_test[self.clean_indices]
@@ -52,17 +51,19 @@ class Evaluation:
         return {"clean": self.images[shown], "triggered": self.triggered[shown], "labels": self.labels[shown]}
 
 
-def clean_indices(split: SplitConfig, pool: int, key: jax.Array) -> np.ndarray:
-    """Positions of the defender's images in its source split of `pool` images, int32, ascending.
+def clean_indices(split: SplitConfig, data: Data, seed: int) -> np.ndarray:
+    """Positions of the defender's images in their source split, int32, ascending.
 
-    Raises InputError when nothing would be left to evaluate on.
+    Raises InputError when the split has too few, or nothing would be left to evaluate on.
     """
-    size = split.size or (pool // 2 if split.source == "test" else max(1, pool // 20))
-    if size >= pool + (split.source == "train"):
+    from_test = split.source == "test"
+    pool = len(data.x_test if from_test else data.x_train)
+    size = split.size or (pool // 2 if from_test else max(1, pool // 20))
+    if size > pool - from_test:
         raise InputError(
             f"split.size={size}, but the {split.source} split has {pool} images"
-            f"{' and some must be left to evaluate on' if split.source == 'test' else ''}. Use a smaller --split.size."
+            f"{' and some must be left to evaluate on' if from_test else ''}. Use a smaller --split.size."
         )
     if split.order == "given":
         return np.arange(size, dtype=np.int32)
-    return np.sort(np.asarray(jax.random.permutation(key, pool)[:size])).astype(np.int32)
+    return np.sort(np.asarray(jax.random.permutation(stream(seed, "split"), pool)[:size])).astype(np.int32)

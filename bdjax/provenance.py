@@ -11,13 +11,15 @@ from typing import Any
 import jax
 
 from bdjax import __version__
-from bdjax.engine import parallel
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "jaxopt", "orbax-checkpoint", "numpy")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit, hardware and date of this process, JSON-able."""
+def environment(devices: int = 0) -> dict[str, Any]:
+    """Versions, commit, hardware and date of this process, JSON-able.
+
+    `devices`: how many the run is mapped over, 0 for all.
+    """
     device = jax.local_devices()[0]
     return {
         "bdjax": __version__,
@@ -26,7 +28,7 @@ def environment() -> dict[str, Any]:
         **{name: metadata.version(name) for name in _PACKAGES},
         "platform": device.platform,
         "device": device.device_kind,
-        "devices": parallel.count(),
+        "devices": devices or jax.local_device_count(),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

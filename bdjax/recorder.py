@@ -27,9 +27,11 @@ class Recorder(Watch):
         self.arrays: dict[str, np.ndarray] = {}
 
     def tick(self, stage: str, done: int, total: int) -> None:
+        """Pass progress on."""
         self._tick(stage, done, total)
 
     def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
+        """Measure `variables` if asked to, add a row to the curve, keep the arrays."""
         with self._clock or Clock():
             row: dict[str, Any] = {"step": step}
             for name, value in arrays.items():

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from bdjax import checkpoint, datasets, registry
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
-from bdjax.evaluation import Evaluation
+from bdjax.evaluation import Evaluation, clean_indices
 from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, from_json, run_record, stream, to_json
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
@@ -62,7 +61,7 @@ def defend(
     before = evaluation.measure(variables)
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", record)
-    env = environment()
+    env = environment(context.devices)
     _write_json(directory / "env.json", env)
     lines = directory / "metrics.jsonl"
     lines.write_text("")
@@ -108,7 +107,7 @@ def defend(
         **(extra or {}),
     }
     pictures = {**evaluation.pictures(), **watch.arrays, "clean_indices": evaluation.clean_indices}
-    np.savez(directory / "arrays.npz", **pictures)
+    checkpoint.write_arrays(directory / "arrays.npz", pictures)
     purified = {
         **manifest,
         "kind": "purified",
@@ -180,6 +179,7 @@ def run(
         check_same(directory, finished.get("config_hash"), hashed)
         return finished, directory
     _check_unused(directory, hashed)
+    clean_indices(experiment.split, data, experiment.seed)  # refuse a bad split before hours of training
     train(experiment, victim, context, data)
     result = defend(
         victim,

@@ -84,7 +84,7 @@ def _train(experiment: Experiment, directory: Path, context: Context, data: Data
         **_describe(experiment, data),
         "seconds": {"attack": seconds, "compile": compiling},
         "curve": watch.rows,
-        "env": environment(),
+        "env": environment(context.devices),
     }
     checkpoint.write_model(directory, manifest, planted.variables, arrays)
     saver.clear()
@@ -111,6 +111,7 @@ def _describe(experiment: Experiment, data: Data) -> dict[str, Any]:
 def experiment_of(
     manifest: dict[str, Any], defense: str | None, defense_config: Any, split: SplitConfig | None, seed: int | None
 ) -> Experiment:
+    """The experiment that a manifest records, with the defense that is asked for now."""
     attack = manifest["attack"]
     return Experiment(
         attack=attack["name"],
@@ -126,6 +127,7 @@ def experiment_of(
 
 
 def load_model(manifest: dict[str, Any], directory: Path, data: Data) -> tuple[Model, Variables]:
+    """The model of a directory and its variables. Raises InputError when `data` is of another shape or class count."""
     shape, classes = tuple(manifest["shape"]), len(manifest["classes"])
     if data.shape != shape or len(data.classes) != classes:
         raise InputError(
@@ -148,6 +150,7 @@ def _portraits(experiment: Experiment, data: Data, arrays: Any) -> dict[str, np.
 
 
 def check_same(directory: Path, found: str | None, expected: str) -> None:
+    """Raise InputError when what stands in `directory` is of another configuration."""
     if found != expected:
         raise InputError(
             f"{directory} holds a run of another configuration (hash {str(found)[:12]}, this one is {expected[:12]}). "
@@ -156,6 +159,7 @@ def check_same(directory: Path, found: str | None, expected: str) -> None:
 
 
 def check_fingerprint(manifest: dict[str, Any], data: Data, directory: Path) -> None:
+    """Raise InputError when `data` is not what the model in `directory` was trained on."""
     if data.fingerprint != manifest["dataset"]["fingerprint"]:
         raise InputError(
             f"the data set {manifest['dataset']['spec']!r} is not the one that {directory} was trained on "

@@ -1,4 +1,4 @@
-"""Every model of the registry is the pair of pure functions that `bdjax.types.Model` promises; layers and augmentation."""
+"""Every model is the pair of pure functions that `bdjax.types.Model` promises; with its layers, and augmentation."""
 
 from functools import lru_cache, partial
 
@@ -19,7 +19,8 @@ SHAPE, CLASSES = (8, 8, 1), 4
 
 def shapes_of(name, shape=SHAPE, classes=CLASSES, dtype=jnp.float32):
     model = models.create(name, shape, classes, dtype)
-    return model, jax.eval_shape(model.init, jax.random.key(0))
+    with jax.numpy_dtype_promotion("standard"):  # flax's BatchNorm needs it for bfloat16
+        return model, jax.eval_shape(model.init, jax.random.key(0))
 
 
 def count(variables):
@@ -79,12 +80,16 @@ def test_evaluation_is_finite_deterministic_and_one_image_at_a_time(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_training_moves_the_running_statistics_a_tenth_of_the_way(name):
     model, variables = ready(name)
-    before = jax.tree.map(np.array, variables)
-    _, _, stats = jax.jit(lambda v, x: model.apply(v, x, True))(variables, pictures(4))
-    assert jax.tree.structure(stats) == jax.tree.structure(before["batch_stats"]) and finite(stats)
-    assert not any(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (stats, before["batch_stats"])), strict=True))
-    assert all(bool((leaf > 0.89).all()) for leaf in jax.tree.leaves(stats) if leaf.min() > 0.5)  # variances: 0.9 + ...
-    assert same(variables, before)
+    start, images = jax.tree.map(np.array, variables), pictures(4)
+    update = jax.jit(lambda stats: model.apply({**variables, "batch_stats": stats}, images, True)[2])
+    once = update(variables["batch_stats"])
+    assert jax.tree.structure(once) == jax.tree.structure(start["batch_stats"]) and finite(once)
+    first = jax.tree.map(jnp.subtract, once, start["batch_stats"])
+    second = jax.tree.map(jnp.subtract, update(once), once)  # towards the same statistics of the batch
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert a.any()
+        np.testing.assert_allclose(b, 0.9 * a, rtol=1e-3, atol=1e-6)
+    assert same(variables, start)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,9 +128,8 @@ def test_the_same_arguments_give_the_same_object(name):
     assert models.create(name, (16, 16, 3), 7) is not models.create(name, (16, 16, 3), 8)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_initialisation_follows_the_key_and_is_finite(name):
-    model, like = shapes_of(name)
+def test_initialisation_follows_the_key_and_is_finite():
+    model, like = shapes_of("cnn")
     init = jax.jit(model.init)
     one, again, other = (init(jax.random.key(seed)) for seed in (1, 1, 2))
     assert jax.tree.structure(one) == jax.tree.structure(like) and finite(one)
@@ -139,7 +143,9 @@ def test_gradient_and_its_directional_derivative_by_the_images_are_finite(name):
 
     @jax.jit
     def twice(images, direction):
-        return jax.jvp(jax.grad(lambda x: jax.nn.log_softmax(model.logits(variables, x))[:, 0].sum()), (images,), (direction,))
+        return jax.jvp(
+            jax.grad(lambda x: jax.nn.log_softmax(model.logits(variables, x))[:, 0].sum()), (images,), (direction,)
+        )
 
     gradient, curvature = twice(flat, pictures(2))
     assert finite((gradient, curvature)) and jnp.abs(gradient).max() > 0 and jnp.abs(curvature).max() > 0
@@ -215,7 +221,7 @@ def test_a_policy_treats_a_batch_as_its_images_one_at_a_time(name):
     distort = jax.jit(augment.policy(name))
     images, keys = pictures(6, (8, 8, 3)), jax.random.split(jax.random.key(0), 6)
     batch = distort(images, keys)
-    assert batch.shape == images.shape and batch.dtype == jnp.float32 and 0 <= batch.min() and batch.max() <= 1
+    assert batch.shape == images.shape and batch.dtype == jnp.float32 and batch.min() >= 0 and batch.max() <= 1
     assert same(batch, distort(images, keys))
     for i in range(6):
         alone = distort(jnp.broadcast_to(images[i], images.shape), jnp.broadcast_to(keys[i], keys.shape))

@@ -60,7 +60,8 @@ def trigger(config: Config, images: Images, key: Key) -> Images:
     margin = config.margin if config.margin is not None else round(scale)
     if size + margin > min(height, width):
         raise InputError(
-            f"attack.size={size} with margin {margin} does not fit images of {height}x{width} pixels. Use a smaller patch."
+            f"attack.size={size} with margin {margin} does not fit images of {height}x{width} pixels. "
+            "Use a smaller patch."
         )
     if len(config.colour) not in (1, channels):
         raise InputError(f"attack.colour={config.colour} has {len(config.colour)} values for {channels} channels.")

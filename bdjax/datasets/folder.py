@@ -88,7 +88,8 @@ def _own_split(root: Path) -> tuple[list[str], Files, Files]:
     folders = _folders(root)
     if not folders:
         raise InputError(f"{root} has no class folders. Expected {_LAYOUTS}.")
-    train, test = [], []
+    train: Files = []
+    test: Files = []
     for label, folder in enumerate(folders):
         paths = _images(folder)
         if len(paths) < 2:

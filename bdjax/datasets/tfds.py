@@ -49,8 +49,9 @@ def load(rest: str) -> Data:
             f"tfds:{name} has the splits {', '.join(splits) or '(none)'}; `{TRAIN}` and {' or '.join(TEST)} are "
             f"needed. Export it to `npz:` with a split of your own."
         )
-    arrays = [*_read(builder, name, folder, TRAIN), *_read(builder, name, folder, test)]
-    return _checks.make(name, *arrays, classes=getattr(features["label"], "names", None))
+    x_train, y_train = _read(builder, name, folder, TRAIN)
+    x_test, y_test = _read(builder, name, folder, test)
+    return _checks.make(name, x_train, y_train, x_test, y_test, getattr(features["label"], "names", None))
 
 
 def _package(name: str) -> ModuleType:

@@ -17,7 +17,7 @@ ASR is of held-out images (the release patches the unlearning images). Algorithm
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -27,51 +27,48 @@ import numpy as np
 import optax
 
 from bdjax.engine import parallel, run_epoch
+from bdjax.engine.optimizer import Name, direction
 from bdjax.errors import InputError
 from bdjax.hypergrad import SOLVERS, hypergradient, solver
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
 
-def _by_schedule() -> Any:
-    return field(default=None)
-
-
 @dataclass(frozen=True)
 class Config:
-    """The procedure. A field that says "release ..., paper ..." takes its schedule's value when it is left out."""
+    """The procedure. A field that says "release ..., paper ..." takes its schedule's value when None."""
 
     schedule: Literal["release", "paper"] = "release"
     """The official release's procedure, or Algorithm 1."""
-    rounds: int = _by_schedule()
+    rounds: int | None = None
     """Times that δ is found anew; release 5 (script default), paper 100 (its GTSRB tables)."""
-    batch_size: int = _by_schedule()
+    batch_size: int | None = None
     """Images a batch, in their given order; 0: all in one. Release 100, paper 0."""
-    inner_labels: Literal["predicted", "true"] = _by_schedule()
+    inner_labels: Literal["predicted", "true"] | None = None
     """Labels that the ascent moves away from; release predicted (by the current θ), paper true."""
-    inner_data: Literal["batch", "all"] = _by_schedule()
+    inner_data: Literal["batch", "all"] | None = None
     """What one ascent step sees; release one batch, paper all images."""
-    inner_steps: int = _by_schedule()
+    inner_steps: int | None = None
     """Ascent steps T; 0: one for each batch. Release 0, paper 10."""
-    inner_optimizer: Literal["sgd", "adam"] = _by_schedule()
+    inner_optimizer: Literal["sgd", "adam"] | None = None
     """Of δ, started anew each round; sgd in both (the release's GTSRB notebook: adam, inner_lr 1)."""
-    inner_lr: float = _by_schedule()
+    inner_lr: float | None = None
     """Step α; release 10, paper 0.1."""
-    penalty: float = _by_schedule()
+    penalty: float | None = None
     """Weight of ‖δ‖² in g; release 0.001, paper 0."""
     norm_bound: float = 10.0
     """C, L2 bound of δ in pixel units of [0, 1], imposed once after the ascent; inf: none, as in the
     release's command-line script (its notebooks and the paper use 10)."""
-    clamp: bool = _by_schedule()
+    clamp: bool | None = None
     """Clip x + δ to [0, 1]; release no (CIFAR-10; its GTSRB notebook clips), paper yes."""
-    patched_fraction: float = _by_schedule()
+    patched_fraction: float | None = None
     """Share of a batch that carries δ in the outer loss (at least one image); release 0.01, paper 1."""
-    outer_steps: int = _by_schedule()
+    outer_steps: int | None = None
     """θ steps on one δ, cycling through the batches; 0: one for each batch. Release 0, paper 1."""
-    hessian_data: Literal["first_batch", "same_batch"] = _by_schedule()
+    hessian_data: Literal["first_batch", "same_batch"] | None = None
     """Which batch the inner objective in the hypergradient is of; release the first, paper the outer one."""
-    outer_optimizer: Literal["adam", "sgd"] = _by_schedule()
+    outer_optimizer: Literal["adam", "sgd"] | None = None
     """Of θ, kept across rounds; release adam, paper sgd."""
-    outer_lr: float = _by_schedule()
+    outer_lr: float | None = None
     """Step β; release 1e-3, paper 0.1."""
     batch_norm: Literal["frozen", "batch"] = "frozen"
     """Statistics: the stored ones (the release runs in eval mode; scale and shift are trained), or the batch's."""
@@ -112,7 +109,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
 
     Returns: the cleaned variables; the watch is shown them and δ (float32 [1, H, W, C]) after each round.
     """
-    batches = _batches(len(view.labels), config.batch_size or len(view.labels), parallel.count())
+    settings: Any = config  # every None was filled in by its schedule
+    batches = _batches(len(view.labels), settings.batch_size or len(view.labels), parallel.count())
     number, size = batches["index"].shape
     model, stats = victim.model, victim.variables["batch_stats"]
     inner, outer = _steps(model, _Static(**{name: getattr(config, name) for name in _Static._fields}))
@@ -124,13 +122,13 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         "batch_stats": stats,
     }
     state = {"params": jax.tree.map(jnp.copy, victim.variables["params"])}
-    state["opt"] = _direction(config.outer_optimizer).init(state["params"])
-    for round_ in range(config.rounds):
-        tick = partial(view.watch.tick, f"I-BAU round {round_ + 1} of {config.rounds}")
-        delta = _ascend(config, inner, model.shape, batches, {**shared, "params": state["params"]}, tick)
-        which = np.arange(config.outer_steps or number) % number
+    state["opt"] = direction(settings.outer_optimizer).init(state["params"])
+    for round_ in range(settings.rounds):
+        tick = partial(view.watch.tick, f"I-BAU round {round_ + 1} of {settings.rounds}")
+        delta = _ascend(settings, inner, model.shape, batches, {**shared, "params": state["params"]}, tick)
+        which = np.arange(settings.outer_steps or number) % number
         split = {name: batches[name][which] for name in _SPLIT}
-        count = max(1, int(config.patched_fraction * size))
+        count = max(1, int(settings.patched_fraction * size))
         split["patched"] = _patched(split["weight"], count, jax.random.fold_in(key, round_))
         state, _ = run_epoch(outer, state, split, {}, {**shared, "delta": delta}, tick=tick)
         view.watch.observe(round_ + 1, {"params": state["params"], "batch_stats": stats}, perturbation=delta)
@@ -145,10 +143,10 @@ class _Static(NamedTuple):
     """What of a Config changes the compiled program."""
 
     inner_labels: str
-    inner_optimizer: str
+    inner_optimizer: Name
     clamp: bool
     hessian_data: str
-    outer_optimizer: str
+    outer_optimizer: Name
     batch_norm: str
     solver: str
     solver_iterations: int
@@ -181,7 +179,7 @@ def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
         value, gradient = jax.value_and_grad(g)(state["delta"], params, shared, split, axis, labels)
         value, gradient = parallel.total((value, gradient), axis)
         gathered = state["gathered"] + gradient * whole["share"]
-        update, opt = _direction(static.inner_optimizer).update(gathered, state["opt"])
+        update, opt = direction(static.inner_optimizer).update(gathered, state["opt"])
         delta = state["delta"] - shared["hyper"]["inner_lr"] * update
         stepped = {"delta": delta, "opt": opt, "gathered": jnp.zeros_like(gathered)}
         waiting = {**state, "gathered": gathered}
@@ -202,14 +200,14 @@ def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
             solver(static.solver, static.solver_iterations, hyper["solver_step"], hyper["ridge"]),
             partial(parallel.total, axis=axis),
         )
-        update, opt = _direction(static.outer_optimizer).update(gradient, state["opt"])
+        update, opt = direction(static.outer_optimizer).update(gradient, state["opt"])
         params = jax.tree.map(lambda p, u: p - hyper["outer_lr"] * u, state["params"], update)
         return {"params": params, "opt": opt}, {"loss": value}
 
     return inner, outer
 
 
-def _ascend(config: Config, step: Callable, shape: tuple, batches: Any, shared: Any, tick: Callable) -> jax.Array:
+def _ascend(config: Any, step: Callable, shape: tuple, batches: Any, shared: Any, tick: Callable) -> jax.Array:
     """δ float32 [1, H, W, C] of this round: T steps from zero, then one projection."""
     number = len(batches["index"])
     passes = number if config.inner_data == "all" else 1  # batches that one step gathers
@@ -221,14 +219,10 @@ def _ascend(config: Config, step: Callable, shape: tuple, batches: Any, shared: 
         "share": batches["images"][which] / batches["images"].sum() if passes > 1 else jnp.ones(total),
     }
     delta = jnp.zeros((1, *shape))
-    state = {"delta": delta, "opt": _direction(config.inner_optimizer).init(delta), "gathered": jnp.zeros_like(delta)}
+    state = {"delta": delta, "opt": direction(config.inner_optimizer).init(delta), "gathered": jnp.zeros_like(delta)}
     split = {name: batches[name][which] for name in _SPLIT}
     delta = run_epoch(step, state, split, whole, shared, tick=tick)[0]["delta"]
     return delta * jnp.minimum(1, config.norm_bound / jnp.maximum(jnp.linalg.norm(delta), 1e-12))
-
-
-def _direction(optimizer: str) -> optax.GradientTransformation:
-    return optax.scale_by_adam() if optimizer == "adam" else optax.identity()
 
 
 def _own_part(leaf: jax.Array, axis: str | None) -> jax.Array:

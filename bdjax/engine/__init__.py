@@ -1,4 +1,4 @@
-"""Training and evaluation on one device or many: `fit`, `run_epoch`, `predict`. Methods call, the engine decides how."""
+"""Training and evaluation on one device or many: methods call `fit`, `run_epoch`, `predict`; the engine decides how."""
 
 from bdjax.engine.epoch import run_epoch
 from bdjax.engine.evaluate import predict

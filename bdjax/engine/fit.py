@@ -18,6 +18,7 @@ import optax
 from bdjax import augment
 from bdjax.engine import parallel
 from bdjax.engine.epoch import Mode, run_epoch
+from bdjax.engine.optimizer import Name, direction
 from bdjax.errors import InputError
 from bdjax.types import Key, Model, Variables, Watch, to_float
 
@@ -96,7 +97,8 @@ def fit(
     watch = watch or Watch()
     if config.batch_size > len(images):
         raise InputError(
-            f"fit.batch_size={config.batch_size} is larger than the {len(images)} training images. Choose a smaller one."
+            f"fit.batch_size={config.batch_size} is larger than the {len(images)} training images. "
+            "Choose a smaller one."
         )
     parallel.check_batch(config.batch_size)
     steps = len(images) // config.batch_size
@@ -131,18 +133,13 @@ def fit(
     return {"params": state["params"], "batch_stats": state["batch_stats"]}
 
 
-def transform(optimizer: str, momentum: jax.Array) -> optax.GradientTransformation:
-    """Update direction before the learning rate; `momentum` may be traced."""
-    return optax.scale_by_adam() if optimizer == "adam" else optax.trace(decay=momentum)  # type: ignore[arg-type]
-
-
 def _counted(watch: Watch, before: int, total: int) -> Callable[[int, int], None]:
     return lambda done, _: watch.tick("training", before + done, total)
 
 
-def _init(model: Model, optimizer: str, key: Key) -> dict[str, Any]:
+def _init(model: Model, optimizer: Name, key: Key) -> dict[str, Any]:
     variables = jax.jit(model.init)(key)
-    return {**variables, "opt_state": transform(optimizer, jnp.float32(0)).init(variables["params"])}
+    return {**variables, "opt_state": direction(optimizer, jnp.float32(0)).init(variables["params"])}
 
 
 def _rates(config: FitConfig, steps: int) -> np.ndarray:
@@ -173,7 +170,7 @@ def _draw(key: Key, total: int, steps: int, batch: int) -> dict[str, jax.Array]:
 
 
 @lru_cache(maxsize=64)
-def _step(model: Model, optimizer: str, policy: str) -> Callable:
+def _step(model: Model, optimizer: Name, policy: str) -> Callable:
     """The training step; one object per model, optimiser and augmentation, whatever the other values."""
     distort = augment.policy(policy)
 
@@ -190,7 +187,7 @@ def _step(model: Model, optimizer: str, policy: str) -> Callable:
         metrics = {"loss": value, "accuracy": (logits.argmax(-1) == labels).mean()}
         gradient, metrics = parallel.average((gradient, metrics), axis)
         gradient = jax.tree.map(lambda g, p: g + shared["weight_decay"] * p, gradient, state["params"])
-        update, opt_state = transform(optimizer, shared["momentum"]).update(gradient, state["opt_state"])
+        update, opt_state = direction(optimizer, shared["momentum"]).update(gradient, state["opt_state"])
         params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
         return {"params": params, "batch_stats": stats, "opt_state": opt_state}, metrics
 

@@ -22,7 +22,7 @@ def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> P
     perturbation = arrays.get("perturbation")
     rows = 2 + (perturbation is not None)
     figure = plt.figure(figsize=(11, 1.45 * rows + 0.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1.25, 1)))
     axes = left.subplots(rows, count, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])

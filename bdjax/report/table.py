@@ -108,9 +108,8 @@ def _sweep(value: Any) -> dict[str, Any]:
     rows = {}
     for cell in value["cells"]:
         index, label, scale, query = _cell(cell)
-        rows[index, label, scale] = _Row(
-            [str(cell[k]) for k in _NAMES], label, scale, query, set(map(int, cell["seeds"]))
-        )
+        names, seeds = [str(cell[name]) for name in _NAMES], {int(seed) for seed in cell["seeds"]}
+        rows[index, label, scale] = _Row(names, label, scale, query, seeds)
     return {"file": str(value["file"]), "title": str(value["title"]), "rows": rows}
 
 
@@ -144,35 +143,38 @@ def _cell(cell: Any) -> tuple[int, str, str, dict[str, Any] | None]:
 
 def _rows(sweeps: dict[Path, Any], runs: dict[Path, Any]) -> list[_Row]:
     rows: dict[Any, _Row] = {(home, *key): row for home, sweep in sweeps.items() for key, row in sweep["rows"].items()}
-    first: dict[Any, Path] = {}
+    planned = list(rows)
     for path, run in runs.items():
-        home = next((parent for parent in path.parents if parent in sweeps), None)
+        run["path"], home = path, next((parent for parent in path.parents if parent in sweeps), None)
+        key, label, scale, query = run["key"], " -> ".join(run["names"][:2]), "", None
         if run["cell"]:
             index, label, scale, query = run["cell"]
             key = (home, index, label, scale)
-            label += " (not in cells.json)" if home else ""
-        else:
-            key, label, scale, query = run["key"], " -> ".join(run["names"][:2]), "", None
+            alike = [k for k in planned if (k[0], *k[2:]) == (home, label, scale)]
+            key = alike[0] if key not in rows and len(alike) == 1 else key  # the cells were put in another order
+            label += " (not in cells.json)" if home and key not in rows else ""
         row = rows.setdefault(key, _Row(run["names"], label, scale, query))
-        earlier = first.setdefault(key, path)
-        if runs[earlier]["key"] != run["key"]:
+        first = next(iter(row.runs.values()), run)
+        if first["key"] != run["key"]:
             raise InputError(
-                f"{earlier} and {path} belong to the cell {label!r} but differ in their configurations "
-                f"({_differ([runs[earlier]['config'], run['config']]) or 'names'}). "
+                f"{first['path']} and {path} are of one cell ({label!r}) but differ in "
+                f"{', '.join(_differ([run['config'], first['config']]) or _NAMES)}. "
                 "Remove the outdated results, or sweep into another --out."
             )
         row.names = run["names"]
         row.runs.setdefault(run["hash"], run)
-    loose = {key: row for key, row in rows.items() if isinstance(key, str)}
-    for key, row in loose.items():  # two configurations of one name are told apart by what differs
-        config = runs[first[key]]["config"]
-        if differ := _differ([config, *(runs[first[k]]["config"] for k, r in loose.items() if r.names == row.names)]):
-            row.label += f" ({', '.join(f'{name}={config.get(name)}' for name in differ)})"
+    loose = [row for key, row in rows.items() if isinstance(key, str)]
+    for row in loose:  # several configurations of one name are told apart by what differs
+        own = row.all("config")[0]
+        others = [other.all("config")[0] for other in loose if other.names == row.names]
+        if differ := _differ([own, *others]):
+            row.label += f" ({', '.join(f'{name}={own.get(name)}' for name in differ)})"
     return list(rows.values())
 
 
 def _differ(configs: list[dict[str, Any]]) -> list[str]:
-    return [name for name in configs[0] if any(other.get(name) != configs[0][name] for other in configs)]
+    names = dict.fromkeys(name for config in configs for name in config)
+    return [name for name in names if any(other.get(name) != configs[0].get(name) for other in configs)]
 
 
 def _tables(papers: Path | None) -> list[dict[str, str]]:
@@ -243,7 +245,7 @@ def _strings(row: _Row) -> dict[str, str]:
     if not row.runs:
         return names | dict.fromkeys([*_RATES, "n_test", "n_asr", "seconds", "mib", "hardware"], "missing")
     return names | {
-        **{name: _pair(f"{f[f'{name}_mean']:.2f}", f[f"{name}_std"] and f"{f[f'{name}_std']:.2f}") for name in _RATES},
+        **{name: _pair(*(f"{v:.2f}" for v in (f[f"{name}_mean"], f[f"{name}_std"]) if v != "")) for name in _RATES},
         "n_test": str(f["n_test"]),
         "n_asr": "-".join(map(str, sorted({f["n_asr_min"], f["n_asr_max"]}))),
         "seconds": f"{f['seconds_mean']:.1f}",
@@ -252,7 +254,7 @@ def _strings(row: _Row) -> dict[str, str]:
     }
 
 
-def _pair(mean: str, std: str) -> str:
+def _pair(mean: str, std: str = "") -> str:
     return f"{mean} ± {std}" if std else mean
 
 
@@ -265,10 +267,11 @@ def _notes(rows: list[_Row], sweeps: list[dict[str, Any]], twice: int) -> list[s
     runs = [run for row in rows for run in row.runs.values()]
     tests = ", ".join(str(n) for n in sorted({run["n_test"] for run in runs}))
     notes += [
-        "Rates in percent: mean ± sample standard deviation over the runs, which differ in their seed; one run has no ±.",
-        f"n test = {tests or 'none yet'}: clean test images behind ACC. n ASR: triggered images behind ASR, which leaves "
+        "Rates in percent: mean ± sample standard deviation over runs of different seeds; one run has no ±.",
+        f"n test = {tests or 'none yet'}: clean test images behind ACC. n ASR: triggered ones behind ASR, which leaves "
         "out images already of the target class; 'incl. target' counts them, as I-BAU's papers do.",
-        f"s: mean seconds of the defense without compilation. MiB: highest peak memory ({_some(r['mib_of'] for r in runs)}).",
+        "s: mean seconds of the defense without compilation. MiB: highest peak memory"
+        f"{' of the ' * bool(runs)}{_some(run['mib_of'] for run in runs)}.",
     ]
     if any(row.paper for row in rows):
         notes.append("paper: as printed there (experiments/papers); empty where nothing is printed.")

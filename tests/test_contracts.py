@@ -1,0 +1,189 @@
+"""What every method keeps, checked on each module of the registry: a new file is tested the moment it exists."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax import attacks, models, registry
+from bdjax.attacks import _helpers
+from bdjax.engine import FitConfig, fit
+from bdjax.engine.clock import compiled_programs
+from bdjax.errors import InputError
+from bdjax.types import DefenderView, Task, Victim, Watch
+
+ATTACKS, DEFENSES = registry.names("attacks"), registry.names("defenses")
+METHODS = [("attacks", name) for name in ATTACKS] + [("defenses", name) for name in DEFENSES]
+SHAPE = (16, 16, 3)
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 256, (60, *SHAPE)).astype(np.uint8), np.tile(np.arange(10, dtype=np.int32), 6)
+
+
+@pytest.fixture(scope="module")
+def task(images):
+    model = models.create("cnn", SHAPE, 10)
+    return Task(*images, model, lambda x, y, key: model.init(key), lambda path: np.zeros((16, 16, 3), np.uint8))
+
+
+def arrays_of(name, config, task):
+    module = registry.load("attacks", name)
+    return module.prepare(config, task, jax.random.key(5)) if hasattr(module, "prepare") else {}
+
+
+def config_of(name, **changes):
+    return dataclasses.replace(registry.load("attacks", name).Config(), **changes)
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_config_is_frozen_hashable_documented_and_has_defaults(kind, name):
+    module = registry.load(kind, name)
+    config = module.Config()
+    assert hash(config) == hash(module.Config())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(config)[0].name, 1)
+    body = next(
+        n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef) and n.name == "Config"
+    )
+    for node, following in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(following, ast.Expr), f"{name}.Config.{ast.unparse(node.target)} has no docstring"
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_method_opens_nothing_prints_nothing_reads_no_clock(kind, name):
+    tree = ast.parse(Path(inspect.getfile(registry.load(kind, name))).read_text())
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not called & {"open", "print", "jax.devices", "jax.local_devices", "time.time", "time.perf_counter"}
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.Assert)]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+class TestAttack:
+    def test_trigger_keeps_range_dtype_shape(self, name, images, task):
+        config = config_of(name)
+        trigger = attacks.trigger_of(name, config, arrays_of(name, config, task))
+        clean = jnp.asarray(images[0][:8], jnp.float32) / 255
+        out = trigger(clean, jax.random.key(0))
+        assert out.shape == clean.shape and out.dtype == jnp.float32
+        assert 0 <= float(out.min()) and float(out.max()) <= 1
+        assert bool((out != clean).any(axis=(1, 2, 3)).all()), "some image carries no trigger"
+
+    def test_trigger_is_the_same_for_the_same_key_and_under_jit_and_vmap(self, name, images, task):
+        config, module = config_of(name), registry.load("attacks", name)
+        extra = [arrays] if (arrays := arrays_of(name, config, task)) else []
+        clean, keys = jnp.asarray(images[0][:4], jnp.float32) / 255, jax.random.split(jax.random.key(3), 3)
+
+        def call(key):
+            return module.trigger(config, clean, key, *extra)
+
+        eager = jnp.stack([call(key) for key in keys])
+        np.testing.assert_array_equal(eager[0], call(keys[0]))
+        np.testing.assert_allclose(jax.jit(call)(keys[0]), eager[0], atol=1e-6)
+        np.testing.assert_allclose(jax.vmap(call)(keys), eager, atol=1e-6)
+
+    def test_trigger_compiles_once(self, name, images, task):
+        config = config_of(name)
+        arrays = arrays_of(name, config, task)
+        clean = jnp.asarray(images[0][:5], jnp.float32) / 255
+        attacks.trigger_of(name, config, arrays)(clean, jax.random.key(0)).block_until_ready()
+        other, before = jax.random.key(1), compiled_programs()
+        attacks.trigger_of(name, config_of(name), arrays)(clean, other)
+        assert compiled_programs() == before
+
+    @pytest.mark.parametrize("labels", ["all_to_one", "all_to_all", "clean"])
+    def test_poisons_exactly_its_ratio_and_relabels(self, name, labels, images, task):
+        if hasattr(registry.load("attacks", name), "train"):
+            pytest.skip("controls training itself")
+        ratio = 0.05 if labels == "clean" else 0.25
+        config = config_of(name, labels=labels, ratio=ratio, target=3)
+        planted = attacks.plant(name, config, task, jax.random.key(0))
+        poison, (x, y) = planted.poison, images
+        assert len(poison.indices) == int(ratio * len(x)) and len(set(poison.indices)) == len(poison.indices)
+        assert poison.images.dtype == np.uint8 and poison.labels.dtype == np.int32
+        before = y[poison.indices]
+        if labels == "all_to_all":
+            np.testing.assert_array_equal(poison.labels, (before + 1) % 10)
+        else:
+            assert (poison.labels == 3).all()
+            assert ((before == 3) if labels == "clean" else (before != 3)).all()
+        again = attacks.plant(name, config, task, jax.random.key(0)).poison
+        np.testing.assert_array_equal(again.indices, poison.indices)
+        np.testing.assert_array_equal(again.images, poison.images)
+
+    def test_quantise_decides_what_is_stored(self, name, images, task):
+        config = config_of(name, quantise=False)
+        trigger = attacks.trigger_of(name, config, arrays_of(name, config, task))
+        floats = attacks.stamped(trigger, config, images[0][:3], jax.random.key(0))
+        stored = attacks.stamped(trigger, config_of(name), images[0][:3], jax.random.key(0))
+        assert floats.dtype == np.float32 and stored.dtype == np.uint8
+        np.testing.assert_allclose(floats, stored / np.float32(255), atol=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+class TestDefense:
+    def purify(self, name, seed=0, watch=None):
+        model = models.create("cnn", (8, 8, 1), 4)
+        variables = model.init(jax.random.key(0))
+        rng = np.random.default_rng(0)
+        view = DefenderView(
+            rng.integers(0, 256, (20, 8, 8, 1)).astype(np.uint8),
+            np.tile(np.arange(4, dtype=np.int32), 5),
+            watch or Watch(),
+        )
+        module = registry.load("defenses", name)
+        return variables, module.purify(module.Config(), Victim(model, variables), view, jax.random.key(seed))
+
+    def test_returns_finite_variables_of_the_same_structure_and_leaves_the_victim_alone(self, name):
+        variables, cleaned = self.purify(name)
+        assert jax.tree.structure(variables) == jax.tree.structure(cleaned)
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(cleaned))
+        assert all(
+            a.dtype == b.dtype for a, b in zip(jax.tree.leaves(variables), jax.tree.leaves(cleaned), strict=True)
+        )
+        assert any(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (variables, cleaned)), strict=True))
+
+    def test_same_key_same_result_whatever_watches(self, name):
+        seen = []
+
+        class Nosy(Watch):
+            def observe(self, step, variables, **arrays):
+                seen.append((step, jax.tree.map(np.asarray, variables)))
+
+        _, one = self.purify(name)
+        _, two = self.purify(name, watch=Nosy())
+        jax.tree.map(np.testing.assert_array_equal, one, two)
+        assert [step for step, _ in seen] == list(range(1, len(seen) + 1)) and seen
+        jax.tree.map(np.testing.assert_array_equal, seen[-1][1], one)
+
+    def test_second_run_compiles_nothing(self, name):
+        self.purify(name)
+        before = compiled_programs()
+        self.purify(name, seed=1)
+        assert compiled_programs() == before
+
+
+def test_selection_draws_all_when_asked_and_names_the_largest_ratio():
+    labels = np.tile(np.arange(4, dtype=np.int32), 5)
+    config = _helpers.PoisonConfig(ratio=0.75, target=1)
+    chosen = _helpers.select(config, labels, jax.random.key(0))
+    np.testing.assert_array_equal(chosen, np.flatnonzero(labels != 1))
+    with pytest.raises(InputError, match="0.75"):
+        _helpers.select(dataclasses.replace(config, ratio=0.8), labels, jax.random.key(0))
+
+
+def test_fit_is_a_task_recipe(blobs):
+    """The lift hands poisoned data to the recipe: what comes back is a trained model."""
+    model = models.create("cnn", (8, 8, 1), 4)
+    recipe = FitConfig(epochs=1, batch_size=50)
+    task = Task(*blobs, model, lambda x, y, key: fit(model, x, y, recipe, key), lambda path: np.zeros((8, 8)))
+    planted = attacks.plant("badnets", config_of("badnets", target=0), task, jax.random.key(0))
+    assert jax.tree.structure(planted.variables) == jax.tree.structure(model.init(jax.random.key(0)))

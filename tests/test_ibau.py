@@ -1,0 +1,187 @@
+"""I-BAU against an independent computation of the release's procedure, and its fields one by one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bdjax import models
+from bdjax.defenses import ibau
+from bdjax.engine import parallel
+from bdjax.errors import InputError
+from bdjax.types import DefenderView, Victim, Watch, to_float
+
+
+class Last(Watch):
+    def observe(self, step, variables, perturbation):
+        self.perturbation = perturbation
+
+
+def problem(number=24, seed=0):
+    model = models.create("cnn", (8, 8, 1), 4)
+    rng = np.random.default_rng(seed)
+    view = DefenderView(
+        rng.integers(0, 256, (number, 8, 8, 1)).astype(np.uint8), rng.integers(0, 4, number).astype(np.int32), Last()
+    )
+    return Victim(model, model.init(jax.random.key(seed))), view
+
+
+def purify(config, number=24, key=7):
+    victim, view = problem(number)
+    cleaned = ibau.purify(config, victim, view, jax.random.key(key))
+    return victim, view, cleaned
+
+
+def release_round(victim, view, config, key):
+    """One round of the release, written plainly: every gradient by jax.grad, the solver as its fixed point."""
+    images, labels = to_float(view.images), jnp.asarray(view.labels)
+    stats, size = victim.variables["batch_stats"], config.batch_size
+    batches = [np.arange(s, min(s + size, len(labels))) for s in range(0, len(labels), size)]
+
+    def ce(params, x, y):
+        logits = victim.model.apply({"params": params, "batch_stats": stats}, x)[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    params, delta = victim.variables["params"], jnp.zeros((1, 8, 8, 1))
+    for b in batches:
+        guess = victim.model.logits(victim.variables, images[b]).argmax(-1)
+        delta = delta - config.inner_lr * jax.grad(
+            lambda d, b=b, guess=guess: -ce(params, images[b] + d, guess) + config.penalty * (d**2).sum()
+        )(delta)
+    norm = jnp.linalg.norm(delta)
+    delta = delta * jnp.minimum(1.0, config.norm_bound / norm)
+    weight = jnp.stack([jnp.pad(jnp.ones(len(b)), (0, size - len(b))) for b in batches])
+    count = max(1, int(config.patched_fraction * size))
+    patched = np.asarray(ibau._patched(weight, count, jax.random.fold_in(key, 0)))
+    mean = second = jax.tree.map(jnp.zeros_like, params)
+    for step, b in enumerate(batches, 1):
+        chosen = patched[step - 1, : len(b)]
+        assert chosen.sum() == min(count, len(b))
+
+        def outer(d, p, b=b, chosen=chosen):
+            return ce(p, images[b] + jnp.where(chosen[:, None, None, None], d, 0), labels[b])
+
+        def phi(d, p):
+            first = batches[0]
+            grad = jax.grad(lambda d: -ce(p, images[first] + d, labels[first]) + config.penalty * (d**2).sum())(d)
+            return d - config.solver_step * grad
+
+        cotangent, direct = jax.grad(outer, (0, 1))(delta, params)
+        v = jnp.zeros_like(delta)
+        for _ in range(config.solver_iterations):  # v <- (dPhi/d delta)^T v + e, from zero
+            v = jax.vjp(lambda d: phi(d, params), delta)[1](v)[0] + cotangent
+        indirect = jax.vjp(lambda p: phi(delta, p), params)[1](v)[0]
+        gradient = jax.tree.map(jnp.add, direct, indirect)
+        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, gradient)
+        second = jax.tree.map(lambda s, g: 0.999 * s + 0.001 * g * g, second, gradient)
+        scale = np.float32(1 - 0.9**step), np.float32(1 - 0.999**step)
+        params = jax.tree.map(
+            lambda p, m, s, scale=scale: p - config.outer_lr * (m / scale[0]) / (jnp.sqrt(s / scale[1]) + 1e-8),
+            params, mean, second,
+        )  # fmt: skip
+    return params, delta
+
+
+@pytest.mark.parametrize("number", [24, 20])  # 20: the last batch has 4 of 8 images
+def test_release_round_equals_a_plain_computation(number):
+    config = ibau.Config(rounds=1, batch_size=8, norm_bound=3.0)
+    victim, view, cleaned = purify(config, number)
+    params, delta = release_round(victim, view, config, jax.random.key(7))
+    np.testing.assert_allclose(view.watch.perturbation, delta, rtol=1e-3, atol=1e-4)
+    # Adam divides by the gradient's size: tiny gradients differ in the last digits, steps of 1e-3 in less
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), cleaned["params"], params)
+
+
+def test_four_devices_equal_one():
+    config = ibau.Config(rounds=2, batch_size=10, outer_optimizer="sgd", outer_lr=0.01, inner_lr=1.0)
+    _, view, one = purify(config, 26)
+    delta = view.watch.perturbation
+    with parallel.using(4):
+        _, view, four = purify(config, 26)  # batches of 10 are padded to 12
+    # the padded batch draws other images to patch; without patches in E the rest must agree
+    np.testing.assert_allclose(view.watch.perturbation.shape, delta.shape)
+    paper = dataclasses.replace(config, patched_fraction=1.0)
+    _, first, one = purify(paper, 26)
+    with parallel.using(4):
+        _, second, four = purify(paper, 26)
+    np.testing.assert_allclose(first.watch.perturbation, second.watch.perturbation, rtol=1e-3, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one["params"], four["params"])
+
+
+def test_paper_schedule_ascends_the_full_objective():
+    """T full-batch steps on true labels, one step of θ on all images, clipped to [0, 1]."""
+    config = ibau.Config(schedule="paper", rounds=1, inner_steps=3, norm_bound=float("inf"))
+    victim, view, _ = purify(config, 12)
+    images, labels = to_float(view.images), jnp.asarray(view.labels)
+
+    def ascent(delta):
+        logits = victim.model.logits(victim.variables, jnp.clip(images + delta, 0, 1))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    delta = jnp.zeros((1, 8, 8, 1))
+    for _ in range(3):
+        delta = delta + 0.1 * jax.grad(ascent)(delta)
+    np.testing.assert_allclose(view.watch.perturbation, delta, atol=1e-6)
+    batched = dataclasses.replace(config, batch_size=5)  # batches of 5, 5 and 2 gather the same gradient
+    np.testing.assert_allclose(purify(batched, 12)[1].watch.perturbation, delta, atol=1e-6)
+
+
+def test_projection_bounds_the_norm_and_infinity_does_not():
+    bounded = purify(ibau.Config(rounds=1, batch_size=8, norm_bound=0.5))[1].watch.perturbation
+    free = purify(ibau.Config(rounds=1, batch_size=8, norm_bound=float("inf")))[1].watch.perturbation
+    np.testing.assert_allclose(jnp.linalg.norm(bounded), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(free / jnp.linalg.norm(free), bounded / 0.5, atol=1e-5)
+
+
+CHANGES = {
+    "rounds": 2, "batch_size": 12, "inner_labels": "true", "inner_data": "all", "inner_steps": 2,
+    "inner_optimizer": "adam", "inner_lr": 1.0, "penalty": 0.5, "norm_bound": 1.0, "clamp": True,
+    "patched_fraction": 1.0, "outer_steps": 1, "hessian_data": "same_batch", "outer_optimizer": "sgd",
+    "outer_lr": 1e-2, "batch_norm": "batch", "solver": "neumann", "solver_iterations": 2, "solver_step": 0.5,
+    "ridge": 5.0,
+}  # fmt: skip
+
+
+def test_every_field_is_tried():
+    assert set(CHANGES) | {"schedule"} == {f.name for f in dataclasses.fields(ibau.Config)}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_field_changes_the_result(name):
+    base = ibau.Config(rounds=1, batch_size=8, outer_lr=1e-3)
+    _, _, one = purify(base)
+    _, _, two = purify(dataclasses.replace(base, **{name: CHANGES[name]}))
+    assert any(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))
+
+
+def test_schedules_fill_in_what_is_left_out_only():
+    release, paper = ibau.Config(), ibau.Config(schedule="paper", outer_lr=0.5)
+    assert (release.rounds, release.inner_lr, release.patched_fraction, release.penalty) == (5, 10.0, 0.01, 0.001)
+    assert (paper.patched_fraction, paper.penalty, paper.inner_labels, paper.outer_lr) == (1.0, 0.0, "true", 0.5)
+
+
+def test_patched_images_are_exactly_counted_and_never_padding():
+    weight = jnp.array([[0.25] * 4 + [0.0] * 2, [0.5] * 2 + [0.0] * 4])
+    for seed in range(5):
+        patched = ibau._patched(weight, 3, jax.random.key(seed))
+        np.testing.assert_array_equal(patched.sum(1), [3, 2])
+        assert not bool((patched & (weight == 0)).any())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rounds", 0),
+        ("batch_size", -1),
+        ("inner_lr", 0.0),
+        ("patched_fraction", 1.5),
+        ("solver", "cgg"),
+        ("ridge", -1.0),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(field, value):
+    with pytest.raises(InputError, match=f"defense.{field}.*{value}"):
+        ibau.Config(**{field: value})

@@ -1,0 +1,71 @@
+"""Who may import whom (design of the house), read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "bdjax"
+LAYERS = (
+    {"errors", "types", "registry"},
+    {"datasets", "models", "augment", "metrics", "hypergrad"},
+    {"engine", "checkpoint", "interop"},
+    {"attacks", "defenses"},
+    {"experiment", "evaluation", "provenance", "recorder", "victim", "run", "sweep", "report"},
+    {"cli", "__main__"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names that a file imports, `from a import b` as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def parts(path: Path) -> list[str]:
+    return list(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_only_from_its_own_layer_or_below(path):
+    own = parts(path)[0]
+    for name in imports(path):
+        if name.startswith("bdjax.") and (part := name.split(".")[1]) in LEVEL:
+            assert LEVEL[part] <= LEVEL[own], f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_method_imports_no_method(path):
+    where = parts(path)
+    if where[0] not in ("attacks", "defenses", "models", "datasets") or where[1].startswith("_"):
+        return
+    for name in imports(path):
+        pieces = name.split(".")
+        if pieces[0] == "bdjax" and pieces[1] in ("attacks", "defenses", where[0]) and len(pieces) > 2:
+            assert pieces[1] == where[0] and pieces[2].startswith("_"), f"{where} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("package", "owner"),
+    [("orbax", ["checkpoint"]), ("jaxopt", ["hypergrad"]), ("flax", ["models"])],
+)
+def test_one_importer_of(package, owner):
+    users = {parts(p)[0] for p in FILES for name in imports(p) if name.split(".")[0] == package}
+    assert users == set(owner)
+
+
+def test_pmap_is_used_in_one_file():
+    assert [parts(p) for p in FILES if "jax.pmap" in p.read_text()] == [["engine", "parallel"]]
+
+
+def test_no_file_is_longer_than_its_budget():
+    long = {str(p.relative_to(ROOT)): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
