@@ -190,12 +190,24 @@ def _load(path: Path, like: Any) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
     try:
+        stored, wanted = _leaves(ocp.metadata(path.absolute()).metadata), _leaves(like)
+        if stored != wanted:  # compared first, for Orbax leaves reads unfinished when a shape is wrong
+            name = min(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))
+            raise ValueError(f"{name} is {stored.get(name, 'missing')}, not {wanted.get(name, 'there')}")
         return ocp.load(path.absolute(), like)
     except (ValueError, KeyError, FileNotFoundError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path} does not hold this model's arrays ({first}). Is it of another model or version?"
         ) from None
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Path of each array -> (shape, dtype)."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _partial(target: Path) -> Path:

@@ -1,6 +1,8 @@
 """Every test sees four simulated devices, strict dtype promotion, and warnings as errors."""
 
+import functools
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -10,8 +12,33 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or "/tmp/bdjax-tests-jax")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "bdjax-tests-jax")
+)  # children too
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@functools.lru_cache
+def perceptron(shape=(8, 8, 1), classes=4, hidden=8):
+    """A one-hidden-layer Model: what tests of a method's arithmetic need, compiled in no time."""
+    from bdjax.types import Model
+
+    def init(key):
+        first, second = jax.random.split(key)
+        pixels = int(np.prod(shape))
+        params = {
+            "body": jax.random.normal(first, (pixels, hidden)) / pixels**0.5,
+            "head": jax.random.normal(second, (hidden, classes)) / hidden**0.5,
+        }
+        return {"params": params, "batch_stats": {}}
+
+    def apply(variables, images, train=False, keys=None, axis_name=None):
+        params = variables["params"]
+        features = jax.nn.elu(images.reshape(len(images), -1) @ params["body"])
+        return features @ params["head"], {"flat": features}, variables["batch_stats"]
+
+    return Model("perceptron", shape, classes, init, apply)
 
 
 @pytest.fixture(autouse=True)

@@ -24,13 +24,6 @@ from bdjax.types import Model, Watch
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _promotion():
-    """optax's Adam and schedules, and flax's BatchNorm in bfloat16, rely on implicit promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def cnn(dtype=jnp.float32):
     return models.create("cnn", (8, 8, 1), 4, dtype)
 
@@ -230,6 +223,7 @@ def test_learning_rates_by_hand():
     assert cosine[0] == 0.5 and cosine[4] == pytest.approx(0.25) and cosine.dtype == np.float32
 
 
+@jax.numpy_dtype_promotion("standard")  # flax's BatchNorm needs it for bfloat16
 def test_bfloat16_keeps_float32_parameters(blobs):
     config = FitConfig(epochs=6, batch_size=60, learning_rate=3e-3, precision="bfloat16")
     variables = fit(cnn(config.dtype), *blobs, config, KEY)
@@ -293,10 +287,10 @@ def test_images_that_are_not_numbers_are_found_at_their_step_and_not_saved(blobs
     [
         ({"epochs": 0}, "fit.epochs must be at least 1, got 0"),
         ({"batch_size": -1}, "fit.batch_size must be at least 1, got -1"),
-        ({"learning_rate": 0.0}, "fit.learning_rate must be positive, got 0.0"),
-        ({"learning_rate": math.nan}, "fit.learning_rate must be positive, got nan"),
+        ({"learning_rate": 0.0}, "fit.learning_rate must be positive and finite, got 0.0"),
+        ({"learning_rate": math.nan}, "fit.learning_rate must be positive and finite, got nan"),
         ({"momentum": 1.0}, r"fit.momentum must be in \[0, 1\), got 1.0"),
-        ({"weight_decay": -1e-4}, "fit.weight_decay must not be negative, got -0.0001"),
+        ({"weight_decay": -1e-4}, "fit.weight_decay must be zero or more and finite, got -0.0001"),
     ],
 )
 def test_a_recipe_out_of_range_is_refused(wrong, words):

@@ -5,6 +5,7 @@ scan and a loop, one device and many therefore draw the same numbers. Hyper-para
 arguments of the compiled program: other values compile nothing new.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,12 +51,12 @@ class FitConfig:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"fit.{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise InputError(f"fit.learning_rate must be positive, got {self.learning_rate}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"fit.learning_rate must be positive and finite, got {self.learning_rate}.")
         if not 0 <= self.momentum < 1:
             raise InputError(f"fit.momentum must be in [0, 1), got {self.momentum}.")
-        if self.weight_decay < 0:
-            raise InputError(f"fit.weight_decay must not be negative, got {self.weight_decay}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"fit.weight_decay must be zero or more and finite, got {self.weight_decay}.")
 
     @property
     def dtype(self) -> Any:
@@ -151,7 +152,8 @@ def _rates(config: FitConfig, steps: int) -> np.ndarray:
         schedule = optax.piecewise_constant_schedule(config.learning_rate, {total // 2: 0.1, total * 3 // 4: 0.1})
     else:
         schedule = optax.constant_schedule(config.learning_rate)
-    return np.broadcast_to(np.asarray(schedule(jnp.arange(total)), np.float32), (total,))
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes its step counter with floats
+        return np.broadcast_to(np.asarray(schedule(jnp.arange(total)), np.float32), (total,))
 
 
 @lru_cache(maxsize=8)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bdjax.errors import InputError
+from bdjax.report import papers as papers_
 
 _RATES = {  # column -> heading and place in a result
     "acc_before": ("ACC before", "before", "acc"),
@@ -21,11 +22,7 @@ _RATES = {  # column -> heading and place in a result
     "asr_after": ("ASR after", "after", "asr"),
     "asr_after_incl_target": ("ASR after, incl. target", "after", "asr_with_target"),
 }
-_PRINTED = tuple(_RATES)[:4]  # what a paper's rows give
 _NAMES = ("attack", "defense", "dataset", "model")
-_SETTING = ("paper", "table", "dataset", "model", "attack", "attack_setting")  # columns of the papers' tables
-_COLUMNS = (*_SETTING, "defense", "defense_setting", "metric", "value", "std", "note")
-_DEFAULT = "experiments/papers"
 _WIDTH = 160  # of the text
 _LEFT = ("label", "dataset", "model", "hardware")
 
@@ -87,9 +84,9 @@ def report(directory: Path, form: Literal["text", "csv", "markdown"] = "text", p
     if not runs and not sweeps:
         raise InputError(f"{directory} holds no result.json and no cells.json. Run `bdjax sweep` or `bdjax run` first.")
     rows = _rows(sweeps, runs)
-    tables = _tables(papers) if any(row.query for row in rows) else []
+    tables = papers_.read(papers) if any(row.query for row in rows) else []
     for row in rows:
-        row.paper = _printed(row.query, tables) if row.query else {}
+        row.paper = papers_.printed(row.query, tables) if row.query else {}
     if form == "csv":
         return _csv(rows)
     titles = [sweep["title"] for sweep in sweeps.values()]
@@ -177,47 +174,6 @@ def _differ(configs: list[dict[str, Any]]) -> list[str]:
     return [name for name in names if any(other.get(name) != configs[0].get(name) for other in configs)]
 
 
-def _tables(papers: Path | None) -> list[dict[str, str]]:
-    places = [Path(papers)] if papers else [Path(__file__).parents[2] / _DEFAULT, Path.cwd() / _DEFAULT]
-    for place in places:
-        rows: list[dict[str, str]] = []
-        for path in sorted(place.glob("*.csv")):
-            with open(path, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                if missing := set(_COLUMNS) - set(reader.fieldnames or ()):
-                    raise InputError(f"{path} lacks the columns {', '.join(sorted(missing))}. Give another --papers.")
-                rows += reader
-        if rows:
-            return rows
-    raise InputError(f"no CSV tables of papers in {' or '.join(map(str, places))}. Say where they are with --papers.")
-
-
-def _printed(query: dict[str, Any], tables: list[dict[str, str]]) -> dict[str, tuple[str, str]]:
-    """What the paper prints for the rows that `query` filters, and for the undefended model beside them."""
-    if unknown := set(query) - set(_COLUMNS):
-        raise InputError(f"paper filter {query} names no column: {', '.join(unknown)}. Use {', '.join(_COLUMNS)}.")
-    found: dict[str, dict[str, str]] = {}
-    for metric in ("ACC", "ASR"):
-        match = [r for r in tables if r["metric"] == metric and all(r[k] == str(v) for k, v in query.items())]
-        if len(match) > 1:
-            values = {name: sorted({r[name] for r in match}) for name in _COLUMNS[:8]}
-            text = "; ".join(f"{name}: {' | '.join(map(repr, some))}" for name, some in values.items() if len(some) > 1)
-            raise InputError(f"paper filter {query} finds {len(match)} {metric} values. Narrow it by {text}.")
-        found |= {f"{metric.lower()}_after": r for r in match}
-    if not found:
-        raise InputError(
-            f"paper filter {query} finds no ACC or ASR in the papers' tables. Compare it with their columns."
-        )
-    for metric in ("acc", "asr"):
-        own = found.get(f"{metric}_after") or next(iter(found.values()))
-        same = {name: own[name] for name in _SETTING} | {"defense": "none", "metric": metric.upper()}
-        match = [r for r in tables if all(r[name] == value for name, value in same.items())]
-        settings = {r["defense_setting"]: r for r in match}  # I-BAU Table 5 repeats the undefended row for each setting
-        if before := settings.get("") or settings.get(own["defense_setting"]):
-            found[f"{metric}_before"] = before
-    return {name: (found[name]["value"], found[name]["std"]) if name in found else ("", "") for name in _PRINTED}
-
-
 def _fields(row: _Row) -> dict[str, Any]:
     """A row for a program: percent in full precision, "" for what is not there."""
     fields: dict[str, Any] = {"label": row.label, **dict(zip(_NAMES, row.names, strict=True))}
@@ -231,7 +187,7 @@ def _fields(row: _Row) -> dict[str, Any]:
     fields["seconds_mean"] = float(np.mean(row.all("seconds"))) if row.runs else ""
     fields["peak_memory_mib"] = max(row.all("mib"), default="")
     fields["peak_memory_of"], fields["hardware"] = _some(row.all("mib_of")), _some(row.all("hardware"))
-    for name in _PRINTED:
+    for name in papers_.PRINTED:
         fields[f"paper_{name}"], fields[f"paper_{name}_std"] = row.paper.get(name, ("", ""))
     return {**fields, "scale": row.scale}
 
@@ -239,7 +195,7 @@ def _fields(row: _Row) -> dict[str, Any]:
 def _strings(row: _Row) -> dict[str, str]:
     """A row for a person."""
     f = _fields(row)
-    printed = {f"paper_{name}": _pair(*row.paper.get(name, ("", ""))) for name in _PRINTED}
+    printed = {f"paper_{name}": _pair(*row.paper.get(name, ("", ""))) for name in papers_.PRINTED}
     label = f"{row.label} *" if row.scale else row.label
     names = {"label": label, "dataset": row.names[2], "model": row.names[3], "runs": row.count(), **printed}
     if not row.runs:
@@ -290,7 +246,7 @@ def _text(rows: list[_Row], titles: list[str], notes: list[str]) -> str:
     blocks = [[["cell", "  dataset, model"], ["runs"], *headings, ["n test", "n ASR"], ["s", "MiB"], ["hardware"]]]
     for s in map(_strings, rows):
         rates = [[s[name], s.get(f"paper_{name}", "")] for name in _RATES]
-        count = [s["runs"], "paper" if any(s[f"paper_{name}"] for name in _PRINTED) else ""]
+        count = [s["runs"], "paper" if any(s[f"paper_{name}"] for name in papers_.PRINTED) else ""]
         hardware = textwrap.wrap(s["hardware"], 20)
         cell = [s["label"], f"  {s['dataset']}, {s['model']}"]
         blocks.append([cell, count, *rates, [s["n_test"], s["n_asr"]], [s["seconds"], s["mib"]], hardware])
@@ -311,7 +267,7 @@ def _markdown(rows: list[_Row], titles: list[str], notes: list[str]) -> str:
     columns |= {name: heading for name, (heading, *_) in _RATES.items()}
     columns |= {"n_test": "n test", "n_asr": "n ASR", "seconds": "s", "mib": "MiB", "hardware": "hardware"}
     if any(row.paper for row in rows):
-        columns |= {f"paper_{name}": f"paper's {_RATES[name][0]}" for name in _PRINTED}
+        columns |= {f"paper_{name}": f"paper's {_RATES[name][0]}" for name in papers_.PRINTED}
     lines = [list(columns.values()), [":--" if name in _LEFT else "--:" for name in columns]]
     lines += [[s[name].replace("|", "\\|").replace("*", "\\*") for name in columns] for s in map(_strings, rows)]
     table = [f"| {' | '.join(line)} |" for line in lines]
