@@ -113,6 +113,9 @@ def main(argv: list[str] | None = None) -> None:
         COMMANDS[argv[0]][0](argv[1:])
     except InputError as error:
         _fail(str(error))
+    except BrokenPipeError:  # `bdjax ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise

@@ -94,7 +94,10 @@ class Watch:
         """`done` of `total` steps of `stage` are over."""
 
     def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
-        """`variables` as they are after round or epoch `step`, with any arrays worth showing."""
+        """`variables` as they are after round or epoch `step`, with any arrays worth showing.
+
+        They are donated to the next step when the call returns: copy what is to be kept.
+        """
 
 
 @dataclass(frozen=True)
