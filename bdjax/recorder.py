@@ -1,4 +1,4 @@
-"""The watch of a run: progress, a curve, and the last arrays that a method showed."""
+"""The watch of a run: progress, a curve, and the first and last arrays that a method showed."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from bdjax.types import Variables, Watch
 
 
 class Recorder(Watch):
-    """Turns what a method shows into progress, a curve, and the last arrays; its own time is not counted."""
+    """Turns what a method shows into progress, a curve, and its first and last arrays; its own time is not counted."""
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class Recorder(Watch):
                 if jnp.ndim(value) == 0:
                     row[name] = float(value)
                 else:
+                    self.arrays.setdefault(f"{name}_first", np.asarray(value))
                     self.arrays[name] = np.asarray(value)
             if self._measure:
                 row |= self._measure(variables)

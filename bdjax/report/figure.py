@@ -9,7 +9,7 @@ import numpy as np
 def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> Path:
     """Write a PNG: clean and triggered images, the learned perturbation, ACC and ASR by round.
 
-    Args: result: a result.json; arrays: its arrays.npz ("clean", "triggered" [n, H, W, C]; "perturbation"
+    Args: result: a result.json; arrays: its arrays.npz ("clean", "triggered" [n, H, W, C]; "perturbation_first"
     [1, H, W, C] where the defense has one).
     """
     import matplotlib
@@ -19,7 +19,7 @@ def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> P
 
     clean, triggered = _unit(arrays["clean"]), _unit(arrays["triggered"])
     labels, count = arrays["labels"], len(clean)
-    perturbation = arrays.get("perturbation")
+    perturbation = arrays.get("perturbation_first")
     rows = 2 + (perturbation is not None)
     figure = plt.figure(figsize=(11, 1.45 * rows + 0.5), layout="constrained")
     left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1.25, 1)))
@@ -38,7 +38,7 @@ def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> P
         peak = float(np.abs(delta).max()) or 1.0
         _show(axes[2, 0], 0.5 + delta / (2 * peak))
         axes[2, 0].set_ylabel("learned", fontsize=9)
-        axes[2, 0].set_title(f"δ, ±{peak:.2g}", fontsize=8)
+        axes[2, 0].set_title(f"δ, round 1, ±{peak:.2g}", fontsize=8)
         for column in range(1, count):
             _show(axes[2, column], np.clip(clean[column] + delta, 0, 1))
             axes[2, column].set_title("image + δ", fontsize=8)
