@@ -187,3 +187,8 @@ def test_patched_images_are_exactly_counted_and_never_padding():
 def test_a_bad_field_is_named_with_its_value(field, value):
     with pytest.raises(InputError, match=f"defense.{field}.*{value}"):
         ibau.Config(**{field: value})
+
+
+def test_a_diverging_run_stops_with_the_step_and_the_rate():
+    with pytest.raises(InputError, match="unlearning loss became .* at step .* 1e\\+30.*defense.outer_lr"):
+        purify(ibau.Config(batch_size=8, outer_optimizer="sgd", outer_lr=1e30))

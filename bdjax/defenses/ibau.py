@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from bdjax.engine import parallel, run_epoch
+from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import Name, direction
 from bdjax.errors import InputError
 from bdjax.hypergrad import SOLVERS, hypergradient, solver
@@ -130,7 +131,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         split = {name: batches[name][which] for name in _SPLIT}
         count = max(1, int(settings.patched_fraction * size))
         split["patched"] = _patched(split["weight"], count, jax.random.fold_in(key, round_))
-        state, _ = run_epoch(outer, state, split, {}, {**shared, "delta": delta}, tick=tick)
+        state, metrics = run_epoch(outer, state, split, {}, {**shared, "delta": delta}, tick=tick)
+        check_finite(metrics["loss"], settings.outer_lr, round_ * len(which), "unlearning", "defense.outer_lr")
         view.watch.observe(round_ + 1, {"params": state["params"], "batch_stats": stats}, perturbation=delta)
     return {"params": state["params"], "batch_stats": stats}
 

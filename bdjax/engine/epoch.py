@@ -9,8 +9,10 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from bdjax.engine import parallel
+from bdjax.errors import InputError
 
 Mode = Literal["auto", "scan", "loop"]
 
@@ -51,6 +53,22 @@ def run_epoch(
         collected.append(jax.block_until_ready(metrics))
         tick(index + 1, steps)
     return state, jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *collected)
+
+
+def check_finite(losses: Any, rates: Any, before: int, what: str, field: str) -> None:
+    """Raise InputError for the first loss that is not finite.
+
+    Args: losses [steps]; rates [steps] or one learning rate; before: steps of earlier epochs;
+    what: names the loss; field: the Config field that the remedy is about.
+    """
+    losses = np.asarray(losses)
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if bad.size:
+        rate = np.broadcast_to(np.asarray(rates), losses.shape)[bad[0]]
+        raise InputError(
+            f"the {what} loss became {losses[bad[0]]} at step {before + int(bad[0])} with learning rate {rate:g}. "
+            f"Use a smaller {field}, or check the images and labels."
+        )
 
 
 @lru_cache(maxsize=256)

@@ -18,7 +18,7 @@ import optax
 
 from bdjax import augment
 from bdjax.engine import parallel
-from bdjax.engine.epoch import Mode, run_epoch
+from bdjax.engine.epoch import Mode, check_finite, run_epoch
 from bdjax.engine.optimizer import Name, direction
 from bdjax.errors import InputError
 from bdjax.types import Key, Model, Variables, Watch, to_float
@@ -122,7 +122,7 @@ def fit(
         state, metrics = run_epoch(
             step, state, split, whole, shared, mode=mode, tick=_counted(watch, epoch * steps, config.epochs * steps)
         )
-        _check_finite(np.asarray(metrics["loss"]), rates, epoch * steps)
+        check_finite(metrics["loss"], whole["rate"], epoch * steps, "training", "fit.learning_rate")
         if saver:
             saver.save(epoch + 1, state)
         watch.observe(
@@ -194,13 +194,3 @@ def _step(model: Model, optimizer: Name, policy: str) -> Callable:
         return {"params": params, "batch_stats": stats, "opt_state": opt_state}, metrics
 
     return step
-
-
-def _check_finite(losses: np.ndarray, rates: np.ndarray, before: int) -> None:
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if bad.size:
-        step = before + int(bad[0])
-        raise InputError(
-            f"the training loss became {losses[bad[0]]} at step {step} with learning rate {rates[step]:g}. "
-            "Use a smaller fit.learning_rate, or check the images and labels."
-        )
