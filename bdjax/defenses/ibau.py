@@ -112,7 +112,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """
     settings: Any = config  # every None was filled in by its schedule
     batches = _batches(len(view.labels), settings.batch_size or len(view.labels), parallel.count())
-    number, size = batches["index"].shape
+    number, size = len(batches["index"]), int(batches["images"][0])
     model, stats = victim.model, victim.variables["batch_stats"]
     inner, outer = _steps(model, _Static(**{name: getattr(config, name) for name in _Static._fields}))
     shared = {
@@ -130,7 +130,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         which = np.arange(settings.outer_steps or number) % number
         split = {name: batches[name][which] for name in _SPLIT}
         count = max(1, int(settings.patched_fraction * size))
-        split["patched"] = _patched(split["weight"], count, jax.random.fold_in(key, round_))
+        split["patched"] = _patched(split["weight"], size, count, jax.random.fold_in(key, round_))
         state, metrics = run_epoch(outer, state, split, {}, {**shared, "delta": delta}, tick=tick)
         check_finite(metrics["loss"], settings.outer_lr, round_ * len(which), "unlearning", "defense.outer_lr")
         view.watch.observe(round_ + 1, {"params": state["params"], "batch_stats": stats}, perturbation=delta)
@@ -253,9 +253,13 @@ def _batches(total: int, size: int, devices: int) -> dict[str, jax.Array]:
     }
 
 
-def _patched(weight: jax.Array, count: int, key: Key) -> jax.Array:
-    """Exactly `count` images of each batch (all, if it has fewer), drawn at random: bool [batches, size]."""
-    score = jnp.where(weight > 0, jax.random.uniform(key, weight.shape), -1)
+def _patched(weight: jax.Array, size: int, count: int, key: Key) -> jax.Array:
+    """Exactly `count` images of each batch (all, if it has fewer), drawn at random: bool [batches, padded size].
+
+    The draw is over the `size` places before padding, so that it is the same on any number of devices.
+    """
+    score = jax.random.uniform(key, (len(weight), size))
+    score = jnp.where(weight > 0, jnp.pad(score, ((0, 0), (0, weight.shape[1] - size))), -1)
     rank = jnp.argsort(jnp.argsort(-score, axis=1), axis=1)
     return (rank < count) & (weight > 0)
 
