@@ -111,11 +111,6 @@ def read_arrays(directory: Path, name: str) -> dict[str, np.ndarray]:
         return {key: stored[key] for key in stored.files}
 
 
-def remove(directory: Path) -> None:
-    """Remove a model directory that is to be written anew."""
-    shutil.rmtree(directory)
-
-
 class EpochSaver:
     """Keeps the training state after each epoch in `folder`, the newest only; see `engine.fit`.
 

@@ -161,9 +161,8 @@ def _train(argv: list[str]) -> None:
 
 
 def _defend(argv: list[str]) -> None:
-    if not argv or argv[0].startswith("-"):
-        _usage("defend", argv, f"defenses: {', '.join(registry.names('defenses'))}")
-    victim, (defense,), rest = Path(argv[0]), *_names(argv[1:], "defend", ("defenses",))
+    first = _first("defend", argv, f"defenses: {', '.join(registry.names('defenses'))}")
+    victim, (defense,), rest = Path(first), *_names(argv[1:], "defend", ("defenses",))
     options = _parse("defend", (str(victim), defense), rest, _Defend, defense=defense, split=True)
     from bdjax import run
 
@@ -181,13 +180,12 @@ def _defend(argv: list[str]) -> None:
 
 
 def _evaluate(argv: list[str]) -> None:
-    if not argv or argv[0].startswith("-"):
-        _usage("evaluate", argv)
-    options = _parse("evaluate", (argv[0],), argv[1:], _Evaluate)
+    first = _first("evaluate", argv)
+    options = _parse("evaluate", (first,), argv[1:], _Evaluate)
     from bdjax import run
 
     with _ready(options):
-        found = run.evaluate(Path(argv[0]), options.data)
+        found = run.evaluate(Path(first), options.data)
     for name, value in found.items():
         _say(f"{name:16s} {value:.4f}" if isinstance(value, float) else f"{name:16s} {value}")
     if options.json:
@@ -207,15 +205,14 @@ def _list(argv: list[str]) -> None:
 
 
 def _sweep(argv: list[str]) -> None:
-    if not argv or argv[0].startswith("-"):
-        _usage("sweep", argv)
-    options = _parse("sweep", (argv[0],), argv[1:], _Sweep)
+    first = _first("sweep", argv)
+    options = _parse("sweep", (first,), argv[1:], _Sweep)
     from bdjax import sweep
     from bdjax.report.progress import bar
 
     with bar() as tick:
         failed = sweep.sweep(
-            Path(argv[0]), options.out, seeds=options.seeds, shard=options.shard, workers=options.workers,
+            Path(first), options.out, seeds=options.seeds, shard=options.shard, workers=options.workers,
             devices=options.devices, tick=tick, say=_say,
         )  # fmt: skip
     sys.exit(1 if failed else 0)
@@ -231,13 +228,12 @@ def _cell(argv: list[str]) -> None:
 
 
 def _report(argv: list[str]) -> None:
-    if not argv or argv[0].startswith("-"):
-        _usage("report", argv)
-    options = _parse("report", (argv[0],), argv[1:], _Report)
+    first = _first("report", argv)
+    options = _parse("report", (first,), argv[1:], _Report)
     from bdjax.report import table
 
     form: Literal["text", "csv", "markdown"] = "csv" if options.csv else "markdown" if options.markdown else "text"
-    _say(table.report(Path(argv[0]), form, options.papers))
+    _say(table.report(Path(first), form, options.papers))
 
 
 def _demo(argv: list[str]) -> None:
@@ -297,6 +293,13 @@ def _usage(command: str, argv: list[str], more: str = "") -> None:
         _say(f"{text}\n\n{COMMANDS[command][2]}")
         sys.exit(0)
     raise InputError(f"{command} needs more arguments.\n{text}")
+
+
+def _first(command: str, argv: list[str], more: str = "") -> str:
+    """The argument that a command begins with; its usage when there is none."""
+    if not argv or argv[0].startswith("-"):
+        _usage(command, argv, more)
+    return argv[0]
 
 
 def _names(argv: list[str], command: str, kinds: tuple[str, ...]) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ Phases are separate functions over directories, so two processes give the number
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,8 @@ def defend(
     check_fingerprint(manifest, data, victim)
     record = run_record(experiment, manifest["hash"])
     hashed = digest(record)
-    if (finished := read_result(directory)) is not None:
-        check_same(directory, finished.get("config_hash"), hashed)
+    if (finished := _finished(directory, hashed)) is not None:
         return finished
-    _check_unused(directory, hashed)
 
     model, variables = load_model(manifest, victim, data)
     evaluation = Evaluation(model, data, experiment, checkpoint.read_arrays(victim, "trigger"))
@@ -117,8 +116,7 @@ def defend(
         "split": to_json(experiment.split),
         "env": env,
     }
-    if (directory / "purified").exists():  # of a run that was killed before its result stood
-        checkpoint.remove(directory / "purified")
+    shutil.rmtree(directory / "purified", ignore_errors=True)  # of a run that was killed before its result stood
     checkpoint.write_model(
         directory / "purified",
         purified,
@@ -175,10 +173,8 @@ def run(
     directory = out or directory_of(experiment, root, data.fingerprint)
     victim = out / "victim" if out else victim_directory_of(experiment, root, data.fingerprint)
     hashed = digest(run_record(experiment, _victim_hash(experiment, data.fingerprint)))
-    if (finished := read_result(directory)) is not None:
-        check_same(directory, finished.get("config_hash"), hashed)
+    if (finished := _finished(directory, hashed)) is not None:
         return finished, directory
-    _check_unused(directory, hashed)
     clean_indices(experiment.split, data, experiment.seed)  # refuse a bad split before hours of training
     train(experiment, victim, context, data)
     result = defend(
@@ -232,8 +228,14 @@ def _write_json(path: Path, value: Any) -> None:
     checkpoint.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def _check_unused(directory: Path, expected: str) -> None:
-    """A directory without a result may be an interrupted run of this very configuration, or new, or empty."""
+def _finished(directory: Path, expected: str) -> dict[str, Any] | None:
+    """The result of this very configuration, or None when `directory` is free for it; InputError when it is not.
+
+    A directory without a result may be an interrupted run of the same configuration, or new, or empty.
+    """
+    if (finished := read_result(directory)) is not None:
+        check_same(directory, finished.get("config_hash"), expected)
+        return finished
     config = Path(directory) / "config.json"
     if config.is_file():
         try:
@@ -245,3 +247,4 @@ def _check_unused(directory: Path, expected: str) -> None:
         p.name != "victim" and not p.name.startswith(".") for p in directory.iterdir()
     ):
         raise InputError(f"{directory} is not empty and holds no bdjax run. Choose another --out.")
+    return None

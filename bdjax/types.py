@@ -7,6 +7,7 @@ on the device they are uint8 (:func:`to_float` converts). Labels are int32. Noth
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NewType, TypeAlias
 
 import jax
@@ -55,7 +56,7 @@ class Data:
         h, w, c = self.x_train.shape[1:]
         return int(h), int(w), int(c)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over every pixel and label of both splits."""
         digest = hashlib.sha256()
