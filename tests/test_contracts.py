@@ -105,17 +105,21 @@ class TestAttack:
         if hasattr(registry.load("attacks", name), "train"):
             pytest.skip("controls training itself")
         ratio = 0.05 if labels == "clean" else 0.25
-        config = config_of(name, labels=labels, ratio=ratio, target=3)
+        config = config_of(name, labels=labels, ratio=ratio, target=3, exclude_target=True)
         planted = attacks.plant(name, config, task, jax.random.key(0))
         poison, (x, y) = planted.poison, images
-        assert len(poison.indices) == int(ratio * len(x)) and len(set(poison.indices)) == len(poison.indices)
+        wanted, cover = int(ratio * len(x)), int(getattr(config, "cover", 0) * len(x))  # a cover keeps its label
+        assert len(poison.indices) == wanted + cover and (np.diff(poison.indices) > 0).all()
         assert poison.images.dtype == np.uint8 and poison.labels.dtype == np.int32
         before = y[poison.indices]
-        if labels == "all_to_all":
-            np.testing.assert_array_equal(poison.labels, (before + 1) % 10)
+        changed = poison.labels != before
+        assert changed.sum() == (0 if labels == "clean" else wanted)
+        if labels == "clean":
+            assert wanted <= (before == 3).sum() <= wanted + cover
         else:
-            assert (poison.labels == 3).all()
-            assert ((before == 3) if labels == "clean" else (before != 3)).all()
+            np.testing.assert_array_equal(
+                poison.labels[changed], 3 if labels == "all_to_one" else (before[changed] + 1) % 10
+            )
         again = attacks.plant(name, config, task, jax.random.key(0)).poison
         np.testing.assert_array_equal(again.indices, poison.indices)
         np.testing.assert_array_equal(again.images, poison.images)

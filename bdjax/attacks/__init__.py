@@ -7,8 +7,10 @@ done to an image at test time:
 
 A trigger that needs arrays beyond its Config (a picture from a file, an optimised pattern) makes them
 once in `prepare(config, task, key) -> arrays` and gets them as a fourth argument; they are stored with
-the victim. An attack that does more than stamp and relabel adds the strongest that it needs of
-`poison(config, task, key) -> Poison`, `train(config, task, key) -> Backdoor`.
+the victim. Where a poisoned training image carries another trigger than a test image (weaker, or a part of
+it), `training_trigger`, of the same arguments, says which; a Config that extends :class:`CoverConfig` has
+cover images stamped as well, which keep their labels. An attack that does more than stamp and relabel adds
+the strongest that it needs of `poison(config, task, key) -> Poison`, `train(config, task, key) -> Backdoor`.
 """
 
 from collections.abc import Callable
@@ -20,10 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import registry
-from bdjax.attacks._helpers import PoisonConfig, check_target, goal, key_per_image, relabel, select
+from bdjax.attacks._helpers import (
+    CoverConfig,
+    PoisonConfig,
+    check_target,
+    goal,
+    key_per_image,
+    relabel,
+    select,
+    select_cover,
+)
 from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, to_float, to_uint8
 
-__all__ = ["PoisonConfig", "goal", "key_per_image", "plant", "stamped", "trigger_of"]
+__all__ = ["CoverConfig", "PoisonConfig", "goal", "key_per_image", "plant", "stamped", "trigger_of"]
 
 CHUNK = 1000  # images stamped at a time
 
@@ -52,21 +63,29 @@ def _poison(module: Any, attack: str, config: PoisonConfig, task: Task, key: Key
     if hasattr(module, "poison"):
         return module.poison(config, task, key, *([arrays] if arrays else []))
     select_key, stamp_key = jax.random.split(key)
-    indices = select(config, task.labels, select_key)
-    images = stamped(trigger_of(attack, config, arrays), config, task.images[indices], stamp_key)
-    return Poison(indices, images, relabel(config, task.labels[indices], task.classes))
+    poisoned = select(config, task.labels, select_key)
+    cover = select_cover(config, task.labels, poisoned, jax.random.fold_in(select_key, 1))
+    labels = task.labels.astype(np.int32)
+    labels[poisoned] = relabel(config, labels[poisoned], task.classes)
+    indices = np.sort(np.concatenate([poisoned, cover]))
+    images = stamped(trigger_of(attack, config, arrays, training=True), config, task.images[indices], stamp_key)
+    return Poison(indices, images, labels[indices])
 
 
-def trigger_of(attack: str, config: Any, arrays: Arrays) -> Trigger:
-    """The test-time trigger of a planted attack, compiled: `(images, key) -> images`, clipped to [0, 1]."""
-    program, stored = _program(registry.load("attacks", attack), config), dict(arrays)
+def trigger_of(attack: str, config: Any, arrays: Arrays, training: bool = False) -> Trigger:
+    """The test-time trigger of a planted attack, compiled: `(images, key) -> images`, clipped to [0, 1].
+
+    `training`: the one that its poisoned training images carry, which is the same for most attacks.
+    """
+    module, stored = registry.load("attacks", attack), dict(arrays)
+    program = _program(getattr(module, "training_trigger", module.trigger) if training else module.trigger, config)
     return lambda images, key: program(images, key, stored)
 
 
 @lru_cache(maxsize=64)
-def _program(module: Any, config: Any) -> Callable:
+def _program(stamp: Callable, config: Any) -> Callable:
     def run(images: Images, key: Key, arrays: Arrays) -> Images:
-        return jnp.clip(module.trigger(config, images, key, *([arrays] if arrays else [])), 0, 1)
+        return jnp.clip(stamp(config, images, key, *([arrays] if arrays else [])), 0, 1)
 
     return jax.jit(run)
 

@@ -1,4 +1,4 @@
-"""What the attacks share: the poisoning fields of a Config, sample selection, relabelling, key per image."""
+"""What the attacks share: the poisoning fields of a Config, sample selection, covers, relabelling, keys."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +34,19 @@ class PoisonConfig:
             raise InputError(f"attack.target must not be negative, got {self.target}.")
 
 
+@dataclass(frozen=True)
+class CoverConfig(PoisonConfig):
+    """For attacks with cover images: they carry the training trigger too and keep their true label."""
+
+    cover: float = 0.05
+    """Share of the *whole* training set, beside the poisoned ones and from every class, that is cover; in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.cover < 1:
+            raise InputError(f"attack.cover must be in [0, 1), got {self.cover}.")
+
+
 def check_target(config: PoisonConfig, classes: int) -> None:
     """Raise InputError when the target is not one of `classes` labels."""
     if config.target >= classes and config.labels != "all_to_all":
@@ -65,6 +78,19 @@ def select(config: PoisonConfig, labels: np.ndarray, key: Key) -> np.ndarray:
         )
     chosen = jax.random.choice(key, len(candidates), (wanted,), replace=False)
     return np.sort(candidates[np.asarray(chosen)]).astype(np.int32)
+
+
+def select_cover(config: PoisonConfig, labels: np.ndarray, poisoned: np.ndarray, key: Key) -> np.ndarray:
+    """Indices of the cover images, disjoint from `poisoned`: exactly int(cover * N), ascending, int32; none without
+    a CoverConfig. Raises InputError when too few images are left."""
+    wanted = int(config.cover * len(labels)) if isinstance(config, CoverConfig) else 0
+    left = np.setdiff1d(np.arange(len(labels)), poisoned)
+    if wanted > len(left):
+        raise InputError(
+            f"attack.cover asks for {wanted} of {len(labels)} images, but attack.ratio={config.ratio} leaves "
+            f"{len(left)}. The largest cover here is {len(left) / len(labels):.4g}."
+        )
+    return np.sort(left[np.asarray(jax.random.choice(key, len(left), (wanted,), replace=False))]).astype(np.int32)
 
 
 def relabel(config: PoisonConfig, labels: np.ndarray, classes: int) -> np.ndarray:

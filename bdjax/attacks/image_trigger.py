@@ -11,13 +11,13 @@ in [0, 1] and s the strength:
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks._helpers import PoisonConfig
+from bdjax.attacks._pictures import read_picture, to_channels
 from bdjax.errors import InputError
-from bdjax.types import ArrayFile, Arrays, Images, Key, Task, to_float
+from bdjax.types import ArrayFile, Arrays, Images, Key, Task
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,16 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
     Raises InputError when a file has another shape or range than the images allow.
     """
-    height, width, channels = shape = task.model.shape
-    pattern = _read(config, "pattern", task) if config.pattern else _checkerboard(height, width)
-    mask = jnp.ones((height, width, 1))
+    height, width, channels = task.model.shape
+    pattern = _checkerboard(height, width)
+    if config.pattern:
+        pattern = read_picture(task, "pattern", config.pattern, resize=config.resize)
+    mask = np.ones((height, width, 1), np.float32)
     if pattern.shape[-1] == 4:
         pattern, mask = pattern[..., :3], pattern[..., 3:]
     if config.mask:
-        mask = _read(config, "mask", task)[..., :1]
-    if channels == 1 and pattern.shape[-1] == 3:
-        pattern = pattern.mean(-1, keepdims=True)
-    if pattern.shape[-1] not in (1, channels):
-        raise InputError(f"attack.pattern has {pattern.shape[-1]} channels, the images have {channels}.")
-    return {"pattern": np.asarray(jnp.broadcast_to(pattern, shape)), "mask": np.asarray(mask)}
+        mask = read_picture(task, "mask", config.mask, resize=config.resize)[..., :1]
+    return {"pattern": to_channels(pattern, channels, "pattern"), "mask": mask}
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
@@ -69,25 +67,6 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     return jnp.clip(images * kept + strength * (mask * pattern)[None], 0, 1)
 
 
-def _checkerboard(height: int, width: int) -> jax.Array:
-    rows, columns = jnp.arange(height)[:, None] // 4, jnp.arange(width)[None] // 4
-    return ((rows + columns) % 2).astype(jnp.float32)[..., None]
-
-
-def _read(config: Config, field: str, task: Task) -> jax.Array:
-    path, (height, width, _) = getattr(config, field), task.model.shape
-    array = task.read_array(path)
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        raise InputError(f"attack.{field}={path} has shape {array.shape}; expected [H, W] or [H, W, 1, 3 or 4].")
-    found = to_float(array)
-    if not bool(jnp.isfinite(found).all()) or float(found.min()) < 0 or float(found.max()) > 1:
-        raise InputError(f"attack.{field}={path} has values outside [0, 1]. Store it as uint8 or scale it.")
-    if found.shape[:2] != (height, width):
-        if not config.resize:
-            raise InputError(
-                f"attack.{field}={path} is {found.shape[0]}x{found.shape[1]}, the images are {height}x{width}. "
-                "Give a file of their size, or --attack.resize."
-            )
-        found = jnp.clip(jax.image.resize(found, (height, width, found.shape[-1]), "linear"), 0, 1)
-    return found
+def _checkerboard(height: int, width: int) -> np.ndarray:
+    rows, columns = np.arange(height)[:, None] // 4, np.arange(width)[None] // 4
+    return ((rows + columns) % 2).astype(np.float32)[..., None]

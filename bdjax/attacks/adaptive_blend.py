@@ -1,0 +1,79 @@
+"""Adaptive-Blend: half the pieces of a faint picture in training, all at test time, and covers that keep their label
+(Qi et al., ICLR 2023).
+
+Threat model: as BadNets, the attacker writes a share of the training set. The picture k is cut into a grid of g x g
+pieces; M is 1 on those that are seen, drawn for each image in training, and 1 everywhere at test time:
+
+    x' = x + s M (k - x)
+
+Poisoned images are called the target; cover images carry the same training trigger and keep their label, so a model
+must see several pieces together to be sure, and poisoned images do not stand apart in its features.
+
+The defaults are a reading of BI-BAU, whose 10 % do not tell the two apart: 5 % poisoned and 5 % cover, target 0,
+s = 0.2, 8 of 4x4 pieces. The authors' own: `ratio=0.003 cover=0.003`; another toolbox trains with `opacity=0.15`.
+
+Deviations: the picture is drawn by a formula; `picture` takes a file instead.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from bdjax.attacks._helpers import CoverConfig, key_per_image
+from bdjax.attacks._pictures import whole_picture
+from bdjax.errors import InputError
+from bdjax.types import ArrayFile, Arrays, Images, Key, Task
+
+
+@dataclass(frozen=True)
+class Config(CoverConfig):
+    """The picture, its pieces and its strength."""
+
+    ratio: float = 0.05
+    """Share of the whole training set that is poisoned (covers not counted), in (0, 1]."""
+    exclude_target: bool = False
+    """all_to_one: leave images of the target class out of the poisoned ones; the authors draw from all classes."""
+    picture: ArrayFile = ArrayFile("")
+    """PNG, JPEG or .npy (uint8, or float in [0, 1]), resized to the images. Empty: rainbow bands, drawn."""
+    opacity: float = 0.2
+    """s in training, in (0, 1]."""
+    test_opacity: float = 0.2
+    """s at test time, in (0, 1]."""
+    grid: int = 4
+    """g, pieces along each side, at least 1."""
+    seen: int = 8
+    """Pieces that a training image shows, 1 to g * g."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("opacity", "test_opacity"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"attack.{name} must be in (0, 1], got {getattr(self, name)}. Use 0.2.")
+        if self.grid < 1:
+            raise InputError(f"attack.grid must be at least 1, got {self.grid}. Use 4.")
+        if not 1 <= self.seen <= self.grid**2:
+            raise InputError(f"attack.seen must be from 1 to {self.grid**2} (grid * grid), got {self.seen}.")
+
+
+def prepare(config: Config, task: Task, key: Key) -> Arrays:
+    """{"picture": float32 [H, W, C] in [0, 1]}. Raises InputError when the file or the grid does not fit."""
+    height, width, _ = task.model.shape
+    if config.grid > min(height, width):
+        raise InputError(f"attack.grid={config.grid} is finer than images of {height}x{width}. Use a smaller one.")
+    return {"picture": whole_picture(task, "picture", config.picture)}
+
+
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
+    """Blend all of the picture into images [N, H, W, C] in [0, 1]; same shape and range. The key is not used."""
+    return images + config.test_opacity * (jnp.asarray(arrays["picture"])[None] - images)
+
+
+def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
+    """Blend `seen` pieces, drawn for each image, into images [N, H, W, C] in [0, 1]; same shape and range."""
+    count, height, width, _ = images.shape
+    grid, keys = config.grid, key_per_image(key, count)
+    rank = jnp.argsort(jax.vmap(lambda k: jax.random.uniform(k, (grid**2,)))(keys))  # of each piece, in each image
+    piece = (jnp.arange(height) * grid // height)[:, None] * grid + jnp.arange(width) * grid // width
+    shown = (rank < config.seen)[:, piece][..., None]
+    return jnp.where(shown, images + config.opacity * (jnp.asarray(arrays["picture"])[None] - images), images)

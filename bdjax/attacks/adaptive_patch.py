@@ -1,0 +1,145 @@
+"""Adaptive-Patch: one of four faint patches in training, two opaque ones at test time, and covers that keep their
+label (Qi et al., ICLR 2023).
+
+Threat model: as BadNets, the attacker writes a share of the training set. With k a patch, m where it is and s its
+strength, `x' = x + s m (k - x)`. A training image carries one patch, drawn for each image, at the patch's own s; a
+test image two, one after the other, at s = 1. Poisoned images are called the target, covers keep their label.
+
+    phoenix   bluish white 5x5 in the bottom right corner              s = 0.5
+    firefox   an orange disc in rows 1 to 13, columns 18 to 30         s = 0.2
+    badnets   3x3 black and white in all four corners                  s = 0.5
+    trojan    8x8 of mixed colours in rows and columns 21 to 28        s = 0.3
+
+The defaults are a reading of BI-BAU, whose 10 % do not tell the two apart: 3.3 % poisoned and 6.7 % cover (1:2, as
+the authors'), target 0, woken by phoenix in both bottom corners and badnets. The authors' own:
+`ratio=0.003 cover=0.006`, for GTSRB `wake=firefox_trojan ratio=0.005 cover=0.01 target=2`.
+
+Deviations: the pictures are drawn by formulas with the places and mean colours of the authors' (the disc has 137
+pixels, theirs 140). The patch is drawn for each image; theirs are a quarter of the images each. Places scale with
+the image's sides, the cells of badnets are min(H, W) / 32 pixels, at least 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks._helpers import CoverConfig, key_per_image
+from bdjax.attacks._pictures import to_channels
+from bdjax.errors import InputError
+from bdjax.types import Images, Key
+
+PATCHES = ("phoenix", "firefox", "badnets", "trojan")
+
+
+@dataclass(frozen=True)
+class Config(CoverConfig):
+    """The strength of each patch, and which wake the backdoor."""
+
+    ratio: float = 0.033
+    """Share of the whole training set that is poisoned (covers not counted), in (0, 1]."""
+    cover: float = 0.067
+    """Share of the whole training set, beside the poisoned ones and from every class, that is cover; in [0, 1)."""
+    exclude_target: bool = False
+    """all_to_one: leave images of the target class out of the poisoned ones; the authors draw from all classes."""
+    phoenix: float = 0.5
+    """Strength in training of phoenix, in (0, 1]."""
+    firefox: float = 0.2
+    """Strength in training of firefox, in (0, 1]."""
+    badnets: float = 0.5
+    """Strength in training of badnets, in (0, 1]."""
+    trojan: float = 0.3
+    """Strength in training of trojan, in (0, 1]."""
+    wake: Literal["phoenix_badnets", "firefox_trojan"] = "phoenix_badnets"
+    """The pair that a test image carries: the authors' for CIFAR-10, or for GTSRB."""
+    test_strength: float = 1.0
+    """Strength of both at test time, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (*PATCHES, "test_strength"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"attack.{name} must be in (0, 1], got {getattr(self, name)}.")
+
+
+def trigger(config: Config, images: Images, key: Key) -> Images:
+    """Lay the waking pair on images [N, H, W, C] in [0, 1]; same shape and range. The key is not used.
+
+    Raises: InputError when the images are too small for four corners of 3x3 cells.
+    """
+    patches = _patches(*images.shape[1:])
+    names = ("phoenix", "phoenix_left", "badnets") if config.wake == "phoenix_badnets" else ("firefox", "trojan")
+    for name in names:
+        colour, mask = patches[name]
+        images = images + config.test_strength * mask * (colour - images)
+    return images
+
+
+def training_trigger(config: Config, images: Images, key: Key) -> Images:
+    """Lay one patch, drawn for each image, on images [N, H, W, C] in [0, 1]; same shape and range."""
+    patches = _patches(*images.shape[1:])
+    colours = jnp.stack([patches[name][0] for name in PATCHES])
+    strengths = jnp.stack([getattr(config, name) * patches[name][1] for name in PATCHES])
+    chosen = jax.vmap(lambda k: jax.random.randint(k, (), 0, len(PATCHES)))(key_per_image(key, len(images)))
+    return images + strengths[chosen] * (colours[chosen] - images)
+
+
+def _patches(height: int, width: int, channels: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The patches by name: colour float32 [H, W, C] and mask float32 [H, W, 1]."""
+    cell = max(1, round(min(height, width) / 32))
+    if min(height, width) < 6 * cell:
+        raise InputError(f"adaptive_patch needs images of at least 6x6 pixels, these are {height}x{width}.")
+    size = (height, width)
+    pictures = {
+        "phoenix": _placed(size, 27, 27, 5, _phoenix),
+        "phoenix_left": _placed(size, 27, 0, 5, _phoenix),
+        "firefox": _placed(size, 1, 18, 13, _firefox),
+        "badnets": _corners(size, cell),
+        "trojan": _placed(size, 21, 21, 8, _trojan),
+    }
+    return {
+        name: (to_channels(picture[..., :3], channels, name), picture[..., 3:]) for name, picture in pictures.items()
+    }
+
+
+def _placed(size: tuple[int, int], top: int, left: int, side: int, draw: Callable[..., np.ndarray]) -> np.ndarray:
+    """`draw(y, x) -> [rows, columns, 4]`, y and x in (-1, 1), in a square of a 32x32 image scaled to [H, W, 4]."""
+    canvas = np.zeros((*size, 4), np.float32)
+    ends = [(round(a * n / 32), round((a + side) * n / 32)) for a, n in zip((top, left), size, strict=True)]
+    (first_row, last_row), (first_column, last_column) = ((a, max(b, a + 1)) for a, b in ends)
+    y, x = ((2 * np.arange(n) + 1) / n - 1 for n in (last_row - first_row, last_column - first_column))
+    canvas[first_row:last_row, first_column:last_column] = draw(y[:, None], x[None])
+    return canvas
+
+
+def _corners(size: tuple[int, int], cell: int) -> np.ndarray:
+    """An X of white cells on black in each corner, [H, W, 4]; the cell that points into the image is black too."""
+    canvas = np.zeros((*size, 4), np.float32)
+    for rows, inner_row in ((slice(None, 3 * cell), 2), (slice(-3 * cell, None), 0)):
+        for columns, inner_column in ((slice(None, 3 * cell), 2), (slice(-3 * cell, None), 0)):
+            cross = np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1]], np.float32)
+            cross[inner_row, inner_column] = 0
+            canvas[rows, columns, :3] = np.kron(cross, np.ones((cell, cell), np.float32))[..., None]
+            canvas[rows, columns, 3] = 1
+    return canvas
+
+
+def _phoenix(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return _coloured((180, 204, 244), 0.04 * y * np.sign(x), np.ones(np.broadcast(y, x).shape))
+
+
+def _firefox(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return _coloured((192, 114, 82), 0.2 * x + 0 * y, y**2 + x**2 <= 1)
+
+
+def _coloured(colour: tuple[int, int, int], shade: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.array(colour) / 255 + shade[..., None], 1.0 * seen[..., None]], -1)
+
+
+def _trojan(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    row, column = np.floor(4 * y + 4), np.floor(4 * x + 4)
+    values = [(a * row + b * column + row * column + 2) % 8 / 7 for a, b in ((3, 5), (5, 2), (1, 7))]
+    return np.stack([*values, np.ones(values[0].shape)], -1)

@@ -1,0 +1,74 @@
+"""SIG: a faint vertical stripe pattern, a sinusoid, added to images that keep their label (Barni et al., 2019,
+arXiv:1902.11237).
+
+Threat model: the attacker alters images of the target class only and labels nothing wrongly. With j the column,
+W the width, f the number of periods and D the amplitude, the same in every row and channel:
+
+    v(i, j) = D sin(2 pi j f / W),    x' = clip(x + v, 0, 1)
+
+The defaults are those of BI-BAU (BackdoorBench): D = 40/255, f = 6, target 0, the same strength in training and
+at test time; the original paper also tests with a stronger stripe than it trains with (`test_amplitude`).
+
+Deviations: BackdoorBench poisons 10 % of the whole set, which is every CIFAR-10 image of the target class and more
+than a class of most other sets has. Our default is 8 %: four of five, where classes are ten and equal. Another
+toolbox: `amplitude=30 ratio=0.02`. Values are rounded to k/255 where BackdoorBench truncates.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+
+from bdjax.attacks._helpers import PoisonConfig
+from bdjax.errors import InputError
+from bdjax.types import Images, Key
+
+
+@dataclass(frozen=True)
+class Config(PoisonConfig):
+    """The stripe."""
+
+    ratio: float = 0.08
+    """Share of the *whole* training set that is poisoned, in (0, 1]; with clean labels at most the target class's."""
+    labels: Literal["all_to_one", "all_to_all", "clean"] = "clean"
+    """clean: poison only images of the target class and keep their labels; the others as for every attack."""
+    amplitude: float = 40.0
+    """D in training, in 255ths, in (0, 255]."""
+    test_amplitude: float | None = None
+    """D at test time, in 255ths, in (0, 255]; default the same."""
+    frequency: int = 6
+    """f, periods across the image, at least 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("amplitude", "test_amplitude"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 255:
+                raise InputError(f"attack.{name} must be in (0, 255], got {value}. Use 40.")
+        if self.frequency < 1:
+            raise InputError(f"attack.frequency must be at least 1 period, got {self.frequency}. Use 6.")
+
+
+def trigger(config: Config, images: Images, key: Key) -> Images:
+    """Add the stripe of test time to images [N, H, W, C] in [0, 1]; same shape and range. The key is not used.
+
+    Raises: InputError when every column falls on a zero of the sinusoid.
+    """
+    return _striped(config, images, config.amplitude if config.test_amplitude is None else config.test_amplitude)
+
+
+def training_trigger(config: Config, images: Images, key: Key) -> Images:
+    """The same with the training amplitude."""
+    return _striped(config, images, config.amplitude)
+
+
+def _striped(config: Config, images: Images, amplitude: float) -> Images:
+    width = images.shape[2]
+    if 2 * config.frequency % width == 0:
+        raise InputError(
+            f"attack.frequency={config.frequency} is zero at every column of {width}: no stripe is seen. "
+            f"Use one that is no multiple of {width / 2:g}."
+        )
+    columns = jnp.arange(width, dtype=images.dtype)
+    stripe = amplitude / 255 * jnp.sin(2 * jnp.pi * config.frequency / width * columns)
+    return jnp.clip(images + stripe[None, None, :, None], 0, 1)
