@@ -6,11 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bdjax.models import _conv
 from bdjax.types import Key
 
 
 def conv(features: int, dtype: Any, kernel: int = 3, stride: int = 1, bias: bool = False) -> nn.Conv:
     """Square convolution, zero-padded by kernel // 2 on every side ("SAME" would pad stride 2 unevenly)."""
+    plain = stride == 1 and kernel % 2 == 1 and jax.default_backend() == "cpu"
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -19,7 +21,12 @@ def conv(features: int, dtype: Any, kernel: int = 3, stride: int = 1, bias: bool
         use_bias=bias,
         dtype=dtype,
         kernel_init=nn.initializers.he_normal(),
+        conv_general_dilated=_plain if plain else None,
     )
+
+
+def _plain(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    return _conv.conv(x, kernel)
 
 
 def norm(train: bool, dtype: Any, axis_name: str | None) -> nn.BatchNorm:
@@ -61,5 +68,6 @@ def dropout(x: jax.Array, rate: float, keys: Key | None, index: int) -> jax.Arra
 
 
 def head(x: jax.Array, classes: int) -> jax.Array:
-    """The last dense layer; float32 whatever the activations are, for a stable softmax."""
-    return nn.Dense(classes, dtype=jnp.float32, name="head")(x.astype(jnp.float32))
+    """The last dense layer; at least float32 whatever the activations are, for a stable softmax."""
+    dtype = jnp.promote_types(jnp.float32, x.dtype)
+    return nn.Dense(classes, dtype=dtype, name="head")(x.astype(dtype))
