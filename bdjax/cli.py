@@ -12,90 +12,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from bdjax import __version__, registry
+from bdjax import options as options_
 from bdjax.errors import InputError
-
-
-@dataclass
-class _Common:
-    json: bool = False
-    """Make the last line of stdout the result, as one JSON object."""
-
-
-@dataclass
-class _Device(_Common):
-    devices: int = 0
-    """Local devices to compute on; 0: all of them."""
-
-
-@dataclass
-class _Place(_Device):
-    root: Path = Path("runs")
-    """Results go to ROOT/HASH and victims to ROOT/victims/HASH, by the content of their configuration."""
-    out: Path | None = None
-    """Put this one there instead."""
-    force: bool = False
-    """Remove an earlier bdjax run that stands there, and run again."""
-
-
-@dataclass
-class _Plant(_Place):
-    dataset: str = "digits"
-    """digits, npz:PATH, folder:PATH or tfds:NAME."""
-    model: str = "cnn"
-    """Name of the classifier; see `bdjax list models`."""
-    seed: int = 0
-    """Everything random follows from it."""
-
-
-@dataclass
-class _Defend(_Place):
-    dataset: str | None = None
-    """Where the victim's data set lies now, if it has moved."""
-    seed: int | None = None
-    """Of the defense; default the victim's."""
-
-
-@dataclass
-class _Evaluate(_Common):
-    data: str | None = None
-    """Another data set of the model's shape: digits, npz:PATH, folder:PATH or tfds:NAME."""
-
-
-@dataclass
-class _Sweep(_Device):
-    out: Path | None = None
-    """Directory of the results; default runs/FILE's name."""
-    seeds: str = ""
-    """Comma-separated, such as 0,1,2; default the seeds of the file."""
-    shard: str = "0/1"
-    """i/n: do only the i-th of n parts of the grid (cells of one victim stay together)."""
-    workers: int = 1
-    """Processes at a time on this machine."""
-
-
-@dataclass
-class _Report:
-    csv: bool = False
-    """Comma-separated values."""
-    markdown: bool = False
-    """A Markdown table (the default is plain text)."""
-    papers: Path | None = None
-    """Folder of the papers' CSV tables; default experiments/papers."""
-
-
-@dataclass
-class _Demo(_Device):
-    out: Path = Path("runs/demo")
-    """Directory of the run; an earlier demo there is replaced."""
-    seed: int = 0
-    """Everything random follows from it."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(argv: list[str]) -> None:
     (attack, defense), rest = _names(argv, "run", ("attacks", "defenses"))
-    options = _parse("run", (attack, defense), rest, _Plant, attack=attack, defense=defense, fit=True, split=True)
+    options = _parse(
+        "run", (attack, defense), rest, options_.Plant, attack=attack, defense=defense, fit=True, split=True
+    )
     from bdjax import run
     from bdjax.experiment import Experiment
 
@@ -143,7 +69,7 @@ def _run(argv: list[str]) -> None:
 
 def _train(argv: list[str]) -> None:
     (attack,), rest = _names(argv, "train", ("attacks",))
-    options = _parse("train", (attack,), rest, _Plant, attack=attack, fit=True)
+    options = _parse("train", (attack,), rest, options_.Plant, attack=attack, fit=True)
     from bdjax import checkpoint, run, victim
     from bdjax.experiment import Experiment
 
@@ -163,7 +89,7 @@ def _train(argv: list[str]) -> None:
 def _defend(argv: list[str]) -> None:
     first = _first("defend", argv, f"defenses: {', '.join(registry.names('defenses'))}")
     victim, (defense,), rest = Path(first), *_names(argv[1:], "defend", ("defenses",))
-    options = _parse("defend", (str(victim), defense), rest, _Defend, defense=defense, split=True)
+    options = _parse("defend", (str(victim), defense), rest, options_.Defend, defense=defense, split=True)
     from bdjax import run
 
     with _ready(options) as context:
@@ -181,7 +107,7 @@ def _defend(argv: list[str]) -> None:
 
 def _evaluate(argv: list[str]) -> None:
     first = _first("evaluate", argv)
-    options = _parse("evaluate", (first,), argv[1:], _Evaluate)
+    options = _parse("evaluate", (first,), argv[1:], options_.Evaluate)
     from bdjax import run
 
     with _ready(options):
@@ -190,6 +116,30 @@ def _evaluate(argv: list[str]) -> None:
         _say(f"{name:16s} {value:.4f}" if isinstance(value, float) else f"{name:16s} {value}")
     if options.json:
         _say(json.dumps(found))
+
+
+def _solvers(argv: list[str]) -> None:
+    first = _first("solvers", argv)
+    options = _parse("solvers", (first,), argv[1:], options_.Solvers, defense="ibau", split=True)
+    from bdjax import checkpoint, compare
+    from bdjax.report import solvers
+
+    out = options.out or Path("runs") / f"solvers-{checkpoint.read_manifest(Path(first))['hash'][:16]}"
+    if (out / "solvers.json").exists() and not options.force:
+        raise InputError(f"{out} holds a comparison already. Choose another --out, or --force to replace it.")
+    chosen = tuple(options.solvers.split(",")) if options.solvers else compare.DEFAULT
+    with _ready(options) as context:
+        result = compare.compare(
+            Path(first), solvers=chosen, iterations=compare.whole_numbers(options.iterations), config=options.defense,
+            split=options.split, seed=options.seed, dataset=options.dataset, rounds=None if options.rounds else (),
+            test_size=options.test_size, repeats=options.repeats, context=context,
+        )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(out / "solvers.json", json.dumps(result, indent=1) + "\n")
+    _say(solvers.table(result))
+    _say(f"picture: {solvers.draw(result, out / 'solvers.png')}\nresult:  {out / 'solvers.json'}")
+    if options.json:
+        _say(json.dumps(result))
 
 
 def _list(argv: list[str]) -> None:
@@ -206,7 +156,7 @@ def _list(argv: list[str]) -> None:
 
 def _sweep(argv: list[str]) -> None:
     first = _first("sweep", argv)
-    options = _parse("sweep", (first,), argv[1:], _Sweep)
+    options = _parse("sweep", (first,), argv[1:], options_.Sweep)
     from bdjax import sweep
     from bdjax.report.progress import bar
 
@@ -229,7 +179,7 @@ def _cell(argv: list[str]) -> None:
 
 def _report(argv: list[str]) -> None:
     first = _first("report", argv)
-    options = _parse("report", (first,), argv[1:], _Report)
+    options = _parse("report", (first,), argv[1:], options_.Report)
     from bdjax.report import table
 
     form: Literal["text", "csv", "markdown"] = "csv" if options.csv else "markdown" if options.markdown else "text"
@@ -237,7 +187,7 @@ def _report(argv: list[str]) -> None:
 
 
 def _demo(argv: list[str]) -> None:
-    options = _parse("demo", (), argv, _Demo)
+    options = _parse("demo", (), argv, options_.Demo)
     from bdjax import run
     from bdjax.experiment import demo
 
@@ -266,6 +216,12 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
         "clean the model in VICTIM_DIR, measure before and after",
     ),
     "evaluate": (_evaluate, "DIR [--data D]", "accuracy and attack success rate of a model directory"),
+    "solvers": (
+        _solvers,
+        "VICTIM_DIR [--solvers a,b:RIDGE] [--iterations 5,20] [--no-rounds] [--defense.FIELD ..] [--split.FIELD ..]"
+        " [--out DIR]",
+        "compare hypergradient solvers on VICTIM_DIR: accuracy, cost, one round of I-BAU with each",
+    ),
     "sweep": (
         _sweep,
         "experiments/FILE.py [--seeds 0,1,2] [--shard i/n] [--workers k] [--out DIR]",

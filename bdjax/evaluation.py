@@ -45,6 +45,11 @@ class Evaluation:
             "asr_with_target": float(attack_success_rate(stamped, wanted)),
         }
 
+    def shorten(self, count: int) -> None:
+        """Measure on the first `count` held-out images only."""
+        for name in ("images", "labels", "triggered", "wanted", "eligible"):
+            setattr(self, name, getattr(self, name)[:count])
+
     def pictures(self, count: int = 6) -> dict[str, np.ndarray]:
         """A few eligible images, clean and triggered, for the figure."""
         shown = np.flatnonzero(self.eligible)[:count]

@@ -7,11 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "bdjax"
 LAYERS = (
-    {"errors", "types", "registry"},
+    {"errors", "types", "registry", "options"},
     {"datasets", "models", "augment", "metrics", "hypergrad"},
     {"engine", "checkpoint", "interop"},
     {"attacks", "defenses"},
-    {"experiment", "evaluation", "provenance", "recorder", "victim", "run", "sweep", "report"},
+    {"experiment", "evaluation", "compare", "provenance", "recorder", "victim", "run", "sweep", "report"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -32,7 +32,7 @@ from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import Name, direction
 from bdjax.errors import InputError
-from bdjax.hypergrad import SOLVERS, hypergradient, solver
+from bdjax.hypergrad import check, hypergradient, solver
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
 
@@ -76,11 +76,11 @@ class Config:
     batch_norm: Literal["frozen", "batch"] = "frozen"
     """Statistics: the stored ones (the release runs in eval mode; scale and shift are trained), or the batch's."""
     solver: str = "fixed_point"
-    """Linear solver of the hypergradient, a name of `bdjax.hypergrad.SOLVERS`."""
+    """Of the hypergradient: a name of `bdjax.hypergrad.SOLVERS`, described in docs/solvers.md."""
     solver_iterations: int = 5
     """K. With fixed_point, K − 1 Hessian-vector products: the first iteration multiplies zero."""
     solver_step: float = 0.1
-    """η of fixed_point and neumann, unrelated to inner_lr in the release."""
+    """η of fixed_point, neumann, one_step and unrolled; unrelated to inner_lr in the release."""
     ridge: float = 0.0
     """Multiple of the identity added to the inner Hessian."""
 
@@ -113,30 +113,69 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     Returns: the cleaned variables; the watch is shown them and δ (float32 [1, H, W, C]) after each round.
     """
     settings: Any = config  # every None was filled in by its schedule
-    batches = _batches(len(view.labels), settings.batch_size or len(view.labels), parallel.count())
+    batches, shared = _prepared(config, victim, view)
     number, size = len(batches["index"]), int(batches["images"][0])
-    model, stats = victim.model, victim.variables["batch_stats"]
-    inner, outer = _steps(model, _Static(**{name: getattr(config, name) for name in _Static._fields}))
-    shared = {
-        "images": jnp.asarray(view.images),
-        "labels": jnp.asarray(view.labels),
-        "first": jax.tree.map(lambda leaf: leaf[0], {name: batches[name] for name in _SPLIT}),
-        "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
-        "batch_stats": stats,
-    }
+    inner, outer = _steps(victim.model, _static(config))
     state = {"params": jax.tree.map(jnp.copy, victim.variables["params"])}
     state["opt"] = direction(settings.outer_optimizer).init(state["params"])
     for round_ in range(settings.rounds):
         tick = partial(view.watch.tick, f"I-BAU round {round_ + 1} of {settings.rounds}")
-        delta = _ascend(settings, inner, model.shape, batches, {**shared, "params": state["params"]}, tick)
+        delta = _ascend(settings, inner, victim.model.shape, batches, {**shared, "params": state["params"]}, tick)
         which = np.arange(settings.outer_steps or number) % number
         split = {name: batches[name][which] for name in _SPLIT}
         count = max(1, int(settings.patched_fraction * size))
         split["patched"] = _patched(split["weight"], size, count, jax.random.fold_in(key, round_))
         state, metrics = run_epoch(outer, state, split, {}, {**shared, "delta": delta}, tick=tick)
-        check_finite(metrics["loss"], settings.outer_lr, round_ * len(which), "unlearning", "defense.outer_lr")
-        view.watch.observe(round_ + 1, {"params": state["params"], "batch_stats": stats}, perturbation=delta)
-    return {"params": state["params"], "batch_stats": stats}
+        at = round_ * len(which)
+        check_finite(metrics["loss"], settings.outer_lr, at, "unlearning loss", "defense.outer_lr")
+        check_finite(
+            metrics["norm"], settings.outer_lr, at, "hypergradient", "defense.solver_iterations or solver_step"
+        )
+        variables = {"params": state["params"], "batch_stats": shared["batch_stats"]}
+        view.watch.observe(round_ + 1, variables, perturbation=delta)
+    return variables
+
+
+class Problem(NamedTuple):
+    """The bilevel problem of one θ step: `build(model, arrays) -> (g, E)`, both (δ, θ) -> scalar, and δ."""
+
+    build: Callable[[Model, Any], tuple[Callable, Callable]]
+    arrays: Any
+    """Images, labels, statistics and hyper-parameters: arguments of a program, not constants in it."""
+    delta: jax.Array
+    """float32 [1, H, W, C], after the first round's ascent."""
+
+
+def problem(config: Config, victim: Victim, view: DefenderView, key: Key) -> Problem:
+    """The bilevel problem of :func:`purify`'s first θ step, on one device, for comparing solvers on it.
+
+    Nothing in it depends on the solver. The losses compute in the dtype of the model that they are built for.
+    """
+    settings: Any = config
+    with parallel.using(1):
+        batches, shared = _prepared(config, victim, view)
+        static = _static(config)
+        start = {**shared, "params": victim.variables["params"]}
+        tick = partial(view.watch.tick, "inner ascent")
+        delta = _ascend(settings, _steps(victim.model, static)[0], victim.model.shape, batches, start, tick)
+    split = {name: batches[name][:1] for name in _SPLIT}
+    size = int(batches["images"][0])
+    split["patched"] = _patched(split["weight"], size, max(1, int(settings.patched_fraction * size)), key)
+    arrays = {"shared": shared, "split": jax.tree.map(lambda leaf: leaf[0], split)}
+    return Problem(lambda model, a: _bilevel(model, static, a["shared"], a["split"], None), arrays, delta)
+
+
+def _prepared(config: Any, victim: Victim, view: DefenderView) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """The batches, and what every step shares."""
+    batches = _batches(len(view.labels), config.batch_size or len(view.labels), parallel.count())
+    shared = {
+        "images": jnp.asarray(view.images),
+        "labels": jnp.asarray(view.labels),
+        "first": jax.tree.map(lambda leaf: leaf[0], {name: batches[name] for name in _SPLIT}),
+        "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
+        "batch_stats": victim.variables["batch_stats"],
+    }
+    return batches, shared
 
 
 _DYNAMIC = ("inner_lr", "penalty", "outer_lr", "solver_step", "ridge")  # other values compile nothing new
@@ -156,9 +195,13 @@ class _Static(NamedTuple):
     solver_iterations: int
 
 
+def _static(config: Config) -> _Static:
+    return _Static(**{name: getattr(config, name) for name in _Static._fields})
+
+
 @lru_cache(maxsize=32)
-def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
-    """The inner and the outer step, in the engine's form (see :mod:`bdjax.engine.parallel`)."""
+def _losses(model: Model, static: _Static) -> tuple[Callable, Callable]:
+    """The cross-entropy of one batch with δ on, and the inner objective g."""
 
     def entropy(delta: jax.Array, params: Any, shared: Any, split: Any, axis: str | None, labels: Any = None):
         """This device's share of CE(f(x + δ), y); the weights of a batch sum to one over all devices."""
@@ -174,6 +217,31 @@ def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
         """This device's share of the inner objective −CE + penalty ‖δ‖²."""
         penalty = shared["hyper"]["penalty"] * (delta**2).sum() / parallel.size(axis)
         return penalty - entropy(delta, params, shared, split, axis, labels)[0]
+
+    return entropy, g
+
+
+def _bilevel(model: Model, static: _Static, shared: Any, split: Any, axis: str | None) -> tuple[Callable, Callable]:
+    """g(δ, θ) and E(δ, θ) of one θ step."""
+    entropy, g = _losses(model, static)
+    inner_split = split
+    if static.hessian_data == "first_batch":
+        inner_split = jax.tree.map(partial(_own_part, axis=axis), shared["first"])
+
+    def inner(delta: jax.Array, params: Any) -> jax.Array:
+        return g(delta, params, shared, inner_split, axis)
+
+    def outer(delta: jax.Array, params: Any) -> jax.Array:
+        patch = jnp.where(split["patched"][:, None, None, None], delta, jnp.zeros_like(delta))
+        return entropy(patch, params, shared, split, axis)[0]
+
+    return inner, outer
+
+
+@lru_cache(maxsize=32)
+def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
+    """The inner and the outer step, in the engine's form (see :mod:`bdjax.engine.parallel`)."""
+    entropy, g = _losses(model, static)
 
     def inner(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
         """Gather this batch's gradient; step δ when the last batch of a step is in."""
@@ -191,14 +259,9 @@ def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
 
     def outer(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
         """One hypergradient step of θ."""
-        hyper, inner_split = shared["hyper"], split
-        if static.hessian_data == "first_batch":
-            inner_split = jax.tree.map(partial(_own_part, axis=axis), shared["first"])
-        value, gradient = hypergradient(
-            lambda delta, params: g(delta, params, shared, inner_split, axis),
-            lambda delta, params: entropy(
-                jnp.where(split["patched"][:, None, None, None], delta, 0), params, shared, split, axis
-            )[0],
+        hyper = shared["hyper"]
+        value, gradient, _ = hypergradient(
+            *_bilevel(model, static, shared, split, axis),
             shared["delta"],
             state["params"],
             solver(static.solver, static.solver_iterations, hyper["solver_step"], hyper["ridge"]),
@@ -206,7 +269,7 @@ def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
         )
         update, opt = direction(static.outer_optimizer).update(gradient, state["opt"])
         params = jax.tree.map(lambda p, u: p - hyper["outer_lr"] * u, state["params"], update)
-        return {"params": params, "opt": opt}, {"loss": value}
+        return {"params": params, "opt": opt}, {"loss": value, "norm": optax.tree.norm(gradient)}
 
     return inner, outer
 
@@ -268,13 +331,16 @@ def _patched(weight: jax.Array, size: int, count: int, key: Key) -> jax.Array:
 
 def _check(config: Config) -> None:
     rules: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
-        (("rounds", "solver_iterations"), "at least 1", lambda v: v >= 1),
+        (("rounds",), "at least 1", lambda v: v >= 1),
         (("batch_size", "inner_steps", "outer_steps", "penalty", "ridge"), "zero or more", lambda v: v >= 0),
         (("inner_lr", "outer_lr", "solver_step", "norm_bound"), "positive", lambda v: v > 0),
         (("patched_fraction",), "in (0, 1]", lambda v: 0 < v <= 1),
-        (("solver",), f"one of {', '.join(SOLVERS)}", lambda v: v in SOLVERS),
     )
     for names, what, holds in rules:
         for name in names:
             if not holds(getattr(config, name)):
                 raise InputError(f"defense.{name} must be {what}, got {getattr(config, name)!r}.")
+    try:
+        check(config.solver, config.solver_iterations, config.solver_step, config.ridge)
+    except InputError as error:
+        raise InputError(f"defense.solver={config.solver}: {error}") from None

@@ -59,14 +59,14 @@ def check_finite(losses: Any, rates: Any, before: int, what: str, field: str) ->
     """Raise InputError for the first loss that is not finite.
 
     Args: losses [steps]; rates [steps] or one learning rate; before: steps of earlier epochs;
-    what: names the loss; field: the Config field that the remedy is about.
+    what: names the quantity; field: the Config field that the remedy is about.
     """
     losses = np.asarray(losses)
     bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
         rate = np.broadcast_to(np.asarray(rates), losses.shape)[bad[0]]
         raise InputError(
-            f"the {what} loss became {losses[bad[0]]} at step {before + int(bad[0])} with learning rate {rate:g}. "
+            f"the {what} became {losses[bad[0]]} at step {before + int(bad[0])} with learning rate {rate:g}. "
             f"Use a smaller {field}, or check the images and labels."
         )
 

@@ -15,6 +15,7 @@ def predict(model: Model, variables: Variables, images: np.ndarray, batch_size: 
     if total == 0:
         return np.zeros(0, np.int32)
     batch = -(-total // -(-total // batch_size))  # equal batches, so that one shape is compiled
+    variables = jax.device_put(variables, jax.local_devices()[0])  # a pmapped step leaves some leaves on all devices
     step, found = _step(model), []
     for start in range(0, total, batch):
         part = images[start : start + batch]

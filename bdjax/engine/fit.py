@@ -122,7 +122,7 @@ def fit(
         state, metrics = run_epoch(
             step, state, split, whole, shared, mode=mode, tick=_counted(watch, epoch * steps, config.epochs * steps)
         )
-        check_finite(metrics["loss"], whole["rate"], epoch * steps, "training", "fit.learning_rate")
+        check_finite(metrics["loss"], whole["rate"], epoch * steps, "training loss", "fit.learning_rate")
         if saver:
             saver.save(epoch + 1, state)
         watch.observe(
