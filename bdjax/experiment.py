@@ -137,7 +137,7 @@ def _plain(config: Any) -> dict[str, Any]:
     values = to_json(config)
     hints = typing.get_type_hints(type(config))
     for name, value in values.items():
-        if hints[name] is ArrayFile and value:
+        if value and (hints[name] is ArrayFile or str(value).endswith(".py")):  # a picture, a solver of one's own
             values[name] = _file_hash(value)
     return {"config": values}
 

@@ -106,6 +106,27 @@ def test_problem_is_that_of_the_first_step(blobs):
     assert np.min(np.abs(np.array(patched) - float(outer(delta, variables["params"])))) < 1e-5
 
 
+def test_a_solver_in_a_file_is_run_and_hashed(planted, tmp_path):
+    """The release's fixed point, written in a file, gives what the named one gives; other content, another hash."""
+    from bdjax import run
+
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "import jax\n\n\ndef solve(matvec, b):\n    u = jax.tree.map(lambda x: 0.1 * x, b)\n    for _ in range(2):\n"
+        "        u = jax.tree.map(lambda x, h, r: x - 0.1 * (h - r), u, matvec(u), b)\n    return u\n"
+    )
+    named = dataclasses.replace(CONFIG, rounds=1, solver_iterations=3)
+    config = dataclasses.replace(named, solver=str(own))
+    results = [run.defend(planted, "ibau", c, tmp_path / str(i), split=SPLIT) for i, c in enumerate((named, config))]
+    assert results[0]["after"] == results[1]["after"] and results[0]["config_hash"] != results[1]["config_hash"]
+    before = run.defense_directory_of(planted, "ibau", config, SPLIT, None, tmp_path)
+    own.write_text(own.read_text() + "# another\n")
+    assert run.defense_directory_of(planted, "ibau", config, SPLIT, None, tmp_path) != before
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(InputError, match="empty.py defines no solve"):
+        dataclasses.replace(CONFIG, solver=str(tmp_path / "empty.py"))
+
+
 @pytest.mark.parametrize(
     ("solvers", "iterations", "words"),
     [

@@ -76,7 +76,7 @@ class Config:
     batch_norm: Literal["frozen", "batch"] = "frozen"
     """Statistics: the stored ones (the release runs in eval mode; scale and shift are trained), or the batch's."""
     solver: str = "fixed_point"
-    """Of the hypergradient: a name of `bdjax.hypergrad.SOLVERS`, described in docs/solvers.md."""
+    """Of the hypergradient: a name in docs/solvers.md, or the path of a .py file with solve(matvec, b)."""
     solver_iterations: int = 5
     """K. With fixed_point, K − 1 Hessian-vector products: the first iteration multiplies zero."""
     solver_step: float = 0.1

@@ -111,6 +111,7 @@ def _implicit(
     missed = norm(axpy(-1.0, b, axpy(getattr(solve, "ridge", 0.0), u, reduce(matvec(u)))))
     residual = missed / jnp.where(size > 0, size, 1)  # e = 0 is solved by u = 0
     tolerance = TOLERANCE if residual.dtype == jnp.float64 else 100 * TOLERANCE
+    _check_finite((indirect, residual), solve)  # cg and its like leave u = 0 at a product that is not finite
     count = solve.products(sum(leaf.size for leaf in jax.tree.leaves(b))) if isinstance(solve, Solver) else -1
     return value, add(direct, reduce(indirect)), Report(count, residual, residual <= tolerance, u)
 

@@ -8,6 +8,7 @@ both signs, so q > 1 and what needs q < 1 or λ > 0 does not converge there with
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -19,6 +20,7 @@ from bdjax.hypergrad._jaxopt import linear_solve
 from bdjax.hypergrad._minres import minres
 from bdjax.hypergrad._repeat import repeat
 from bdjax.hypergrad._tree import add, axpy, scale
+from bdjax.registry import load_file
 
 Matvec: TypeAlias = Callable[[Any], Any]
 
@@ -179,7 +181,7 @@ class Solver:
     """A named solver with its settings: call it as `solve(matvec, b)`."""
 
     name: str
-    """A key of :data:`SOLVERS`."""
+    """A key of :data:`SOLVERS`, or the path of a .py file that defines `solve(matvec, b)`."""
     iterations: int
     """K; see the solver's docstring for what it counts."""
     step: Any = 1.0
@@ -189,21 +191,23 @@ class Solver:
 
     def __call__(self, matvec: Matvec, b: Any) -> Any:
         """Approximate solution u of (H + ridge I) u = b."""
-        return SOLVERS[self.name](matvec, b, iterations=self.iterations, step=self.step, ridge=self.ridge)
+        return _function(self.name)(matvec, b, iterations=self.iterations, step=self.step, ridge=self.ridge)
 
     def products(self, size: int) -> int:
-        """Hessian-vector products for a δ of `size` values, at most."""
+        """Hessian-vector products for a δ of `size` values, at most; −1 for a file of one's own."""
+        if self.name.endswith(".py"):
+            return -1
         return _PRODUCTS.get(self.name, lambda k, d: 0)(self.iterations, size)
 
     @property
     def solves(self) -> bool:
         """False for `none`, which leaves the indirect term away."""
-        return SOLVERS[self.name] is not none
+        return _function(self.name) is not none
 
     @property
     def unrolls(self) -> bool:
         """True for `unrolled` and `unrolled_remat`."""
-        return SOLVERS[self.name] is unrolled
+        return _function(self.name) is unrolled
 
     @property
     def remat(self) -> bool:
@@ -212,7 +216,9 @@ class Solver:
 
 
 def solver(name: str, iterations: int, step: jax.Array | float = 1.0, ridge: jax.Array | float = 0.0) -> Solver:
-    """The solver `name` (a key of :data:`SOLVERS`) with its settings filled in.
+    """The solver `name` (a key of :data:`SOLVERS`, or the path of a .py file) with its settings filled in.
+
+    The file defines `solve(matvec, b) -> u`; the ridge is in its matvec, and iterations and step are its own affair.
 
     Raises InputError for what :func:`check` refuses; a traced step or ridge is not looked at.
     """
@@ -222,16 +228,26 @@ def solver(name: str, iterations: int, step: jax.Array | float = 1.0, ridge: jax
 
 def check(name: str, iterations: int, step: float | None, ridge: float | None) -> None:
     """Raise InputError for an unknown name, K < 1, a step or ridge out of range, nystrom without a ridge."""
-    if name not in SOLVERS:
-        raise InputError(f"unknown solver {name!r}. Known: {', '.join(SOLVERS)}.")
+    function = _function(name)
     if iterations < 1:
         raise InputError(f"the solver's iterations must be at least 1, got {iterations}.")
     if step is not None and not 0 < step < math.inf:
         raise InputError(f"the solver's step must be positive and finite, got {step}.")
     if ridge is not None and not 0 <= ridge < math.inf:
         raise InputError(f"the ridge must be zero or more and finite, got {ridge}.")
-    if SOLVERS[name] is nystrom and ridge == 0:
+    if function is nystrom and ridge == 0:
         raise InputError("solver nystrom needs a ridge > 0, the ρ that its low-rank matrix is added to; got 0.")
+
+
+def _function(name: str) -> Callable[..., Any]:
+    if name in SOLVERS:
+        return SOLVERS[name]
+    if not name.endswith(".py"):
+        raise InputError(f"unknown solver {name!r}. Known: {', '.join(SOLVERS)}; or the path of a .py file.")
+    own = getattr(load_file(Path(name)), "solve", None)
+    if own is None:
+        raise InputError(f"{name} defines no solve(matvec, b).")
+    return lambda matvec, b, *, iterations, step, ridge: own(_ridged(matvec, ridge), b)
 
 
 def _ridged(matvec: Matvec, ridge: Any) -> Matvec:

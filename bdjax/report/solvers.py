@@ -17,6 +17,7 @@ _COLUMNS = (  # heading, key, format
     ("ACC", "acc", "{:.2f}"),
     ("ASR", "asr", "{:.2f}"),
 )
+_ONCE = ("none", "one_step", "lu")  # K means nothing to them
 _SCALE = {"peak_memory_bytes": 2**-20, "acc": 100.0, "asr": 100.0}
 
 
@@ -42,7 +43,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         cells = [_cell(row.get(key), key, form) for _, key, form in _COLUMNS]
-        lines.append(f"{row['solver']:16s}{row['iterations']:4d}" + "".join(f"{cell:>10s}" for cell in cells))
+        count = "–" if row["solver"] in _ONCE else row["iterations"]
+        lines.append(f"{row['solver']:16s}{count:>4}" + "".join(f"{cell:>10s}" for cell in cells))
     lines += [
         "",
         "cos, rel err: the whole hypergradient against the reference; ind: its indirect term alone. HVPs: products",
@@ -70,15 +72,17 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     axis = axes[0, 0]
     for number, name in enumerate(names):
         rows = [row for row in result["rows"] if row["solver"] == name]
-        x = [max(row["products"], 0) for row in rows]
+        x = [row["seconds"] for row in rows]
         y = [np.clip(row["relative_error_indirect"], 1e-8, 1e8) for row in rows]
-        axis.plot(x, y, marker="os^Dv"[number % 5], color=colours[name], label=name, markersize=5, linewidth=1)
+        axis.plot(x, y, marker="os^Dv"[number % 5], color=colours[name], label=name, markersize=6, linewidth=1)
+        for row, at in zip(rows, zip(x, y, strict=True), strict=True):
+            if name not in _ONCE:
+                axis.annotate(str(row["iterations"]), at, xytext=(4, 3), textcoords="offset points", fontsize=6)
     axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-    axis.set(
-        yscale="log", xlabel="products with H (at most)",
-        ylabel="relative error of the indirect term (1: as wrong as leaving it away)",
-    )  # fmt: skip
-    axis.set_xscale("symlog")
+    axis.set(xscale="log", yscale="log", xlabel="seconds of one hypergradient (numbers at the marks: K)")
+    axis.set_ylabel("relative error of the indirect term\n(dotted: as wrong as leaving it away)", fontsize=8)
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, 0.5), max(high, 2))
     axis.legend(fontsize=7, ncol=2)
     problem = result["problem"]
     axis.set_title(
@@ -102,7 +106,7 @@ def _bars(axis: Any, rows: list[dict[str, Any]], result: dict[str, Any]) -> None
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), xlabel="% after one round of I-BAU (dashed: before)")
     axis.set_title(f"n = {result['n_test']} clean, {result['n_asr']} triggered", fontsize=9)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.09), ncol=2, frameon=False)
 
 
 def _cell(value: Any, key: str, form: str) -> str:
@@ -113,3 +117,63 @@ def _cell(value: Any, key: str, form: str) -> str:
 
 def _failed(row: dict[str, Any]) -> bool:
     return row.get("round", "finished") != "finished"
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Several comparisons as Markdown: mean ± std over the seeds of each data set and attack, n in every heading."""
+    lines = []
+    for group in sorted({(r["dataset"], r["attack"]) for r in results}):
+        own = [r for r in results if (r["dataset"], r["attack"]) == group]
+        reference = [r["problem"]["reference"] for r in own]
+        before = {k: _spread([100 * r["before"][k] for r in own]) for k in ("acc", "asr")}
+        lines += [
+            f"### {group[1]} on {group[0]} ({own[0]['model']}), {len(own)} seeds: {[r['seed'] for r in own]}",
+            "",
+            f"Before: ACC {before['acc']}, ASR {before['asr']} (n = {own[0]['n_test']} and "
+            f"{' / '.join(str(r['n_asr']) for r in own)}). H of {own[0]['problem']['n_hessian']} images, "
+            f"{own[0]['problem']['dimension']} values; reference {reference[0]['method']}, residual at most "
+            f"{max(r['residual'] for r in reference):.0e}.",
+        ]
+        if all("eigenvalue_min" in r for r in reference):
+            lines.append(
+                f"Eigenvalues of H {_spread([r['eigenvalue_min'] for r in reference])} to "
+                f"{_spread([r['eigenvalue_max'] for r in reference])}; negative "
+                f"{' / '.join(str(r['negative_eigenvalues']) for r in reference)}; condition "
+                f"{' / '.join(format(r['condition'], '.0e') for r in reference)}; max abs(1 - 0.1 λ) "
+                f"{_spread([r['contraction'] for r in reference])}."
+            )
+        lines += ["", "| solver | K | HVPs | " + " | ".join(h for h, *_ in _SUMMARY) + " |"]
+        lines += ["|---|--:|--:|" + "--:|" * len(_SUMMARY)]
+        for row in own[0]["rows"]:
+            same = [
+                r for o in own for r in o["rows"]
+                if (r["solver"], r["iterations"]) == (row["solver"], row["iterations"])
+            ]  # fmt: skip
+            cells = [_spread([r[key] * scale for r in same if r.get(key) is not None], form)
+                     for _, key, scale, form in _SUMMARY]  # fmt: skip
+            count = "–" if row["solver"] in _ONCE else row["iterations"]
+            lines.append(f"| {row['solver']} | {count} | {row['products']} | {' | '.join(cells)} |")
+        lines.append("")
+    device = results[0]["env"]
+    return "\n".join([*lines, f"Hardware: {device['device']} x {device['devices']}. Seconds are medians of 3, "
+                      "compilation apart.", ""])  # fmt: skip
+
+
+_SUMMARY = (
+    ("cosine", "cosine", 1, ".3f"),
+    ("relative error", "relative_error", 1, ".2g"),
+    ("error of indirect term", "relative_error_indirect", 1, ".2g"),
+    ("residual", "residual", 1, ".2g"),
+    ("seconds", "seconds", 1, ".3f"),
+    ("MiB", "peak_memory_bytes", 2**-20, ".0f"),
+    ("ACC after", "acc", 100, ".1f"),
+    ("ASR after", "asr", 100, ".1f"),
+)
+
+
+def _spread(values: list[float], form: str = ".3g") -> str:
+    values = [v for v in values if np.isfinite(v)]
+    if not values:
+        return "–"
+    text = format(np.mean(values), form)
+    return f"{text} ± {format(np.std(values, ddof=1), form)}" if len(values) > 1 else text
