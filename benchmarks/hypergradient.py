@@ -1,0 +1,215 @@
+"""One hypergradient of I-BAU, bdjax beside PyTorch, timed in turn.
+
+    python benchmarks/hypergradient.py [--torch-python PATH] [--repeats 9] [--products bfloat16] [--json]
+
+The small VGG on CIFAR-10 shapes, batches of 100, K = 5 fixed-point iterations at step 0.1, one patched image of the
+outer batch, BatchNorm frozen; weights and images are random and the same on both sides. PyTorch takes the official
+release's way: the graph of one inner step is kept, and each iteration is a reverse pass through it (the first of them
+multiplies zero). bdjax linearises once and takes forward-over-reverse products (docs/solvers.md).
+
+Each side is a process of its own, so that they may live under different interpreters (PyTorch: `pip install
+"bdjax[torch]"`, or PATH, which has torch and numpy). The results are compared; then they are timed A B A B, one waiting
+for the other. XLA_FLAGS pass through. `--products bfloat16` computes bdjax's inner objective, hence the products with
+its Hessian, with a bfloat16 model, and tells how far that is from PyTorch's float32.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, Any]  # numpy arrays by name
+Run = Callable[[], Arrays]
+BATCH, CLASSES, ITERATIONS, STEP, PENALTY, NORM = 100, 10, 5, 0.1, 0.001, 10.0
+
+
+def make_problem(path: Path) -> None:
+    """Random weights (kernels HWIO), images NHWC, labels and a perturbation of norm 10, as one npz."""
+    rng = np.random.default_rng(0)
+    arrays: Arrays = {}
+    for i, (fan, out) in enumerate([(3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]):
+        arrays[f"Conv_{i}/kernel"] = rng.normal(0, (2 / (9 * fan)) ** 0.5, (3, 3, fan, out))
+        arrays[f"Conv_{i}/bias"], arrays[f"BatchNorm_{i}/bias"], arrays[f"mean_{i}"] = rng.normal(0, 0.1, (3, out))
+        arrays[f"BatchNorm_{i}/scale"], arrays[f"var_{i}"] = rng.uniform(0.8, 1.2, (2, out))
+    arrays["head/kernel"] = rng.normal(0, 2048**-0.5, (2048, CLASSES))
+    arrays["head/bias"] = rng.normal(0, 0.1, CLASSES)
+    arrays["inner"], arrays["outer"] = rng.random((2, BATCH, 32, 32, 3))
+    arrays["delta"] = rng.normal(size=(1, 32, 32, 3))
+    arrays["delta"] *= NORM / np.linalg.norm(arrays["delta"])
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    arrays["inner_labels"], arrays["outer_labels"] = rng.integers(0, CLASSES, (2, BATCH))
+    np.savez(path, **arrays)
+
+
+def jax_side(data: Arrays, products: str) -> tuple[Run, str]:
+    """The hypergradient by bdjax as a function that returns arrays by name, and the version."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from bdjax import hypergrad, models
+
+    given = {name: jnp.asarray(array) for name, array in data.items()}
+    params: dict[str, dict[str, jax.Array]] = {}
+    for name in (name for name in given if "/" in name):
+        layer, leaf = name.split("/")
+        params.setdefault(layer, {})[leaf] = given[name]
+    stats = {f"BatchNorm_{i}": {"mean": given[f"mean_{i}"], "var": given[f"var_{i}"]} for i in range(6)}
+    model = models.create("small_vgg", (32, 32, 3), CLASSES)
+    inner_model = models.create("small_vgg", (32, 32, 3), CLASSES, jnp.dtype(products))
+
+    def entropy(model: Any, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params, "batch_stats": stats}, images)[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def inner(delta: jax.Array, p: Any) -> jax.Array:
+        return PENALTY * (delta**2).sum() - entropy(inner_model, p, given["inner"] + delta, given["inner_labels"])
+
+    patched = (jnp.arange(BATCH) < 1)[:, None, None, None]
+
+    def outer(delta: jax.Array, params: Any) -> jax.Array:
+        return entropy(model, params, given["outer"] + jnp.where(patched, delta, 0.0), given["outer_labels"])
+
+    solve = hypergrad.solver("fixed_point", ITERATIONS, STEP)
+    step = jax.jit(lambda delta, params: hypergrad.hypergradient(inner, outer, delta, params, solve)[1])
+
+    def run() -> Arrays:
+        gradient = jax.block_until_ready(step(given["delta"], params))
+        return {f"{layer}/{leaf}": a for layer, leaves in gradient.items() for leaf, a in leaves.items()}
+
+    return run, f"jax {jax.__version__} on {jax.devices()[0].device_kind}, products in {products}"
+
+
+def torch_side(data: Arrays) -> tuple[Run, str]:
+    """The same by PyTorch, as the release formulates it."""
+    try:
+        import torch
+    except ImportError:
+        hint = 'pip install "bdjax[torch]", or name an interpreter that has it by --torch-python.'
+        raise SystemExit(f"{sys.executable} has no PyTorch: {hint}") from None
+    from torch.nn import functional as f
+
+    torch.set_num_threads(cores())
+    given = {name: torch.from_numpy(array) for name, array in data.items()}
+    images, others, delta = (given[name].permute(0, 3, 1, 2).contiguous() for name in ("inner", "outer", "delta"))
+    p = {name: torch.from_numpy(exchanged(name, data[name])).requires_grad_() for name in data if "/" in name}
+
+    def entropy(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        for i in range(6):
+            x = f.conv2d(x, p[f"Conv_{i}/kernel"], p[f"Conv_{i}/bias"], padding=1)
+            scale, bias = p[f"BatchNorm_{i}/scale"], p[f"BatchNorm_{i}/bias"]
+            x = f.elu(f.batch_norm(x, given[f"mean_{i}"], given[f"var_{i}"], scale, bias, eps=1e-5))
+            x = f.max_pool2d(x, 2) if i % 2 else x
+        return f.cross_entropy(f.linear(x.flatten(1), p["head/kernel"], p["head/bias"]), labels)
+
+    def run() -> Arrays:
+        d = delta.clone().requires_grad_(True)
+        loss = entropy(torch.cat([others[:1] + d, others[1:]]), given["outer_labels"])
+        right, *direct = torch.autograd.grad(loss, [d, *p.values()])
+        g = PENALTY * (d**2).sum() - entropy(images + d, given["inner_labels"])
+        stepped = d - STEP * torch.autograd.grad(g, d, create_graph=True)[0]
+        v = torch.zeros_like(d)
+        for _ in range(ITERATIONS):
+            v = torch.autograd.grad(stepped, d, v, retain_graph=True)[0] + right
+        indirect = torch.autograd.grad(stepped, list(p.values()), v, allow_unused=True)
+        return {n: a if b is None else a + b for n, a, b in zip(p, direct, indirect, strict=True)}
+
+    return run, f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def exchanged(name: str, array: np.ndarray) -> np.ndarray:
+    """A parameter in PyTorch's layout: kernels OIHW; its dense layer reads [C, H, W], ours [H, W, C]."""
+    if name == "head/kernel":
+        array = array.reshape(4, 4, 128, -1).transpose(3, 2, 0, 1).reshape(-1, 2048)
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def work(side: str, problem: Path, products: str) -> None:
+    """A worker: saves its result, says that it is ready, and times one run a line of standard input."""
+    data = dict(np.load(problem))
+    run, version = torch_side(data) if side == "torch" else jax_side(data, products)
+    result: Arrays = {name: np.asarray(array) for name, array in run().items()}
+    np.savez(problem.with_name(f"{side}.npz"), **result)
+    run()
+    print(version, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, flush=True)
+
+
+def compare(problem: Path) -> tuple[float, float]:
+    """Cosine and relative error of bdjax's whole hypergradient to PyTorch's."""
+    given, ours, theirs = (np.load(problem.with_name(f"{name}.npz")) for name in ("problem", "jax", "torch"))
+    names = [name for name in given if "/" in name]
+    pairs = ([exchanged(n, ours[n]) for n in names], [theirs[n] for n in names])
+    a, b = (np.concatenate([np.ravel(x) for x in side]).astype(float) for side in pairs)
+    size = np.linalg.norm(b)
+    return float(a @ b / np.linalg.norm(a) / size), float(np.linalg.norm(a - b) / size)
+
+
+def main() -> None:
+    """Start both workers, compare, time in turn, report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--torch-python", default=sys.executable, help="an interpreter with PyTorch and numpy")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--products", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(options.worker[0], Path(options.worker[1]), options.products)
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {options.repeats}.")
+    seconds: dict[str, list[float]] = {"jax": [], "torch": []}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ended:
+        problem, workers, versions = Path(folder, "problem.npz"), {}, {}
+        make_problem(problem)
+        for side, python in (("torch", options.torch_python), ("jax", sys.executable)):
+            command = [python, __file__, "--worker", side, str(problem), "--products", options.products]
+            pipes = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            workers[side] = ended.enter_context(pipes)
+            versions[side] = answer(pipes)  # one after the other: the first waits while the second compiles
+        cosine, error = compare(problem)
+        if options.products == "float32" and cosine < 0.9999:
+            raise SystemExit(f"the hypergradients differ: cosine {cosine:.6f}, relative error {error:.2e}.")
+        for _ in range(options.repeats):
+            for side in seconds:
+                seconds[side].append(float(answer(workers[side], "go\n")))
+    ratios = [a / b for a, b in zip(seconds["jax"], seconds["torch"], strict=True)]
+    if options.json:
+        found = {"cosine": cosine, "relative_error": error, "cores": cores(), "versions": versions}
+        print(json.dumps({**found, "seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios}))
+        return
+    print(f"{cores()} cores; cosine {cosine:.8f}, relative error {error:.2e} between the two hypergradients")
+    for name, values in [*seconds.items(), ("ratio", ratios)]:
+        spread = f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f}, n = {len(values)})"
+        print(f"{name:6}{spread}  {versions.get(name, 'jax / torch, of each pair of runs')}")
+
+
+def answer(worker: subprocess.Popen[str], line: str = "") -> str:
+    """Send a worker a line and read its answer; one that has died has said why."""
+    assert worker.stdin and worker.stdout
+    with contextlib.suppress(BrokenPipeError):
+        worker.stdin.write(line)
+        worker.stdin.flush()
+    return worker.stdout.readline().strip() or sys.exit(f"worker ended early: {worker.args!r}")
+
+
+if __name__ == "__main__":
+    main()
