@@ -16,21 +16,18 @@ its Hessian, with a bfloat16 model, and tells how far that is from PyTorch's flo
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypergradient_torch import ITERATIONS, PENALTY, STEP, Arrays, Run, cores, exchanged, torch_side
 
-Arrays = dict[str, Any]  # numpy arrays by name
-Run = Callable[[], Arrays]
-BATCH, CLASSES, ITERATIONS, STEP, PENALTY, NORM = 100, 10, 5, 0.1, 0.001, 10.0
+BATCH, CLASSES, NORM = 100, 10, 10.0
 
 
 def make_problem(path: Path) -> None:
@@ -51,8 +48,8 @@ def make_problem(path: Path) -> None:
     np.savez(path, **arrays)
 
 
-def jax_side(data: Arrays, products: str) -> tuple[Run, str]:
-    """The hypergradient by bdjax as a function that returns arrays by name, and the version."""
+def jax_side(data: Arrays, products: str) -> tuple[Run, Run, str]:
+    """The hypergradient by bdjax as a function that returns arrays by name, its direct term alone, the version."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -80,71 +77,27 @@ def jax_side(data: Arrays, products: str) -> tuple[Run, str]:
     def outer(delta: jax.Array, params: Any) -> jax.Array:
         return entropy(model, params, given["outer"] + jnp.where(patched, delta, 0.0), given["outer_labels"])
 
-    solve = hypergrad.solver("fixed_point", ITERATIONS, STEP)
-    step = jax.jit(lambda delta, params: hypergrad.hypergradient(inner, outer, delta, params, solve)[1])
+    def by(solver: str) -> Run:
+        solve = hypergrad.solver(solver, ITERATIONS, STEP)
+        step = jax.jit(lambda delta, params: hypergrad.hypergradient(inner, outer, delta, params, solve)[1])
 
-    def run() -> Arrays:
-        gradient = jax.block_until_ready(step(given["delta"], params))
-        return {f"{layer}/{leaf}": a for layer, leaves in gradient.items() for leaf, a in leaves.items()}
+        def run() -> Arrays:
+            gradient = jax.block_until_ready(step(given["delta"], params))
+            return {f"{layer}/{leaf}": a for layer, leaves in gradient.items() for leaf, a in leaves.items()}
 
-    return run, f"jax {jax.__version__} on {jax.devices()[0].device_kind}, products in {products}"
+        return run
 
-
-def torch_side(data: Arrays) -> tuple[Run, str]:
-    """The same by PyTorch, as the release formulates it."""
-    try:
-        import torch
-    except ImportError:
-        hint = 'pip install "bdjax[torch]", or name an interpreter that has it by --torch-python.'
-        raise SystemExit(f"{sys.executable} has no PyTorch: {hint}") from None
-    from torch.nn import functional as f
-
-    torch.set_num_threads(cores())
-    given = {name: torch.from_numpy(array) for name, array in data.items()}
-    images, others, delta = (given[name].permute(0, 3, 1, 2).contiguous() for name in ("inner", "outer", "delta"))
-    p = {name: torch.from_numpy(exchanged(name, data[name])).requires_grad_() for name in data if "/" in name}
-
-    def entropy(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        for i in range(6):
-            x = f.conv2d(x, p[f"Conv_{i}/kernel"], p[f"Conv_{i}/bias"], padding=1)
-            scale, bias = p[f"BatchNorm_{i}/scale"], p[f"BatchNorm_{i}/bias"]
-            x = f.elu(f.batch_norm(x, given[f"mean_{i}"], given[f"var_{i}"], scale, bias, eps=1e-5))
-            x = f.max_pool2d(x, 2) if i % 2 else x
-        return f.cross_entropy(f.linear(x.flatten(1), p["head/kernel"], p["head/bias"]), labels)
-
-    def run() -> Arrays:
-        d = delta.clone().requires_grad_(True)
-        loss = entropy(torch.cat([others[:1] + d, others[1:]]), given["outer_labels"])
-        right, *direct = torch.autograd.grad(loss, [d, *p.values()])
-        g = PENALTY * (d**2).sum() - entropy(images + d, given["inner_labels"])
-        stepped = d - STEP * torch.autograd.grad(g, d, create_graph=True)[0]
-        v = torch.zeros_like(d)
-        for _ in range(ITERATIONS):
-            v = torch.autograd.grad(stepped, d, v, retain_graph=True)[0] + right
-        indirect = torch.autograd.grad(stepped, list(p.values()), v, allow_unused=True)
-        return {n: a if b is None else a + b for n, a, b in zip(p, direct, indirect, strict=True)}
-
-    return run, f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-
-
-def exchanged(name: str, array: np.ndarray) -> np.ndarray:
-    """A parameter in PyTorch's layout: kernels OIHW; its dense layer reads [C, H, W], ours [H, W, C]."""
-    if name == "head/kernel":
-        array = array.reshape(4, 4, 128, -1).transpose(3, 2, 0, 1).reshape(-1, 2048)
-    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    version = f"jax {jax.__version__} on {jax.devices()[0].device_kind}, products in {products}"
+    return by("fixed_point"), by("none"), version
 
 
 def work(side: str, problem: Path, products: str) -> None:
     """A worker: saves its result, says that it is ready, and times one run a line of standard input."""
     data = dict(np.load(problem))
-    run, version = torch_side(data) if side == "torch" else jax_side(data, products)
-    result: Arrays = {name: np.asarray(array) for name, array in run().items()}
-    np.savez(problem.with_name(f"{side}.npz"), **result)
+    run, direct, version = torch_side(data) if side == "torch" else jax_side(data, products)
+    for name, function in (("whole", run), ("direct", direct)):
+        result: Arrays = {name: np.asarray(array) for name, array in function().items()}
+        np.savez(problem.with_name(f"{side}-{name}.npz"), **result)
     run()
     print(version, flush=True)
     for _ in sys.stdin:
@@ -153,14 +106,22 @@ def work(side: str, problem: Path, products: str) -> None:
         print(time.perf_counter() - start, flush=True)
 
 
-def compare(problem: Path) -> tuple[float, float]:
-    """Cosine and relative error of bdjax's whole hypergradient to PyTorch's."""
-    given, ours, theirs = (np.load(problem.with_name(f"{name}.npz")) for name in ("problem", "jax", "torch"))
-    names = [name for name in given if "/" in name]
-    pairs = ([exchanged(n, ours[n]) for n in names], [theirs[n] for n in names])
-    a, b = (np.concatenate([np.ravel(x) for x in side]).astype(float) for side in pairs)
-    size = np.linalg.norm(b)
-    return float(a @ b / np.linalg.norm(a) / size), float(np.linalg.norm(a - b) / size)
+def compare(problem: Path) -> dict[str, float]:
+    """Cosine and relative error of bdjax's hypergradient to PyTorch's: the whole, and the indirect term alone."""
+    names = [name for name in np.load(problem) if "/" in name]
+
+    def vector(side: str, part: str) -> np.ndarray:
+        saved = np.load(problem.with_name(f"{side}-{part}.npz"))
+        leaves = (exchanged(name, saved[name]) if side == "jax" else saved[name] for name in names)
+        return np.concatenate([np.ravel(leaf) for leaf in leaves]).astype(float)
+
+    ours, theirs = vector("jax", "whole"), vector("torch", "whole")
+    indirect = ours - vector("jax", "direct"), theirs - vector("torch", "direct")
+    found = {"indirect_share": float(np.linalg.norm(indirect[1]) / np.linalg.norm(theirs))}
+    for name, (a, b) in (("", (ours, theirs)), ("indirect_", indirect)):
+        found[f"{name}cosine"] = float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+        found[f"{name}relative_error"] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return found
 
 
 def main() -> None:
@@ -185,18 +146,22 @@ def main() -> None:
             pipes = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             workers[side] = ended.enter_context(pipes)
             versions[side] = answer(pipes)  # one after the other: the first waits while the second compiles
-        cosine, error = compare(problem)
-        if options.products == "float32" and cosine < 0.9999:
-            raise SystemExit(f"the hypergradients differ: cosine {cosine:.6f}, relative error {error:.2e}.")
+        found = compare(problem)
+        line = (
+            "cosine {cosine:.6f}, relative error {relative_error:.1e}; of the indirect term, {indirect_share:.2g} of "
+        )
+        line += "the whole: {indirect_cosine:.6f}, {indirect_relative_error:.1e}"
+        if options.products == "float32" and min(found["cosine"], found["indirect_cosine"]) < 0.9999:
+            raise SystemExit(f"the two hypergradients differ: {line.format(**found)}.")
         for _ in range(options.repeats):
             for side in seconds:
                 seconds[side].append(float(answer(workers[side], "go\n")))
     ratios = [a / b for a, b in zip(seconds["jax"], seconds["torch"], strict=True)]
     if options.json:
-        found = {"cosine": cosine, "relative_error": error, "cores": cores(), "versions": versions}
-        print(json.dumps({**found, "seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios}))
+        facts = {"cores": cores(), "versions": versions, "seconds": seconds, "ratios": ratios}
+        print(json.dumps({**found, **facts, "ratio": statistics.median(ratios)}))
         return
-    print(f"{cores()} cores; cosine {cosine:.8f}, relative error {error:.2e} between the two hypergradients")
+    print(f"{cores()} cores; the two hypergradients compared: {line.format(**found)}")
     for name, values in [*seconds.items(), ("ratio", ratios)]:
         spread = f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f}, n = {len(values)})"
         print(f"{name:6}{spread}  {versions.get(name, 'jax / torch, of each pair of runs')}")

@@ -139,7 +139,7 @@ CHANGES = {
     "inner_optimizer": "adam", "inner_lr": 1.0, "penalty": 0.5, "norm_bound": 1.0, "clamp": True,
     "patched_fraction": 1.0, "outer_steps": 1, "hessian_data": "same_batch", "outer_optimizer": "sgd",
     "outer_lr": 1e-2, "batch_norm": "batch", "solver": "neumann", "solver_iterations": 2, "solver_step": 0.5,
-    "ridge": 5.0,
+    "ridge": 5.0, "products": "bfloat16",
 }  # fmt: skip
 
 
@@ -150,10 +150,25 @@ def test_every_field_is_tried():
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_field_changes_the_result(name):
     base = ibau.Config(rounds=1, batch_size=8, outer_lr=1e-3)
-    model = models.create("cnn", (8, 8, 1), 4) if name == "batch_norm" else None
+    model = models.create("cnn", (8, 8, 1), 4) if name in ("batch_norm", "products") else None
     _, _, one = purify(base, model=model)
     _, _, two = purify(dataclasses.replace(base, **{name: CHANGES[name]}), model=model)
     assert any(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))
+
+
+def test_bfloat16_products_hardly_turn_the_step():
+    """One θ step of SGD with rate 1 is the hypergradient itself."""
+    model = models.create("cnn", (8, 8, 1), 4)
+    config = ibau.Config(rounds=1, batch_size=24, outer_steps=1, outer_optimizer="sgd", outer_lr=1.0, solver_step=50.0)
+    config = dataclasses.replace(config, solver="one_step")
+    start = model.init(jax.random.key(0))["params"]
+
+    def step(**changes):
+        after = purify(dataclasses.replace(config, **changes), model=model)[2]["params"]
+        return np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (after, start)), strict=True)])
+
+    exact, rounded, direct = step(), step(products="bfloat16"), step(solver="none")
+    assert 0 < np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(direct - exact)  # of the indirect term
 
 
 def test_schedules_fill_in_what_is_left_out_only():

@@ -49,9 +49,10 @@ def _apply(
     keys: Key | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-    if not train:
-        logits, features = net.apply(variables, images)
-        return logits, features, variables["batch_stats"]
-    net = net.clone(axis_name=axis_name)
-    (logits, features), state = net.apply(variables, images, True, keys, mutable=["batch_stats"])
+    with jax.numpy_dtype_promotion("standard"):  # BatchNorm mixes bfloat16 activations with float32 statistics
+        if not train:
+            logits, features = net.apply(variables, images)
+            return logits, features, variables["batch_stats"]
+        net = net.clone(axis_name=axis_name)
+        (logits, features), state = net.apply(variables, images, True, keys, mutable=["batch_stats"])
     return logits, features, state.get("batch_stats", variables["batch_stats"])
