@@ -86,7 +86,7 @@ class Config:
     """Multiple of the identity added to the inner Hessian."""
     products: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in inside the inner objective of the hypergradient, hence in the products with its
-    Hessian; the ascent and the outer loss are not touched. bfloat16 changes a hypergradient by about 0.1 %."""
+    Hessian; the ascent and the outer loss are not touched. bfloat16 changes the indirect term by a few percent."""
 
     def __post_init__(self) -> None:
         schedules = {
