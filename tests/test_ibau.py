@@ -168,7 +168,7 @@ def test_bfloat16_products_hardly_turn_the_step():
         return np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (after, start)), strict=True)])
 
     exact, rounded, direct = step(), step(products="bfloat16"), step(solver="none")
-    assert 0 < np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(direct - exact)  # of the indirect term
+    assert 0 < np.linalg.norm(rounded - exact) < 0.15 * np.linalg.norm(direct - exact)  # of the indirect term
 
 
 def test_schedules_fill_in_what_is_left_out_only():
