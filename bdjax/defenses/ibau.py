@@ -118,19 +118,15 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """
     settings: Any = config  # every None was filled in by its schedule
     batches, shared = _prepared(config, victim, view)
-    number, size = len(batches["index"]), int(batches["images"][0])
     inner, outer = _steps(victim.model, _static(config))
     state = {"params": jax.tree.map(jnp.copy, victim.variables["params"])}
     state["opt"] = direction(settings.outer_optimizer).init(state["params"])
     for round_ in range(settings.rounds):
         tick = partial(view.watch.tick, f"I-BAU round {round_ + 1} of {settings.rounds}")
         delta = _ascend(settings, inner, victim.model.shape, batches, {**shared, "params": state["params"]}, tick)
-        which = np.arange(settings.outer_steps or number) % number
-        split = {name: batches[name][which] for name in _SPLIT}
-        count = max(1, int(settings.patched_fraction * size))
-        split["patched"] = _patched(split["weight"], size, count, jax.random.fold_in(key, round_))
+        split = _outer_batches(settings, batches, jax.random.fold_in(key, round_))
         state, metrics = run_epoch(outer, state, split, {}, {**shared, "delta": delta}, tick=tick)
-        at = round_ * len(which)
+        at = round_ * len(split["index"])
         check_finite(metrics["loss"], settings.outer_lr, at, "unlearning loss", "defense.outer_lr")
         check_finite(
             metrics["norm"], settings.outer_lr, at, "hypergradient", "defense.solver_iterations or solver_step"
@@ -162,9 +158,7 @@ def problem(config: Config, victim: Victim, view: DefenderView, key: Key) -> Pro
         start = {**shared, "params": victim.variables["params"]}
         tick = partial(view.watch.tick, "inner ascent")
         delta = _ascend(settings, _steps(victim.model, static)[0], victim.model.shape, batches, start, tick)
-    split = {name: batches[name][:1] for name in _SPLIT}
-    size = int(batches["images"][0])
-    split["patched"] = _patched(split["weight"], size, max(1, int(settings.patched_fraction * size)), key)
+    split = _outer_batches(settings, batches, jax.random.fold_in(key, 0))
     arrays = {"shared": shared, "split": jax.tree.map(lambda leaf: leaf[0], split)}
     return Problem(lambda model, a: _bilevel(model, static, a["shared"], a["split"], None), arrays, delta)
 
@@ -180,6 +174,15 @@ def _prepared(config: Any, victim: Victim, view: DefenderView) -> tuple[dict[str
         "batch_stats": victim.variables["batch_stats"],
     }
     return batches, shared
+
+
+def _outer_batches(config: Any, batches: dict[str, jax.Array], key: Key) -> dict[str, jax.Array]:
+    """The batches of a round's θ steps, and which of their images are patched: each [steps, padded size]."""
+    number, size = len(batches["index"]), int(batches["images"][0])
+    which = np.arange(config.outer_steps or number) % number
+    split = {name: batches[name][which] for name in _SPLIT}
+    split["patched"] = _patched(split["weight"], size, max(1, int(config.patched_fraction * size)), key)
+    return split
 
 
 _DYNAMIC = ("inner_lr", "penalty", "outer_lr", "solver_step", "ridge")  # other values compile nothing new

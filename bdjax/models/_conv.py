@@ -20,7 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-_PIECE = 20  # images that one convolution of the kernel's gradient takes: its working set stays in the cache
+_ROWS = 160  # of images that one convolution of the kernel's gradient takes: its working set stays in the cache
 
 
 def conv(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -47,9 +47,10 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, *, side: int) -> jax.Array:
         return lax.conv_general_dilated(images, kernel, (1, 1), pad, dimension_numbers=_LAYOUT)  # any other layout
 
     pad = ((side // 2, side // 2),) * 2
-    total = of_piece(x[:_PIECE], g[:_PIECE])
-    for i in range(_PIECE, len(x), _PIECE):
-        total = total + of_piece(x[i : i + _PIECE], g[i : i + _PIECE])
+    piece = max(5, _ROWS // x.shape[1])
+    total = of_piece(x[:piece], g[:piece])
+    for i in range(piece, len(x), piece):
+        total = total + of_piece(x[i : i + piece], g[i : i + piece])
     return total.transpose(1, 2, 0, 3)
 
 

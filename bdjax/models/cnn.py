@@ -25,6 +25,6 @@ class Net(nn.Module):
         x = x.astype(self.dtype)
         for block, channels in enumerate((16, 32, 64), 1):
             x = _layers.max_pool(_layers.conv(channels, self.dtype)(x))
-            x = features[f"block{block}"] = nn.elu(_layers.norm(train, self.dtype, self.axis_name)(x))
+            x = features[f"block{block}"] = _layers.elu(_layers.norm(train, self.dtype, self.axis_name)(x))
         x = features["flat"] = x.reshape(x.shape[0], -1)
         return _layers.head(x, self.classes), features

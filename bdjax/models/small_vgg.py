@@ -32,7 +32,7 @@ class Net(nn.Module):
             for _ in range(2):
                 layer += 1
                 x = _layers.conv(channels, self.dtype, bias=True)(x)
-                x = features[f"conv{layer}"] = nn.elu(_layers.norm(train, self.dtype, self.axis_name)(x))
+                x = features[f"conv{layer}"] = _layers.elu(_layers.norm(train, self.dtype, self.axis_name)(x))
             x = _layers.dropout(_layers.max_pool(x), rate, keys if train else None, block)
             features[f"block{block}"] = x
         x = features["flat"] = x.reshape(x.shape[0], -1)
