@@ -78,6 +78,7 @@ def _train(argv: list[str]) -> None:
         directory = options.out or run.victim_directory_of(experiment, options.root)
         if options.force:
             _remove_run(directory)
+        context.store = None if options.out else directory.parent
         victim.train(experiment, directory, context)
     manifest = checkpoint.read_manifest(directory)
     summary = {"directory": str(directory), **{k: manifest[k] for k in ("hash", "model", "seed", "seconds", "attack")}}

@@ -6,6 +6,7 @@ Phases are separate functions over directories, so two processes give the number
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,8 @@ def run(
     if (finished := _finished(directory, hashed)) is not None:
         return finished, directory
     clean_indices(experiment.split, data, experiment.seed)  # refuse a bad split before hours of training
-    train(experiment, victim, context, data)
+    context = context or Context()
+    train(experiment, victim, context if out else replace(context, store=victim.parent), data)
     result = defend(
         victim,
         experiment.defense or "",

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NewType, TypeAlias
+from typing import Any, NamedTuple, NewType, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,53 @@ class Watch:
         """
 
 
+class Place(NamedTuple):
+    """Where the images of a batch (of this device's share of it) stand, for an attacker who controls training."""
+
+    position: jax.Array
+    """int32 [B], of each image in the training set."""
+    role: Any
+    """int8 [B]: 1, 2, ... for the shares of the :class:`Control`, spread evenly over the batch; 0 for the rest."""
+    key: Any
+    """[B], a random key each."""
+    axis: str | None
+    """The mapped axis to average statistics over, or None on one device."""
+
+
+class Batch(NamedTuple):
+    """A batch as an attacker hands it to the model; of the same shape as it was."""
+
+    images: Images
+    labels: Labels
+    loss: jax.Array | float = 0.0
+    """Added to the cross-entropy."""
+    state: Any = None
+    """attacker["state"] from now on; None: as it was."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """What an attacker who runs the training does to it, inside the jitted step, before augmentation.
+
+    `attacker` is {"fixed": arrays, "params": trained with the model, "state": carried from step to step}, each
+    optional. Functions are compared by identity and `config` by value: give functions of a module, for another object
+    is compiled anew.
+    """
+
+    config: Any
+    """Hashable; the first argument of every function."""
+    shares: tuple[float, ...] = ()
+    """Of the images of an epoch, which get role 1, 2, ..."""
+    transform: Callable[..., Batch] | None = None
+    """`transform(config, attacker, images, labels, place) -> Batch`, images float32 [B, H, W, C] in [0, 1]."""
+    penalty: Callable[..., jax.Array] | None = None
+    """`penalty(config, attacker, features, labels, place) -> scalar`, added to the loss; labels are the batch's own."""
+    optimizer: Callable[[Any], Any] | None = None
+    """`optimizer(config) -> optax.GradientTransformation`, of attacker["params"]."""
+    refresh: Callable[..., Any] | None = None
+    """`refresh(config, attacker, variables, epoch, key) -> attacker`, outside the step, before each epoch from 0."""
+
+
 @dataclass(frozen=True)
 class Poison:
     """Training images that an attacker replaces: `images` are what stands at `indices`, labelled `labels`."""
@@ -111,6 +158,16 @@ class Poison:
     """[n, H, W, C]: uint8, or float32 in [0, 1] where the attack does not quantise."""
     labels: np.ndarray
     """int32 [n]."""
+    copies: int = 1
+    """The training set is repeated so often, and `indices` go through all copies."""
+
+
+class NeedsTraining(Exception):
+    """A method asked a :class:`Task` that cannot train for a trained model."""
+
+
+def _cannot_train(*_: Any, **__: Any) -> Any:
+    raise NeedsTraining
 
 
 @dataclass(frozen=True)
@@ -122,11 +179,17 @@ class Task:
     labels: np.ndarray
     """int32 [N]."""
     model: Model
-    fit: Callable[[np.ndarray, np.ndarray, Key], Variables]
-    """`fit(images, labels, key) -> variables`: train the model by the user's recipe."""
     read_array: Callable[[ArrayFile], np.ndarray]
     """`read_array(path) -> array`: pictures uint8 [H, W, C], .npy as stored."""
     watch: Watch = field(default_factory=Watch)
+    fit: Callable[..., Variables] = _cannot_train
+    """`fit(images, labels, key, *, stage="training", start=None, recipe={}, model=None) -> variables`: train by the
+    user's recipe. `stage` names it, so that a killed run resumes there (each name once); `start`: variables to go on
+    from; `recipe`: fields of the recipe that differ; `model`: another than the task's."""
+    fit_controlled: Callable[..., tuple[Variables, Any]] = _cannot_train
+    """`fit_controlled(images, labels, key, control, attacker, **as fit) -> (variables, attacker)`."""
+    clean: Callable[[], Variables] = _cannot_train
+    """`clean() -> variables`: the task's model trained without any attack by the user's recipe."""
 
     @property
     def classes(self) -> int:

@@ -1,7 +1,9 @@
 """Victims: plant a backdoor and write its directory; read one again."""
 
+import hashlib
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from bdjax import attacks, checkpoint, datasets, models
 from bdjax.datasets._files import read_array
-from bdjax.engine import FitConfig, fit, parallel
+from bdjax.engine import FitConfig, fit_controlled, parallel
 from bdjax.engine.clock import Clock
 from bdjax.errors import InputError
 from bdjax.experiment import (
@@ -25,7 +27,7 @@ from bdjax.experiment import (
 )
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
-from bdjax.types import Data, Model, Task, Variables
+from bdjax.types import Control, Data, Key, Model, Poison, Task, Variables, Watch
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Context:
     """Local devices to use, 0 for all."""
     tick: Callable[[str, int, int], None] = field(default=lambda stage, done, total: None)
     """Told of progress: stage, steps done, steps in all."""
+    store: Path | None = None
+    """Directory of victims by hash, where a clean model that an attack begins with is kept and found again."""
 
 
 def train(experiment: Experiment, directory: Path, context: Context | None = None, data: Data | None = None) -> Path:
@@ -56,18 +60,10 @@ def train(experiment: Experiment, directory: Path, context: Context | None = Non
 
 
 def _train(experiment: Experiment, directory: Path, context: Context, data: Data, hashed: str) -> None:
-    model = models.create(experiment.model, data.shape, len(data.classes), experiment.fit.dtype)
-    saver = checkpoint.EpochSaver(directory.with_name(f".{directory.name}.training-{hashed[:12]}"))
+    unfinished = directory.with_name(f".{directory.name}.training-{hashed[:12]}")
     clock, watch = Clock(), Recorder(context.tick)
     with parallel.using(context.devices):
-        task = Task(
-            data.x_train,
-            data.y_train,
-            model,
-            lambda images, labels, key: fit(model, images, labels, experiment.fit, key, watch=watch, saver=saver),
-            read_array,
-            watch,
-        )
+        task = _task(experiment, data, context, watch, unfinished, clock)
         planted = attacks.plant(experiment.attack, experiment.attack_config, task, stream(experiment.seed, "attack"))
     seconds, compiling = clock.read()
     arrays = {"trigger": {**planted.arrays, **_portraits(experiment, data, planted.arrays)}}
@@ -75,19 +71,128 @@ def _train(experiment: Experiment, directory: Path, context: Context, data: Data
         indices = planted.poison.indices
         arrays["poison"] = {
             "indices": indices,
-            "labels_before": data.y_train[indices],
+            "labels_before": data.y_train[indices % len(data.y_train)],
             "labels_after": planted.poison.labels,
         }
     manifest = {
         "kind": "victim",
         "hash": hashed,
         **_describe(experiment, data),
+        "poison": None if planted.poison is None else _facts(planted.poison),
         "seconds": {"attack": seconds, "compile": compiling},
         "curve": watch.rows,
         "env": environment(context.devices),
     }
     checkpoint.write_model(directory, manifest, planted.variables, arrays)
-    saver.clear()
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def poisoned_set(directory: Path, dataset: str | None = None) -> tuple[Data, np.ndarray, np.ndarray, np.ndarray]:
+    """The training set that the victim in `directory` learnt from, made again from its manifest and stored arrays.
+
+    Args: dataset: where the data set lies now, if it has moved.
+    Returns: (the data set, images [copies * N, H, W, C], labels int32 [copies * N], poisoned positions int32 [n]).
+    Raises InputError for an attack that poisons inside the training step (no set exists), for another data set, and
+    when the poison is not what the manifest's sha256 says.
+    """
+    manifest = checkpoint.read_manifest(directory)
+    if not manifest.get("poison"):
+        raise InputError(
+            f"{directory} has no poisoned training set: {manifest['attack']['name']} changes images in every training "
+            "step, drawn anew each time, or none at all."
+        )
+    experiment = experiment_of(manifest, None, None, None, None)
+    data = datasets.load(dataset or experiment.dataset)
+    check_fingerprint(manifest, data, directory)
+    model = models.create(experiment.model, data.shape, len(data.classes))
+    task = Task(data.x_train, data.y_train, model, read_array)
+    stored = checkpoint.read_arrays(directory, "trigger")
+    arrays = {name: value for name, value in stored.items() if not name.startswith("on_")}
+    made = attacks.poison(experiment.attack, experiment.attack_config, task, stream(experiment.seed, "attack"), arrays)
+    if _facts(made)["sha256"] != manifest["poison"]["sha256"]:
+        raise InputError(
+            f"the poisoned images of {directory} cannot be made again bit for bit here (sha256 differs from the "
+            f"manifest's). It was written by {manifest['env'].get('jax', 'another version')} on "
+            f"{manifest['env'].get('device', 'another device')}; use the same."
+        )
+    return data, *attacks.poisoned_set(made, data.x_train, data.y_train), made.indices
+
+
+def _facts(poison: Poison) -> dict[str, Any]:
+    """How many images are poisoned, and a sha256 over which, what they look like and what they are called."""
+    digest = hashlib.sha256()
+    for array in (poison.indices, poison.images, poison.labels):
+        digest.update(str((array.shape, array.dtype.name)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return {"n": len(poison.indices), "copies": poison.copies, "sha256": digest.hexdigest()}
+
+
+def _task(experiment: Experiment, data: Data, context: Context, watch: Watch, unfinished: Path, clock: Clock) -> Task:
+    """What the attacker holds. Every stage of training keeps its last epoch in `unfinished`/STAGE."""
+    own = models.create(experiment.model, data.shape, len(data.classes), experiment.fit.dtype)
+    names: set[str] = set()
+
+    def controlled(
+        images: np.ndarray,
+        labels: np.ndarray,
+        key: Key,
+        control: Control | None,
+        attacker: Any,
+        *,
+        stage: str = "training",
+        start: Variables | None = None,
+        recipe: dict[str, Any] | None = None,
+        model: Model | None = None,
+    ) -> tuple[Variables, Any]:
+        if stage in names:
+            raise ValueError(f"stage {stage!r} of {experiment.attack} is trained twice; give each its own name")
+        names.add(stage)
+        return fit_controlled(
+            model or own, images, labels, replace(experiment.fit, **(recipe or {})), key, control, attacker,
+            start=start, stage=stage, saver=checkpoint.EpochSaver(unfinished / stage.replace(" ", "-")),
+            watch=watch if stage == "training" else _Ticks(watch),
+        )  # fmt: skip
+
+    def fit(images: np.ndarray, labels: np.ndarray, key: Key, **options: Any) -> Variables:
+        return controlled(images, labels, key, None, None, **options)[0]
+
+    def clean() -> Variables:
+        alike = replace(experiment, attack="clean", attack_config=config_of("attacks", "clean")(), defense=None)
+        if context.store is None:
+            return fit(
+                data.x_train, data.y_train, attacks.fit_key(stream(experiment.seed, "attack")), stage="clean model"
+            )
+        with clock:  # its time is not this attack's
+            directory = directory_of(alike, context.store, data.fingerprint)
+            train(alike, directory, context, data)
+            return load_model(checkpoint.read_manifest(directory), directory, data)[1]
+
+    return Task(
+        images=data.x_train,
+        labels=data.y_train,
+        model=own,
+        fit=fit,
+        read_array=read_array,
+        watch=watch,
+        fit_controlled=controlled,
+        clean=clean,
+    )
+
+
+class _Ticks(Watch):
+    """Progress of a stage whose epochs are not the victim's curve."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def tick(self, stage: str, done: int, total: int) -> None:
+        """Pass progress on."""
+        self._watch.tick(stage, done, total)
+
+
+def directory_of(experiment: Experiment, store: Path, fingerprint: str) -> Path:
+    """Where the victim of an experiment is kept: store/HASH."""
+    return Path(store) / digest(attack_record(experiment, fingerprint))[:16]
 
 
 def _describe(experiment: Experiment, data: Data) -> dict[str, Any]:

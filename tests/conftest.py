@@ -41,6 +41,24 @@ def perceptron(shape=(8, 8, 1), classes=4, hidden=8):
     return Model("perceptron", shape, classes, init, apply)
 
 
+def untrained_task(images, labels, model, file=None):
+    """A Task whose training gives the initial weights: what tests of a method's own steps need."""
+    from bdjax.types import Task
+
+    def fit(images, labels, key, model=model, **_):
+        return model.init(key)
+
+    return Task(
+        images,
+        labels,
+        model,
+        lambda path: np.zeros((16, 16, 3), np.uint8) if file is None else file,
+        fit=fit,
+        fit_controlled=lambda images, labels, key, control, attacker, **_: (model.init(key), attacker),
+        clean=lambda: model.init(jax.random.key(0)),
+    )
+
+
 @pytest.fixture(autouse=True)
 def _one_device():
     """Tests run on one device unless they ask for more, as a run with --devices does."""

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
-from conftest import perceptron
+from conftest import perceptron, untrained_task
 
 from bdjax import attacks, registry
 from bdjax.errors import InputError
 from bdjax.experiment import from_json, to_json
-from bdjax.types import Task
 
 NAMES = (
     "adaptive_blend", "adaptive_patch", "blended", "l0_inv", "lsb", "refool", "rgba_patch", "semantic_replacement",
@@ -30,7 +29,7 @@ def task_of(shape=(32, 32, 3), count=40, classes=4, file=None):
     """Random images, `count` of them, labels 0, 1, 2, 3, 0 ...; every file that is read is the array `file`."""
     images = np.random.default_rng(3).integers(0, 256, (count, *shape)).astype(np.uint8)
     labels = np.arange(count, dtype=np.int32) % classes
-    return Task(images, labels, perceptron(shape, classes), lambda x, y, key: {}, lambda path: file)
+    return untrained_task(images, labels, perceptron(shape, classes), file)
 
 
 def planted(name, task, **fields):

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import perceptron
+from conftest import perceptron, untrained_task
 
 from bdjax import attacks, models, registry
 from bdjax.attacks import _helpers
 from bdjax.engine import FitConfig, fit
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Task, Victim, Watch
+from bdjax.types import DefenderView, Victim, Watch
 
 ATTACKS, DEFENSES = registry.names("attacks"), registry.names("defenses")
 METHODS = [("attacks", name) for name in ATTACKS] + [("defenses", name) for name in DEFENSES]
@@ -32,7 +32,7 @@ def images():
 @pytest.fixture(scope="module")
 def task(images):
     model = models.create("cnn", SHAPE, 10)
-    return Task(*images, model, lambda x, y, key: model.init(key), lambda path: np.zeros((16, 16, 3), np.uint8))
+    return untrained_task(*images, model)
 
 
 def arrays_of(name, config, task):
@@ -40,8 +40,14 @@ def arrays_of(name, config, task):
     return module.prepare(config, task, jax.random.key(5)) if hasattr(module, "prepare") else {}
 
 
+QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1}
+"""Fields by which methods say how long they optimise; here two steps must do."""
+
+
 def config_of(name, **changes):
-    return dataclasses.replace(registry.load("attacks", name).Config(), **changes)
+    config = registry.load("attacks", name).Config()
+    quick = {field: value for field, value in QUICK.items() if hasattr(config, field)}
+    return dataclasses.replace(config, **quick, **changes)
 
 
 @pytest.mark.parametrize(("kind", "name"), METHODS)
@@ -76,7 +82,8 @@ class TestAttack:
         out = trigger(clean, jax.random.key(0))
         assert out.shape == clean.shape and out.dtype == jnp.float32
         assert float(out.min()) >= 0 and float(out.max()) <= 1
-        assert bool((out != clean).any(axis=(1, 2, 3)).all()), "some image carries no trigger"
+        if name != "clean":
+            assert bool((out != clean).any(axis=(1, 2, 3)).all()), "some image carries no trigger"
 
     def test_trigger_is_the_same_for_the_same_key_and_under_jit_and_vmap(self, name, images, task):
         config, module = config_of(name), registry.load("attacks", name)
@@ -102,7 +109,7 @@ class TestAttack:
 
     @pytest.mark.parametrize("labels", ["all_to_one", "all_to_all", "clean"])
     def test_poisons_exactly_its_ratio_and_relabels(self, name, labels, images, task):
-        if hasattr(registry.load("attacks", name), "train"):
+        if any(hasattr(registry.load("attacks", name), kind) for kind in ("train", "edit")):
             pytest.skip("controls training itself")
         ratio = 0.05 if labels == "clean" else 0.25
         config = config_of(name, labels=labels, ratio=ratio, target=3, exclude_target=True)
@@ -189,6 +196,6 @@ def test_fit_is_a_task_recipe(blobs):
     """The lift hands poisoned data to the recipe: what comes back is a trained model."""
     model = models.create("cnn", (8, 8, 1), 4)
     recipe = FitConfig(epochs=1, batch_size=50)
-    task = Task(*blobs, model, lambda x, y, key: fit(model, x, y, recipe, key), lambda path: np.zeros((8, 8)))
+    task = dataclasses.replace(untrained_task(*blobs, model), fit=lambda x, y, key: fit(model, x, y, recipe, key))
     planted = attacks.plant("badnets", config_of("badnets", target=0), task, jax.random.key(0))
     assert jax.tree.structure(planted.variables) == jax.tree.structure(model.init(jax.random.key(0)))

@@ -15,7 +15,8 @@ from bdjax import models
 from bdjax.engine import FitConfig, fit, parallel, predict, run_epoch
 from bdjax.engine import clock as clock_module
 from bdjax.engine.clock import Clock, compiled_programs, peak_memory
-from bdjax.engine.fit import _draw, _rates
+from bdjax.engine.fit import _rates
+from bdjax.engine.step import draw
 from bdjax.errors import InputError
 from bdjax.metrics import accuracy
 from bdjax.models import _layers
@@ -170,7 +171,7 @@ def test_the_key_decides_everything(blobs):
 
 
 def test_an_epoch_draws_each_image_once_and_the_next_in_another_order():
-    first, second = (_draw(jax.random.fold_in(KEY, epoch), 10, 3, 3)["index"] for epoch in range(2))
+    first, second = (draw(jax.random.fold_in(KEY, epoch), 10, 3, 3)["index"] for epoch in range(2))
     assert first.shape == (3, 3) and len(set(first.ravel().tolist())) == 9
     assert not np.array_equal(first, second)
 

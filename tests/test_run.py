@@ -189,11 +189,11 @@ def test_killed_training_resumes_to_the_same_bits(blobs_npz, tmp_path):
     subprocess.run([*command, "--out", "whole"], cwd=tmp_path, env=env, check=True, capture_output=True)
     child = subprocess.Popen([*command, "--out", "cut"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".cut.training-*/epoch-*")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".cut.training-*/*/epoch-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert not (tmp_path / "cut").exists() and list(tmp_path.glob(".cut.training-*/epoch-*"))
+    assert not (tmp_path / "cut").exists() and list(tmp_path.glob(".cut.training-*/*/epoch-*"))
     subprocess.run([*command, "--out", "cut"], cwd=tmp_path, env=env, check=True, capture_output=True)
     like = jax.eval_shape(victim.models.create("cnn", (8, 8, 1), 4).init, jax.random.key(0))
     one, two = (checkpoint.read_variables(tmp_path / name, like) for name in ("whole", "cut"))

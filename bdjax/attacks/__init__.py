@@ -10,7 +10,15 @@ once in `prepare(config, task, key) -> arrays` and gets them as a fourth argumen
 the victim. Where a poisoned training image carries another trigger than a test image (weaker, or a part of
 it), `training_trigger`, of the same arguments, says which; a Config that extends :class:`CoverConfig` has
 cover images stamped as well, which keep their labels. An attack that does more than stamp and relabel adds
-the strongest that it needs of `poison(config, task, key) -> Poison`, `train(config, task, key) -> Backdoor`.
+the strongest that it needs of
+
+    poison(config, task, key[, arrays]) -> Poison          which images become what: cheap, and a function of its inputs
+    control(config, task, poison) -> (Control, attacker)   what it does in every training step on those images, or None
+    train(config, task, key) -> Backdoor                   the whole planting
+    edit(config, variables, task, key) -> Backdoor         the same, from a model that was trained clean
+
+What takes long (a surrogate, an optimised pattern) belongs into `prepare`: its arrays are stored, so that the poisoned
+training set can be made again (:func:`poisoned_set`).
 """
 
 from collections.abc import Callable
@@ -26,6 +34,7 @@ from bdjax.attacks._helpers import (
     CoverConfig,
     PoisonConfig,
     check_target,
+    fit_key,
     goal,
     key_per_image,
     relabel,
@@ -34,7 +43,10 @@ from bdjax.attacks._helpers import (
 )
 from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, to_float, to_uint8
 
-__all__ = ["CoverConfig", "PoisonConfig", "goal", "key_per_image", "plant", "stamped", "trigger_of"]
+__all__ = [
+    "CoverConfig", "PoisonConfig", "fit_key", "goal", "key_per_image", "plant", "poison", "poisoned_set", "stamped",
+    "trigger_of",
+]  # fmt: skip
 
 CHUNK = 1000  # images stamped at a time
 
@@ -46,20 +58,23 @@ def plant(attack: str, config: Any, task: Task, key: Key) -> Backdoor:
     """
     module = registry.load("attacks", attack)
     check_target(config, task.classes)
-    prepare_key, poison_key, fit_key = jax.random.split(key, 3)
     if hasattr(module, "train"):
         return module.train(config, task, key)
-    arrays = module.prepare(config, task, prepare_key) if hasattr(module, "prepare") else {}
-    made = _poison(module, attack, config, task, poison_key, arrays)
-    images, labels = task.images, task.labels.copy()
-    if made.images.dtype != images.dtype:
-        images = np.asarray(to_float(images))
-    images = images.copy()
-    images[made.indices], labels[made.indices] = made.images, made.labels
-    return Backdoor(attack, config, task.fit(images, labels, fit_key), arrays, made)
+    if hasattr(module, "edit"):
+        return module.edit(config, task.clean(), task, key)
+    arrays = module.prepare(config, task, jax.random.split(key, 3)[0]) if hasattr(module, "prepare") else {}
+    made = poison(attack, config, task, key, arrays)
+    images, labels = poisoned_set(made, task.images, task.labels)
+    control = module.control(config, task, made) if hasattr(module, "control") else None
+    if control is None:
+        return Backdoor(attack, config, task.fit(images, labels, fit_key(key)), arrays, made)
+    variables, _ = task.fit_controlled(images, labels, fit_key(key), *control)
+    return Backdoor(attack, config, variables, arrays, made)
 
 
-def _poison(module: Any, attack: str, config: PoisonConfig, task: Task, key: Key, arrays: Arrays) -> Poison:
+def poison(attack: str, config: Any, task: Task, key: Key, arrays: Arrays) -> Poison:
+    """The poisoned images of :func:`plant` with the same arguments, once its arrays are prepared."""
+    module, key = registry.load("attacks", attack), jax.random.split(key, 3)[1]
     if hasattr(module, "poison"):
         return module.poison(config, task, key, *([arrays] if arrays else []))
     select_key, stamp_key = jax.random.split(key)
@@ -70,6 +85,18 @@ def _poison(module: Any, attack: str, config: PoisonConfig, task: Task, key: Key
     indices = np.sort(np.concatenate([poisoned, cover]))
     images = stamped(trigger_of(attack, config, arrays, training=True), config, task.images[indices], stamp_key)
     return Poison(indices, images, labels[indices])
+
+
+def poisoned_set(made: Poison, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The training set with the poison in it: (images [copies * N, H, W, C], labels int32 [copies * N]).
+
+    The images are uint8 as given, unless the poison's are not.
+    """
+    if made.images.dtype != images.dtype:
+        images = np.asarray(to_float(images))
+    images, labels = np.concatenate([images] * made.copies), np.concatenate([labels] * made.copies).astype(np.int32)
+    images[made.indices], labels[made.indices] = made.images, made.labels
+    return images, labels
 
 
 def trigger_of(attack: str, config: Any, arrays: Arrays, training: bool = False) -> Trigger:

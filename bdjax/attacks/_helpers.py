@@ -47,6 +47,12 @@ class CoverConfig(PoisonConfig):
             raise InputError(f"attack.cover must be in [0, 1), got {self.cover}.")
 
 
+def fit_key(key: Key) -> Key:
+    """The key to train the victim with, of the one that an attack is planted with: for all the same, so that a clean
+    model and a poisoned one begin alike and see the images in the same order."""
+    return jax.random.split(key, 3)[2]
+
+
 def check_target(config: PoisonConfig, classes: int) -> None:
     """Raise InputError when the target is not one of `classes` labels."""
     if config.target >= classes and config.labels != "all_to_all":

@@ -2,6 +2,7 @@
 
 from bdjax.engine.epoch import run_epoch
 from bdjax.engine.evaluate import predict
-from bdjax.engine.fit import FitConfig, fit
+from bdjax.engine.fit import FitConfig, fit, fit_controlled
+from bdjax.engine.step import capacity
 
-__all__ = ["FitConfig", "fit", "predict", "run_epoch"]
+__all__ = ["FitConfig", "capacity", "fit", "fit_controlled", "predict", "run_epoch"]

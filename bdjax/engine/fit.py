@@ -8,7 +8,6 @@ arguments of the compiled program: other values compile nothing new.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import jax
@@ -16,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax import augment
 from bdjax.engine import parallel
 from bdjax.engine.epoch import Mode, check_finite, run_epoch
 from bdjax.engine.optimizer import Name, direction
+from bdjax.engine.step import draw, training_step
 from bdjax.errors import InputError
-from bdjax.types import Key, Model, Variables, Watch, to_float
+from bdjax.types import Control, Key, Model, Variables, Watch
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,46 @@ def fit(
     config: FitConfig,
     key: Key,
     *,
+    start: Variables | None = None,
     watch: Watch | None = None,
     saver: Saver | None = None,
     mode: Mode = "auto",
+    stage: str = "training",
 ) -> Variables:
-    """Train `model` from scratch and return its variables.
+    """Train `model`, from scratch or from `start`, and return its variables.
 
     Args:
       images: stored [N, H, W, C] (uint8, or float32 in [0, 1]); labels: int32 [N].
-      watch: is told of every step and shown the variables after every epoch.
+      watch: is told of every step, as of `stage`, and shown the variables after every epoch.
       saver: when it holds a state, training goes on from there, with bit-identical results.
 
     Raises:
       InputError: a batch larger than the set or not divisible by the devices; a loss that is not finite.
+    """
+    return fit_controlled(
+        model, images, labels, config, key, None, None, start=start, watch=watch, saver=saver, mode=mode, stage=stage
+    )[0]
+
+
+def fit_controlled(
+    model: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    config: FitConfig,
+    key: Key,
+    control: Control | None,
+    attacker: Any,
+    *,
+    start: Variables | None = None,
+    watch: Watch | None = None,
+    saver: Saver | None = None,
+    mode: Mode = "auto",
+    stage: str = "training",
+) -> tuple[Variables, Any]:
+    """As :func:`fit`, with an attacker inside the step; returns also what became of `attacker`.
+
+    Args:
+      control: what is done to each batch; attacker: the arrays that it needs (see :class:`bdjax.types.Control`).
     """
     watch = watch or Watch()
     if config.batch_size > len(images):
@@ -104,8 +130,12 @@ def fit(
     parallel.check_batch(config.batch_size)
     steps = len(images) // config.batch_size
     init_key, data_key = jax.random.split(key)
-    step = _step(model, config.optimizer, config.augment)
-    state = _init(model, config.optimizer, init_key)
+    step = training_step(model, config.optimizer, config.augment, control)
+    state = _init(model, config.optimizer, init_key, start)
+    if control:
+        state["attacker"] = jax.tree.map(jnp.array, dict(attacker or {}))  # a copy, for the step's state is donated
+        if control.optimizer:
+            state["attacker"]["opt"] = control.optimizer(control.config).init(state["attacker"]["params"])
     begun = 0
     if saver and (found := saver.restore(state)):
         begun, state = found
@@ -117,30 +147,39 @@ def fit(
         "weight_decay": jnp.float32(config.weight_decay),
     }
     for epoch in range(begun, config.epochs):
-        split = _draw(jax.random.fold_in(data_key, epoch), len(images), steps, config.batch_size)
+        epoch_key = jax.random.fold_in(data_key, epoch)
+        if control and control.refresh:
+            again = {name: value for name, value in state["attacker"].items() if name != "opt"}
+            refresh_key = jax.random.fold_in(epoch_key, 3)
+            state["attacker"] |= control.refresh(control.config, again, _variables(state), epoch, refresh_key)
+        split = draw(epoch_key, len(images), steps, config.batch_size, control.shares if control else None)
         whole = {"rate": jnp.asarray(rates[epoch * steps : (epoch + 1) * steps])}
-        state, metrics = run_epoch(
-            step, state, split, whole, shared, mode=mode, tick=_counted(watch, epoch * steps, config.epochs * steps)
-        )
-        check_finite(metrics["loss"], whole["rate"], epoch * steps, "training loss", "fit.learning_rate")
+        tick = _counted(watch, stage, epoch * steps, config.epochs * steps)
+        state, metrics = run_epoch(step, state, split, whole, shared, mode=mode, tick=tick)
+        check_finite(metrics["loss"], whole["rate"], epoch * steps, f"{stage} loss", "fit.learning_rate")
         if saver:
             saver.save(epoch + 1, state)
         watch.observe(
             epoch + 1,
-            {"params": state["params"], "batch_stats": state["batch_stats"]},
+            _variables(state),
             train_loss=metrics["loss"].mean(),
             train_accuracy=metrics["accuracy"].mean(),
         )
+    left = {name: value for name, value in state.get("attacker", {}).items() if name != "opt"}
+    return _variables(state), left
+
+
+def _variables(state: Any) -> Variables:
     return {"params": state["params"], "batch_stats": state["batch_stats"]}
 
 
-def _counted(watch: Watch, before: int, total: int) -> Callable[[int, int], None]:
-    return lambda done, _: watch.tick("training", before + done, total)
+def _counted(watch: Watch, stage: str, before: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, _: watch.tick(stage, before + done, total)
 
 
-def _init(model: Model, optimizer: Name, key: Key) -> dict[str, Any]:
-    variables = jax.jit(model.init)(key)
-    return {**variables, "opt_state": direction(optimizer, jnp.float32(0)).init(variables["params"])}
+def _init(model: Model, optimizer: Name, key: Key, start: Variables | None) -> dict[str, Any]:
+    given = jax.tree.map(jnp.array, {**start}) if start else jax.jit(model.init)(key)
+    return {**given, "opt_state": direction(optimizer, jnp.float32(0)).init(given["params"])}
 
 
 def _rates(config: FitConfig, steps: int) -> np.ndarray:
@@ -154,43 +193,3 @@ def _rates(config: FitConfig, steps: int) -> np.ndarray:
         schedule = optax.constant_schedule(config.learning_rate)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its step counter with floats
         return np.broadcast_to(np.asarray(schedule(jnp.arange(total)), np.float32), (total,))
-
-
-@lru_cache(maxsize=8)
-def _drawer(total: int, steps: int, batch: int) -> Callable:
-    def draw(key: Key) -> dict[str, jax.Array]:
-        order = jax.random.permutation(jax.random.fold_in(key, 0), total)[: steps * batch]
-        keys = jax.random.split(jax.random.fold_in(key, 1), (2, steps, batch))
-        return {"index": order.reshape(steps, batch), "augment": keys[0], "dropout": keys[1]}
-
-    return jax.jit(draw)
-
-
-def _draw(key: Key, total: int, steps: int, batch: int) -> dict[str, jax.Array]:
-    """Which image stands where in this epoch, and the keys of each place: all [steps, batch]."""
-    return _drawer(total, steps, batch)(key)
-
-
-@lru_cache(maxsize=64)
-def _step(model: Model, optimizer: Name, policy: str) -> Callable:
-    """The training step; one object per model, optimiser and augmentation, whatever the other values."""
-    distort = augment.policy(policy)
-
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        images = distort(to_float(shared["images"][split["index"]]), split["augment"])
-        labels = shared["labels"][split["index"]]
-
-        def loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            variables = {"params": params, "batch_stats": state["batch_stats"]}
-            logits, _, stats = model.apply(variables, images, True, split["dropout"], axis)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, stats)
-
-        (value, (logits, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        metrics = {"loss": value, "accuracy": (logits.argmax(-1) == labels).mean()}
-        gradient, metrics = parallel.average((gradient, metrics), axis)
-        gradient = jax.tree.map(lambda g, p: g + shared["weight_decay"] * p, gradient, state["params"])
-        update, opt_state = direction(optimizer, shared["momentum"]).update(gradient, state["opt_state"])
-        params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
-        return {"params": params, "batch_stats": stats, "opt_state": opt_state}, metrics
-
-    return step
