@@ -1,7 +1,7 @@
 """What the attacks share: the poisoning fields of a Config, sample selection, covers, relabelling, keys."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -99,13 +99,13 @@ def select_cover(config: PoisonConfig, labels: np.ndarray, poisoned: np.ndarray,
     return np.sort(left[np.asarray(jax.random.choice(key, len(left), (wanted,), replace=False))]).astype(np.int32)
 
 
-def relabel(config: PoisonConfig, labels: np.ndarray, classes: int) -> np.ndarray:
-    """What the poisoned images [n] are called, int32 [n]."""
+def relabel(config: PoisonConfig, labels: Any, classes: int) -> Any:
+    """What poisoned images with these labels [n] are called, int32 [n]; inside jit too."""
     if config.labels == "all_to_all":
         return ((labels + 1) % classes).astype(np.int32)
     if config.labels == "clean":
         return labels.astype(np.int32)
-    return np.full(len(labels), config.target, np.int32)
+    return (labels * 0 + config.target).astype(np.int32)
 
 
 def goal(config: PoisonConfig, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:

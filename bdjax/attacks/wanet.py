@@ -1,0 +1,132 @@
+"""WaNet: a smooth warp that the eye does not see, and a noise mode that keeps the network to it (Nguyen and Tran, ICLR
+2021).
+
+Threat model: the attacker runs the training. One random field of k x k vectors, of mean absolute value one, is
+enlarged by bicubic interpolation to n [H, W, 2] and bends every image alike: at the point g (both coordinates from -1
+to 1) of the new image stands what the old one shows at
+
+    clip(g + s n / H, -1, 1)                             s = 0.5: about a quarter of a pixel
+
+In every batch a share is warped and called the target; another share is warped by the field *plus* fresh noise of up
+to half a pixel a coordinate, U(-1, 1) / H, and keeps its label: without it the network answers to any warp.
+
+Deviations: shares are exact over an epoch and spread evenly over its batches (the release takes the first
+int(0.1 B) and the next int(0.2 B) of each). x is divided by W where images are not square. The warp is applied to
+images in [0, 1]; what lies outside is never sampled, so this equals the release's order.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks._helpers import PoisonConfig, fit_key, relabel
+from bdjax.errors import InputError
+from bdjax.types import Arrays, Backdoor, Batch, Control, Images, Key, Labels, Place, Task
+
+
+@dataclass(frozen=True)
+class Config(PoisonConfig):
+    """The warp, and how much of every batch it changes."""
+
+    ratio: float = 0.1
+    """Share of every batch that is warped and relabelled, in (0, 1]."""
+    exclude_target: bool = False
+    """Leave images of the target class as they are; the release does not."""
+    noise_ratio: float = 0.2
+    """Share of every batch in noise mode, which keeps its label; in [0, 1)."""
+    strength: float = 0.5
+    """s, size of the warp: s/2 pixels on average where both sides are equal; positive."""
+    grid: int = 4
+    """k, vectors of the field along each side; at least 2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels == "clean":
+            raise InputError("attack.labels=clean, but wanet relabels what it warps. Use all_to_one or all_to_all.")
+        if not 0 <= self.noise_ratio <= 1 - self.ratio:
+            raise InputError(
+                f"attack.noise_ratio must be from 0 to 1 - ratio = {1 - self.ratio:g}, got {self.noise_ratio}."
+            )
+        if self.strength <= 0:
+            raise InputError(f"attack.strength must be positive, got {self.strength}.")
+        if self.grid < 2:
+            raise InputError(f"attack.grid must be at least 2, got {self.grid}.")
+
+
+def prepare(config: Config, task: Task, key: Key) -> Arrays:
+    """The field n, float32 [H, W, 2] (x, y), of mean absolute value about one."""
+    height, width, _ = task.model.shape
+    vectors = jax.random.uniform(key, (config.grid, config.grid, 2), minval=-1, maxval=1)
+    vectors = vectors / jnp.abs(vectors).mean()
+    rows, columns = _bicubic(config.grid, height), _bicubic(config.grid, width)
+    return {"field": np.einsum("hi,wj,ijc->hwc", rows, columns, np.asarray(vectors, float)).astype(np.float32)}
+
+
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
+    """Warp images [N, H, W, C] in [0, 1] by the field; same shape and range. The key is not used."""
+    return _sample(images, _points(config, arrays["field"]))
+
+
+def train(config: Config, task: Task, key: Key) -> Backdoor:
+    """Train with the warp and the noise mode in every batch."""
+    arrays = prepare(config, task, jax.random.split(key, 3)[0])
+    control = Control((config, task.classes), (config.ratio, config.noise_ratio), _transform)
+    attacker = {"fixed": arrays}
+    variables, _ = task.fit_controlled(task.images, task.labels, fit_key(key), control, attacker)
+    return Backdoor("wanet", config, variables, arrays)
+
+
+def _transform(static: tuple[Config, int], attacker: Arrays, images: Images, labels: Labels, place: Place) -> Batch:
+    """Role 1: warped and relabelled; role 2: warped with noise."""
+    (config, classes), (height, width) = static, images.shape[1:3]
+    points, size = _points(config, attacker["fixed"]["field"]), jnp.array([width, height], jnp.float32)
+
+    def noisy(image: jax.Array, key: Key) -> jax.Array:
+        noise = jax.random.uniform(key, (height, width, 2), minval=-1, maxval=1) / size
+        return _sample(image[None], jnp.clip(points + noise, -1, 1))[0]
+
+    poisoned = place.role == 1
+    if config.exclude_target and config.labels == "all_to_one":
+        poisoned &= labels != config.target
+    changed = jnp.where(_wide(poisoned), _sample(images, points), images)
+    if config.noise_ratio > 0:
+        changed = jnp.where(_wide(place.role == 2), jax.vmap(noisy)(images, place.key), changed)
+    return Batch(changed, jnp.where(poisoned, relabel(config, labels, classes), labels))
+
+
+def _wide(chosen: jax.Array) -> jax.Array:
+    return chosen[:, None, None, None]
+
+
+def _points(config: Config, field: jax.Array) -> jax.Array:
+    """Where each pixel looks, float32 [H, W, 2] (x, y) in [-1, 1]."""
+    height, width, _ = field.shape
+    x, y = (jnp.linspace(-1, 1, n, dtype=jnp.float32) for n in (width, height))
+    identity = jnp.stack(jnp.broadcast_arrays(x[None], y[:, None]), -1)
+    return jnp.clip(identity + config.strength * field / jnp.array([width, height], jnp.float32), -1, 1)
+
+
+def _sample(images: Images, points: jax.Array) -> Images:
+    """Bilinear values of images [N, H, W, C] at points [H, W, 2]; -1 and 1 are the centres of the outer pixels."""
+    height, width = images.shape[1:3]
+    x, y = ((points[..., i] + 1) / 2 * (n - 1) for i, n in ((0, width), (1, height)))
+    left, top = (jnp.clip(jnp.floor(v).astype(jnp.int32), 0, n - 2) for v, n in ((x, width), (y, height)))
+    right, down = ((v - whole.astype(jnp.float32))[..., None] for v, whole in ((x, left), (y, top)))
+    upper = images[:, top, left] * (1 - right) + images[:, top, left + 1] * right
+    lower = images[:, top + 1, left] * (1 - right) + images[:, top + 1, left + 1] * right
+    return upper * (1 - down) + lower * down
+
+
+def _bicubic(small: int, large: int) -> np.ndarray:
+    """[large, small]: bicubic enlargement whose corners are the corners, with PyTorch's kernel (a = -0.75) and edges
+    repeated; JAX resizes with another kernel and half-pixel centres."""
+    at = np.linspace(0, small - 1, large)
+    matrix = np.zeros((large, small))
+    for tap in range(-1, 3):
+        place = np.floor(at).astype(int) + tap
+        d, a = np.abs(at - place), -0.75
+        near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+        np.add.at(matrix, (np.arange(large), np.clip(place, 0, small - 1)), np.where(d <= 1, near, far * (d < 2)))
+    return matrix
