@@ -143,6 +143,30 @@ def _solvers(argv: list[str]) -> None:
         _say(json.dumps(result))
 
 
+def _gallery(argv: list[str]) -> None:
+    options = _parse("gallery", (), argv, options_.Gallery)
+    _check_picture(options.out)
+    images = _numbers("--image", options.image) if options.image else None
+    from bdjax import gallery
+    from bdjax.report import gallery as report
+
+    with _ready(options) as context:
+        result, pictures = gallery.gallery(
+            options.sources,
+            dataset=options.dataset,
+            seed=options.seed,
+            images=images,
+            count=options.count,
+            tick=context.tick,
+        )
+    for line in report.left_out(result):
+        sys.stderr.write(f"bdjax: {line}\n")
+    _say(report.table(result))
+    _say(f"picture: {report.draw(result, pictures, options.out)}")
+    if options.json:
+        _say(json.dumps(result))
+
+
 def _list(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         _usage("list", argv)
@@ -229,6 +253,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
         "run what is not finished yet of a grid",
     ),
     "report": (_report, "DIR [--csv | --markdown]", "mean, std and n of the results below DIR, beside the papers'"),
+    "gallery": (
+        _gallery,
+        "[ATTACK | VICTIM_DIR ...] [--dataset D] [--seed S] [--image I,J] --out FILE.png",
+        "triggers side by side: a picture and how far each takes an image from the clean one",
+    ),
     "list": (_list, "[attacks|defenses|models|datasets]", "what there is"),
     "_cell": (_cell, "", ""),
 }
@@ -329,6 +358,25 @@ def _remove_run(directory: Path) -> None:
     if not ours and any(directory.iterdir()):
         raise InputError(f"{directory} is not a bdjax run; it is left alone. Choose another --out.")
     shutil.rmtree(directory)
+
+
+def _check_picture(path: Path) -> None:
+    """Raise InputError, before any computing, when a PNG cannot be written there."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--out {path} does not end in .png. Give the name of a PNG file.")
+    if path.is_dir():
+        raise InputError(f"--out {path} is a directory. Give the name of a PNG file.")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: there is no directory {path.parent}. Make it, or choose another --out.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"--out {path} cannot be written (permission denied). Choose another --out.")
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{flag} must be whole numbers with commas between, such as 0,1,2; got {text!r}.") from None
 
 
 def _say(text: str) -> None:

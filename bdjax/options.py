@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 
 @dataclass
@@ -120,3 +123,21 @@ class Solvers(Device):
     """Directory of solvers.json and solvers.png; default runs/solvers-HASH of the victim."""
     force: bool = False
     """Replace an earlier comparison that stands there."""
+
+
+@dataclass(kw_only=True)
+class Gallery(Common):
+    """Flags of `bdjax gallery`."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ATTACK|VICTIM_DIR ...]")] = ()
+    """Attacks (with their default Config) and victim directories; none: all attacks whose trigger needs no training."""
+    out: Path
+    """PNG file to write; one that stands there is replaced."""
+    dataset: str | None = None
+    """digits, npz:PATH, folder:PATH or tfds:NAME; default that of the victims given, else digits."""
+    seed: int = 0
+    """Decides which images are measured and what the triggers draw."""
+    image: str = ""
+    """Comma-separated positions in the test split of the images to show, at most 6; default 3 of the measured ones."""
+    count: int = 100
+    """Images of the test split behind the numbers; all, if there are fewer."""

@@ -11,7 +11,7 @@ LAYERS = (
     {"datasets", "models", "augment", "metrics", "hypergrad"},
     {"engine", "checkpoint", "interop"},
     {"attacks", "defenses"},
-    {"experiment", "evaluation", "compare", "provenance", "recorder", "victim", "run", "sweep", "report"},
+    {"experiment", "evaluation", "compare", "gallery", "provenance", "recorder", "victim", "run", "sweep", "report"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
