@@ -31,7 +31,6 @@ DEFAULT = (
     "nystrom:10", "unrolled", "unrolled_remat",
 )  # fmt: skip
 """Solvers that are compared; NAME:RIDGE adds RIDGE times the identity to H in that solver alone."""
-_ONCE = ("none", "one_step", "lu")  # K means nothing to them
 _CHUNK = 16  # columns of the dense H at a time
 _LONGEST = 600  # seconds: a round that would take longer is left away
 
@@ -66,7 +65,9 @@ def compare(
     """
     context, config, victim = context or Context(), config or ibau.Config(), Path(victim)
     plan = [
-        _parse(spec, k) for spec in solvers for k in (iterations[:1] if spec.split(":")[0] in _ONCE else iterations)
+        _parse(spec, k)
+        for spec in solvers
+        for k in (iterations if hypergrad.iterates(spec.partition(":")[0]) else iterations[:1])
     ]
     manifest = checkpoint.read_manifest(victim)
     experiment = experiment_of(manifest, "ibau", config, split, seed)
@@ -172,7 +173,7 @@ def _measure(
         "relative_error_indirect": float(np.linalg.norm(flat - direct - exact) / np.linalg.norm(exact)),
         "products": solve.products(problem.delta.size),
         "residual": residual,
-        "converged": residual <= 100 * hypergrad.TOLERANCE,
+        "converged": residual <= hypergrad.tolerance(problem.delta.dtype),
         "seconds": float(np.median(seconds)),
         "seconds_min": min(seconds),
         "seconds_max": max(seconds),
