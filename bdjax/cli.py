@@ -128,9 +128,10 @@ def _solvers(argv: list[str]) -> None:
     if (out / "solvers.json").exists() and not options.force:
         raise InputError(f"{out} holds a comparison already. Choose another --out, or --force to replace it.")
     chosen = tuple(options.solvers.split(",")) if options.solvers else compare.DEFAULT
+    iterations = options_.whole_numbers("--iterations", options.iterations, "5,20")
     with _ready(options) as context:
         result = compare.compare(
-            Path(first), solvers=chosen, iterations=compare.whole_numbers(options.iterations), config=options.defense,
+            Path(first), solvers=chosen, iterations=iterations, config=options.defense,
             split=options.split, seed=options.seed, dataset=options.dataset, rounds=None if options.rounds else (),
             test_size=options.test_size, repeats=options.repeats, context=context,
         )  # fmt: skip

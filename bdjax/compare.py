@@ -120,16 +120,6 @@ def compare(
     }
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """K's from "5,20". Raises InputError for anything else."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(
-            f"--iterations must be whole numbers with commas between, such as 5,20; got {text!r}."
-        ) from None
-
-
 def _parse(spec: str, iterations: int) -> tuple[str, hypergrad.Solver]:
     name, _, ridge = spec.partition(":")
     try:

@@ -1,7 +1,12 @@
-"""The flags of the commands, as dataclasses that tyro turns into a command line. Imports no jax."""
+"""The flags of the commands, as dataclasses that tyro turns into a command line, and how lists in them are read.
+
+Imports no jax.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from bdjax.errors import InputError
 
 
 @dataclass
@@ -120,3 +125,13 @@ class Solvers(Device):
     """Directory of solvers.json and solvers.png; default runs/solvers-HASH of the victim."""
     force: bool = False
     """Replace an earlier comparison that stands there."""
+
+
+def whole_numbers(flag: str, text: str, example: str) -> tuple[int, ...]:
+    """The numbers in "5,20". Raises InputError for anything else, with the flag and an example of what it takes."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"{flag} must be whole numbers with commas between, such as {example}; got {text!r}."
+        ) from None
