@@ -16,6 +16,7 @@ from PIL import Image
 
 from bdjax import checkpoint, cli, datasets, run, victim
 from bdjax.engine.clock import compiled_programs
+from bdjax.evaluation import Evaluation
 from bdjax.experiment import Experiment, SplitConfig, to_json
 from bdjax.report import table
 
@@ -136,7 +137,7 @@ def test_defenders_images_are_recorded_and_never_evaluated(finished, blobs_npz):
     out, _ = finished
     indices = checkpoint.read_arrays(out, "arrays")["clean_indices"]
     assert len(set(indices)) == 20
-    evaluation = run.Evaluation(*_evaluation_arguments(out, blobs_npz))
+    evaluation = Evaluation(*_evaluation_arguments(out, blobs_npz))
     held = datasets.load(blobs_npz).x_test[np.setdiff1d(np.arange(40), indices)]
     np.testing.assert_array_equal(evaluation.images, held)
 
@@ -149,7 +150,7 @@ def _evaluation_arguments(out, blobs_npz, split=None):
 
 
 def test_clean_images_from_the_training_split_leave_the_test_split_whole(finished, blobs_npz):
-    evaluation = run.Evaluation(*_evaluation_arguments(finished[0], blobs_npz, SplitConfig("train", 16)))
+    evaluation = Evaluation(*_evaluation_arguments(finished[0], blobs_npz, SplitConfig("train", 16)))
     assert len(evaluation.images) == 40 and len(evaluation.clean_images) == 16
     train = datasets.load(blobs_npz).x_train
     np.testing.assert_array_equal(evaluation.clean_images, train[evaluation.clean_indices])
