@@ -129,9 +129,10 @@ def _solvers(argv: list[str]) -> None:
     if (out / "solvers.json").exists() and not options.force:
         raise InputError(f"{out} holds a comparison already. Choose another --out, or --force to replace it.")
     chosen = tuple(options.solvers.split(",")) if options.solvers else compare.DEFAULT
+    iterations = options_.whole_numbers("--iterations", options.iterations, "5,20")
     with _ready(options) as context:
         result = compare.compare(
-            Path(first), solvers=chosen, iterations=compare.whole_numbers(options.iterations), config=options.defense,
+            Path(first), solvers=chosen, iterations=iterations, config=options.defense,
             split=options.split, seed=options.seed, dataset=options.dataset, rounds=None if options.rounds else (),
             test_size=options.test_size, repeats=options.repeats, context=context,
         )  # fmt: skip
@@ -146,7 +147,7 @@ def _solvers(argv: list[str]) -> None:
 def _gallery(argv: list[str]) -> None:
     options = _parse("gallery", (), argv, options_.Gallery)
     _check_picture(options.out)
-    images = _numbers("--image", options.image) if options.image else None
+    images = options_.whole_numbers("--image", options.image, "0,1,2") if options.image else None
     from bdjax import gallery
     from bdjax.report import gallery as report
 
@@ -370,13 +371,6 @@ def _check_picture(path: Path) -> None:
         raise InputError(f"--out {path}: there is no directory {path.parent}. Make it, or choose another --out.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise InputError(f"--out {path} cannot be written (permission denied). Choose another --out.")
-
-
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"{flag} must be whole numbers with commas between, such as 0,1,2; got {text!r}.") from None
 
 
 def _say(text: str) -> None:

@@ -18,7 +18,7 @@ from bdjax.datasets._files import read_array
 from bdjax.errors import InputError
 from bdjax.experiment import config_of, stream, to_json
 from bdjax.provenance import environment
-from bdjax.types import Arrays, Data, Key, Model, Task, to_float
+from bdjax.types import Arrays, Data, Key, Model, NeedsTraining, Task, to_float
 from bdjax.victim import experiment_of
 
 SHOWN, MOST_SHOWN = 3, 6
@@ -38,10 +38,6 @@ class _Planted(NamedTuple):
     origin: str | None
     config: Any
     arrays: Arrays
-
-
-class _NeedsTraining(Exception):
-    """What an attack meets here that trains a model to make its trigger."""
 
 
 def gallery(
@@ -96,7 +92,9 @@ def gallery(
             else:
                 planted = _from_name(source, data, seed)
             row, pair = _row(planted, data, measured, shown, stamping)
-        except (InputError, _NeedsTraining) as error:
+            if row["unchanged"] == len(measured):
+                raise InputError(f"{source} changes no image")
+        except (InputError, NeedsTraining) as error:
             why = str(error) if isinstance(error, InputError) else _LEARNED
             if sources:
                 raise InputError(why if isinstance(error, InputError) else f"{source}: {why}.") from None
@@ -152,31 +150,26 @@ def _from_victim(source: str, directory: Path, manifest: dict[str, Any], data: D
 def _from_name(attack: str, data: Data, seed: int) -> _Planted:
     module, config = registry.load("attacks", attack), config_of("attacks", attack)()
     if _training_makes_arrays(module):
-        raise _NeedsTraining
+        raise NeedsTraining
     return _Planted(attack, None, config, _prepared(module, config, data, seed))
 
 
 def _training_makes_arrays(module: ModuleType) -> bool:
     """Whether the trigger takes arrays that only `train` or `edit` gives back."""
-    learned = any(hasattr(module, name) for name in ("train", "edit"))
+    learned = any(hasattr(module, name) for name in ("train", "edit")) and not hasattr(module, "prepare")
     return learned and len(inspect.signature(module.trigger).parameters) > 3
 
 
 def _prepared(module: ModuleType, config: Any, data: Data, seed: int) -> Arrays:
-    """What `prepare` makes for this data, with the key that `attacks.plant` gives it; _NeedsTraining if it trains."""
+    """What `prepare` makes for this data, with the key that `attacks.plant` gives it; NeedsTraining if it trains."""
     if not hasattr(module, "prepare"):
         return {}
 
     def needs_training(*_: Any, **__: Any) -> Any:
-        raise _NeedsTraining
+        raise NeedsTraining
 
-    task = Task(
-        images=data.x_train,
-        labels=data.y_train,
-        model=Model("untrained", data.shape, len(data.classes), init=needs_training, apply=needs_training),
-        fit=needs_training,
-        read_array=read_array,
-    )
+    model = Model("untrained", data.shape, len(data.classes), init=needs_training, apply=needs_training)
+    task = Task(data.x_train, data.y_train, model, read_array)
     return module.prepare(config, task, jax.random.split(stream(seed, "attack"), 3)[0])
 
 

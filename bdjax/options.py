@@ -1,10 +1,15 @@
-"""The flags of the commands, as dataclasses that tyro turns into a command line. Imports no jax."""
+"""The flags of the commands, as dataclasses that tyro turns into a command line, and how lists in them are read.
+
+Imports no jax.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from bdjax.errors import InputError
 
 
 @dataclass
@@ -141,3 +146,13 @@ class Gallery(Common):
     """Comma-separated positions in the test split of the images to show, at most 6; default 3 of the measured ones."""
     count: int = 100
     """Images of the test split behind the numbers; all, if there are fewer."""
+
+
+def whole_numbers(flag: str, text: str, example: str) -> tuple[int, ...]:
+    """The numbers in "5,20". Raises InputError for anything else, with the flag and an example of what it takes."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"{flag} must be whole numbers with commas between, such as {example}; got {text!r}."
+        ) from None

@@ -16,12 +16,13 @@ from bdjax import checkpoint, datasets, registry
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
-from bdjax.evaluation import Evaluation, clean_indices
+from bdjax.evaluation import clean_indices
 from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, from_json, run_record, stream, to_json
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
-from bdjax.types import Data, DefenderView, Victim
-from bdjax.victim import Context, check_fingerprint, check_same, experiment_of, load_model, train
+from bdjax.suspect import Suspect, read_suspect
+from bdjax.types import Data
+from bdjax.victim import Context, check_fingerprint, check_same, experiment_of, train
 
 
 def defend(
@@ -47,18 +48,15 @@ def defend(
       extra: goes into the result as it is (which cell of which paper this is).
     """
     context, victim, directory = context or Context(), Path(victim), Path(directory)
-    manifest = checkpoint.read_manifest(victim)
-    experiment = experiment_of(manifest, defense, defense_config, split, seed)
-    data = data or datasets.load(dataset or experiment.dataset)
-    check_fingerprint(manifest, data, victim)
+    suspect = read_suspect(victim, defense, defense_config, split=split, seed=seed, dataset=dataset, data=data)
+    manifest, experiment = suspect.manifest, suspect.experiment
     record = run_record(experiment, manifest["hash"])
     hashed = digest(record)
     if (finished := _finished(directory, hashed)) is not None:
         return finished
 
-    model, variables = load_model(manifest, victim, data)
-    evaluation = Evaluation(model, data, experiment, checkpoint.read_arrays(victim, "trigger"))
-    before = evaluation.measure(variables)
+    evaluation = suspect.evaluation
+    before = evaluation.measure(suspect.victim.variables)
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", record)
     env = environment(context.devices)
@@ -68,12 +66,10 @@ def defend(
 
     clock = Clock()
     watch = Recorder(context.tick, clock, evaluation.measure, lines)
-    view = DefenderView(evaluation.clean_images, evaluation.clean_labels, watch)
     module = registry.load("defenses", defense)
     with parallel.using(context.devices):
-        cleaned = module.purify(
-            experiment.defense_config, Victim(model, variables), view, stream(experiment.seed, "defense")
-        )
+        key = stream(experiment.seed, "defense")
+        cleaned = module.purify(experiment.defense_config, suspect.victim, suspect.view(watch), key)
         jax.block_until_ready(cleaned)
     seconds, compiling = clock.read()
     after = evaluation.measure(cleaned)
@@ -81,8 +77,8 @@ def defend(
     result = {
         "attack": experiment.attack,
         "defense": defense,
-        "dataset": data.name,
-        "model": model.name,
+        "dataset": suspect.data.name,
+        "model": suspect.victim.model.name,
         "seed": experiment.seed,
         "n_test": len(evaluation.images),
         "n_asr": int(evaluation.eligible.sum()),
@@ -143,9 +139,8 @@ def evaluate(directory: Path, dataset: str | None = None) -> dict[str, Any]:
     experiment = experiment_of(manifest, None, None, split, defense["seed"] if defense else None)
     if dataset is None:
         check_fingerprint(manifest, data, directory)
-    model, variables = load_model(manifest, directory, data)
-    held_out = defense is not None and dataset is None
-    evaluation = Evaluation(model, data, experiment, checkpoint.read_arrays(directory, "trigger"), held_out)
+    suspect = Suspect(directory, manifest, experiment, data, held_out=defense is not None and dataset is None)
+    evaluation = suspect.evaluation
     return {
         "directory": str(directory),
         "kind": manifest["kind"],
@@ -153,7 +148,7 @@ def evaluate(directory: Path, dataset: str | None = None) -> dict[str, Any]:
         "dataset": data.name,
         "n_test": len(evaluation.images),
         "n_asr": int(evaluation.eligible.sum()),
-        **evaluation.measure(variables),
+        **evaluation.measure(suspect.victim.variables),
     }
 
 

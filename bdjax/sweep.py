@@ -19,6 +19,7 @@ from typing import Any
 from bdjax import checkpoint, datasets, registry, run
 from bdjax.errors import InputError
 from bdjax.experiment import Experiment, attack_record, digest
+from bdjax.options import whole_numbers
 from bdjax.victim import Context
 
 _ATTEMPTS = 2  # a worker that dies without a word (out of memory, killed) is tried once more
@@ -76,7 +77,7 @@ def sweep(
     Returns: a line for each failed cell, with its error.
     """
     module, out = _module(file), Path(out) if out else Path("runs") / Path(file).stem
-    chosen = _seeds(seeds) if seeds else tuple(module.SEEDS)
+    chosen = whole_numbers("--seeds", seeds, "0,1,2") if seeds else tuple(module.SEEDS)
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}.")
     jobs = _shard([_Job(i, s, cell) for s in chosen for i, cell in enumerate(module.CELLS)], shard)
@@ -136,13 +137,6 @@ def _module(file: Path) -> ModuleType:
         if not hasattr(module, name):
             raise InputError(f"{file} defines no {name}. A file of experiments defines TITLE, SEEDS and CELLS.")
     return module
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--seeds must be whole numbers with commas between, such as 0,1,2; got {text!r}.") from None
 
 
 def _shard(jobs: list[_Job], shard: str) -> list[_Job]:

@@ -27,11 +27,10 @@ import numpy as np
 from bdjax import checkpoint, compare, hypergrad, run, victim
 from bdjax.defenses import ibau
 from bdjax.engine import FitConfig
-from bdjax.evaluation import Evaluation
-from bdjax.experiment import Experiment, SplitConfig, stream
+from bdjax.experiment import Experiment, stream
 from bdjax.report import solvers as report
-from bdjax.types import DefenderView, Victim
-from bdjax.victim import Context, experiment_of, load_model
+from bdjax.suspect import read_suspect
+from bdjax.victim import Context
 
 OUT = Path(os.environ.get("OUT", "runs/solver_comparison"))
 SEEDS = (0, 1, 2)
@@ -89,14 +88,9 @@ def one(dataset: str, attack: str, seed: int) -> None:
 
 def theorem(directory: Path) -> None:
     """Relative error of the hypergradient after T inner and K fixed-point steps, for two penalties."""
-    manifest = checkpoint.read_manifest(directory)
-    experiment = experiment_of(manifest, "ibau", CONFIG, SplitConfig(), None)
-    data = victim.datasets.load(os.environ.get("BDJAX_MNIST", experiment.dataset))
-    model, variables = load_model(manifest, directory, data)
-    evaluation = Evaluation(model, data, experiment, checkpoint.read_arrays(directory, "trigger"))
-    view = DefenderView(evaluation.clean_images, evaluation.clean_labels)
-    problem = ibau.problem(CONFIG, Victim(model, variables), view, stream(0, "defense"))
-    params = variables["params"]
+    suspect = read_suspect(directory, "ibau", CONFIG, dataset=os.environ.get("BDJAX_MNIST"))
+    model, params = suspect.victim.model, suspect.victim.variables["params"]
+    problem = ibau.problem(CONFIG, suspect.victim, suspect.view(), stream(0, "defense"))
     rows = []
     for penalty, step in ((20.0, 1 / 60), (0.001, 0.1)):
         hyper = {**problem.arrays["shared"]["hyper"], "penalty": jnp.float32(penalty)}

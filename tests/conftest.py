@@ -1,6 +1,7 @@
 """Every test sees four simulated devices, strict dtype promotion, and warnings as errors."""
 
 import functools
+import json
 import os
 import tempfile
 
@@ -11,6 +12,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite("commands", "dataset_checks")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "bdjax-tests-jax")
@@ -87,3 +89,15 @@ def blobs_npz(blobs, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "blobs.npz"
     np.savez(path, x_train=images[:160], y_train=labels[:160], x_test=images[160:], y_test=labels[160:])
     return f"npz:{path}"
+
+
+@pytest.fixture(scope="session")
+def finished(blobs_npz, tmp_path_factory):
+    """One run by the CLI, kept for the session: (its directory, its result)."""
+    from commands import DEFEND, PLANT
+
+    from bdjax import cli
+
+    out = tmp_path_factory.mktemp("runs") / "one"
+    cli.main(["run", "badnets", "ibau", "--dataset", blobs_npz, *PLANT, *DEFEND[:-2], "--out", str(out)])
+    return out, json.loads((out / "result.json").read_text())

@@ -66,6 +66,13 @@ def test_the_report_counts_the_products_that_run(double, name, jit):
     assert hypergrad.solver("fixed_point", 5).products(b.size) == 4  # as in I-BAU's release
 
 
+@pytest.mark.parametrize("name", [*SOLVING, "none"])
+def test_iterations_matter_to_the_solvers_that_say_so(double, name):
+    *_, b, _, a = problem()
+    one, two = (hypergrad.solver(name, k, 0.2, 0.1)(lambda v: jnp.asarray(a) @ v, b) for k in (1, 2))
+    assert hypergrad.iterates(name) == bool(np.abs(one - two).max() > 1e-6)
+
+
 @pytest.mark.parametrize("name", SOLVING)
 def test_the_residual_is_that_of_the_solution(double, name):
     inner, outer, delta, theta, a = problem()

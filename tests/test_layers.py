@@ -11,9 +11,12 @@ LAYERS = (
     {"datasets", "models", "augment", "metrics", "hypergrad"},
     {"engine", "checkpoint", "interop"},
     {"attacks", "defenses"},
-    {"experiment", "evaluation", "compare", "gallery", "provenance", "recorder", "victim", "run", "sweep", "report"},
+    {
+        "experiment", "evaluation", "compare", "gallery", "provenance", "recorder", "reference", "victim", "suspect",
+        "run", "sweep", "report",
+    },
     {"cli", "__main__"},
-)
+)  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 

@@ -1,61 +1,12 @@
 """The table of a directory of runs: synthetic results with numbers worked out by hand."""
 
-import csv
-import io
 import json
-from pathlib import Path
 
 import pytest
+from synthetic_results import BADNETS, cell, parsed, plan, write
 
 from bdjax.errors import InputError
 from bdjax.report import table
-
-PAPERS = Path(__file__).parents[1] / "experiments" / "papers"
-BADNETS = {
-    "paper": "ibau", "table": "1", "dataset": "CIFAR-10", "model": "simplified VGG", "attack": "BadNets",
-    "defense": "I-BAU",
-}  # fmt: skip
-
-
-def write(directory, seed=0, acc=0.80, asr=0.10, cell=None, **changes):
-    """A result.json like the one bdjax.run.defend writes; before: ACC 90 %, ASR 100 %. Returns its path."""
-    result = {
-        "attack": "badnets", "defense": "ibau", "dataset": "cifar10", "model": "small_vgg", "seed": seed,
-        "n_test": 5000, "n_asr": 4500, "n_defender": 5000,
-        "before": {"acc": 0.9, "asr": 1.0, "asr_with_target": 1.0},
-        "after": {"acc": acc, "asr": asr, "asr_with_target": asr + 0.05},
-        "seconds": {"attack": 9.0, "defense": 10.0 + seed, "compile": 3.0},
-        "peak_memory_bytes": (100 + seed) * 2**20, "peak_memory_of": "device",
-        "attack_config": {"target": 8, "ratio": 0.2}, "defense_config": {"rounds": 100, "solver": "fixed_point"},
-        "fit": {"epochs": 20}, "split": {"source": "test", "size": None},
-        "victim_hash": "v", "env": {"device": "H200", "devices": 1, "bdjax": "0.1.0", "commit": "abc", "jax": "0.12"},
-        **changes,
-    }  # fmt: skip
-    if cell is not None:
-        result["cell"] = cell
-    result.setdefault("config_hash", json.dumps([result["defense_config"], result["attack_config"], seed]))
-    directory.mkdir(parents=True)
-    (directory / "result.json").write_text(json.dumps(result))
-    return directory / "result.json"
-
-
-def cell(index=0, label="BadNets", scale="", paper=None):
-    return {"index": index, "label": label, "scale": scale, "paper": paper}
-
-
-def plan(directory, *cells, seeds=(0, 1, 2)):
-    names = {"attack": "badnets", "defense": "ibau", "dataset": "cifar10", "model": "small_vgg", "seeds": list(seeds)}
-    directory.mkdir(parents=True, exist_ok=True)
-    content = {
-        "file": "experiments/ibau_table1.py",
-        "title": "I-BAU, Table 1",
-        "cells": [{**c, **names} for c in cells],
-    }
-    (directory / "cells.json").write_text(json.dumps(content))
-
-
-def parsed(directory, papers=None):
-    return list(csv.DictReader(io.StringIO(table.report(directory, "csv", papers))))
 
 
 def test_mean_and_sample_std_over_seeds(tmp_path):
@@ -181,97 +132,6 @@ def test_sweeps_in_subfolders_do_not_mix(tmp_path):
         ("one", "1", pytest.approx(50)),
         ("two", "1", pytest.approx(70)),
     ]
-
-
-@pytest.mark.parametrize("papers", [PAPERS, None])
-def test_the_papers_numbers_stand_beside_ours(tmp_path, papers):
-    plan(tmp_path, cell(0, "BadNets", paper=BADNETS), cell(1, "own"))
-    write(tmp_path / "x", cell=cell(0, "BadNets", paper=BADNETS))
-    row, own = parsed(tmp_path, papers)
-    printed = [row[f"paper_{name}"] for name in ("acc_before", "asr_before", "acc_after", "asr_after")]
-    assert printed == ["84.94", "98.28", "83.35", "12.30"]
-    assert own["paper_acc_before"] == ""
-    markdown = table.report(tmp_path, "markdown", papers)
-    assert "| H200 x 1 | 84.94 | 98.28 | 83.35 | 12.30 |" in markdown
-    lines = table.report(tmp_path, "text", papers).splitlines()
-    ours = next(line for line in lines if line.startswith("BadNets"))
-    paper = lines[lines.index(ours) + 1]
-    assert ours.index("90.00") == paper.index("84.94")
-    assert ours.index("10.00") == paper.index("12.30")
-
-
-def test_a_filter_may_come_with_the_result_alone(tmp_path):
-    write(tmp_path / "x", cell=cell(paper=BADNETS))
-    assert parsed(tmp_path)[0]["paper_asr_after"] == "12.30"
-
-
-@pytest.mark.parametrize(
-    ("query", "expected"),
-    [
-        # AGE prints a deviation
-        (
-            {"paper": "age", "table": "1", "dataset": "CIFAR-10", "defense_setting": "BDK; 512 samples; base"},
-            {"asr_before": "94.53", "asr_before_std": "", "asr_after": "0.0", "asr_after_std": "0.0"},
-        ),
-        # Table 5 repeats the undefended model for every defense_setting
-        (
-            {"paper": "ibau", "table": "5", "defense": "I-BAU", "defense_setting": "100 clean samples"},
-            {"acc_before": "84.92", "asr_before": "99.96", "acc_after": "76.9", "asr_after": "4.00"},
-        ),
-        # Table 3 has an ASR per trigger, but one ACC for all of them
-        (
-            {"paper": "ibau", "table": "3", "dataset": "CIFAR-10", "attack": "BadNets", "defense": "NAD"},
-            {"acc_before": "", "acc_after": ""},
-        ),
-        # the text alone tells of this network without a name; 20 and 90 rounds
-        (
-            {"table": "text A.5.4", "defense": "I-BAU", "defense_setting": "90 rounds"},
-            {"acc_before": "73.41", "asr_before": "89.00", "acc_after": "84.06", "asr_after": "0.23"},
-        ),
-    ],
-    ids=["std", "repeated", "no-acc", "text"],
-)  # fmt: skip
-def test_other_papers(tmp_path, query, expected):
-    write(tmp_path / "x", cell=cell(paper=query))
-    (row,) = parsed(tmp_path, PAPERS)
-    assert {name: row[f"paper_{name}"] for name in expected} == expected
-    assert row["paper_asr_after"]
-
-
-@pytest.mark.parametrize(
-    ("change", "messages"),
-    [
-        ({"attack": "NoSuch"}, ["'attack': 'NoSuch'", "finds no ACC or ASR"]),
-        ({"colour": "red"}, ["names no column: colour"]),
-        ({"attack": None}, ["finds 8 ACC values", "attack: 'All-to-all' | 'BadNets' |", "attack_setting: "]),
-        ({"defense": None}, ["finds 8 ACC values", "defense: 'DI' | 'DP' |", "defense_setting: '' | "]),
-    ],
-    ids=["none", "column", "attacks", "defenses"],
-)
-def test_a_filter_that_finds_none_or_several_says_so(tmp_path, change, messages):
-    query = {name: value for name, value in {**BADNETS, **change}.items() if value is not None}
-    write(tmp_path / "x", cell=cell(paper=query))
-    with pytest.raises(InputError) as error:
-        table.report(tmp_path, "text", PAPERS)
-    for message in messages:
-        assert message in str(error.value)
-    assert "model: " not in str(error.value)  # the same in all matches: it distinguishes nothing
-
-
-def test_the_papers_rows_are_told_apart_by_their_columns():
-    rows = [row for path in PAPERS.glob("*.csv") for row in csv.DictReader(io.StringIO(path.read_text("utf-8")))]
-    keys = {tuple(row.values())[:9] for row in rows}
-    assert (len(rows), len(keys)) == (3288, 3288)
-    assert all(float(row["value"]) >= 0 for row in rows)
-
-
-def test_a_wrong_folder_of_papers(tmp_path):
-    write(tmp_path / "runs/x", cell=cell(paper=BADNETS))
-    with pytest.raises(InputError, match="no CSV tables.*nowhere.*--papers"):
-        table.report(tmp_path / "runs", "text", tmp_path / "nowhere")
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"other\.csv lacks the columns attack"):
-        table.report(tmp_path / "runs", "text", tmp_path)
 
 
 def test_markdown_is_a_table_whatever_the_label(tmp_path):

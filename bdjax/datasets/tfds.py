@@ -97,7 +97,7 @@ def _read(builder: Any, name: str, folder: str, split: str) -> tuple[np.ndarray,
     """Images [N, H, W, C] and labels [N] of one split, as TFDS decodes them, in the stored order."""
     try:
         return _decode(builder.as_data_source(split=split), f"tfds:{name}: images of {split}")
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # as_data_source's for such a format; a RuntimeError, so it stands first
         raise InputError(
             f"tfds:{name} is prepared in {builder.data_dir} as {builder.info.file_format.value}, which cannot be read "
             f"without TensorFlow. Prepare it in another folder FOLDER and use `tfds:{name}@FOLDER`. "

@@ -11,6 +11,9 @@ The guide is docs/solvers.md.
 """
 
 from bdjax.hypergrad._implicit import Report, hypergradient
-from bdjax.hypergrad._solvers import LARGEST_DENSE, SOLVERS, TOLERANCE, Solver, check, solver
+from bdjax.hypergrad._solvers import LARGEST_DENSE, SOLVERS, Entry, Solver, check, iterates, solver, tolerance
 
-__all__ = ["LARGEST_DENSE", "SOLVERS", "TOLERANCE", "Report", "Solver", "check", "hypergradient", "solver"]
+__all__ = [
+    "LARGEST_DENSE", "SOLVERS", "Entry", "Report", "Solver", "check", "hypergradient", "iterates", "solver",
+    "tolerance",
+]  # fmt: skip

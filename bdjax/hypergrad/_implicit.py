@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from bdjax.errors import InputError
 from bdjax.hypergrad._jaxopt import implicit_diff
 from bdjax.hypergrad._repeat import repeat
-from bdjax.hypergrad._solvers import TOLERANCE, Solver
+from bdjax.hypergrad._solvers import Solver, tolerance
 from bdjax.hypergrad._tree import add, axpy, norm
 
 Objective: TypeAlias = Callable[[Any, Any], jax.Array]
@@ -71,7 +71,7 @@ def hypergradient(
         shape = getattr(jax.eval_shape(loss, inner_solution, params), "shape", None)
         if shape != ():
             raise InputError(f"{name}(δ, θ) must be a scalar, got {f'shape {shape}' if shape else 'a pytree'}.")
-    if isinstance(solve, Solver) and solve.unrolls:
+    if isinstance(solve, Solver) and solve.entry.unrolls:
         found = _unrolled(inner, outer, inner_solution, params, solve, reduce)
     else:
         found = _implicit(inner, outer, inner_solution, params, solve, reduce)
@@ -83,7 +83,7 @@ def _implicit(
     inner: Objective, outer: Objective, delta: Any, params: Any, solve: Solve, reduce: Callable[[Any], Any]
 ) -> tuple[jax.Array, Any, Report]:
     value, (cotangent, direct) = reduce(jax.value_and_grad(outer, (0, 1))(delta, params))
-    if isinstance(solve, Solver) and not solve.solves:
+    if isinstance(solve, Solver) and not solve.entry.solves:
         return value, direct, _no_solve()
     (stationary, _), products = jax.linearize(lambda d: jax.grad(inner, (0, 1))(d, params), delta)
     solved: list[Any] = []
@@ -110,10 +110,9 @@ def _implicit(
     size = norm(b)
     missed = norm(axpy(-1.0, b, axpy(getattr(solve, "ridge", 0.0), u, reduce(matvec(u)))))
     residual = missed / jnp.where(size > 0, size, 1)  # e = 0 is solved by u = 0
-    tolerance = TOLERANCE if residual.dtype == jnp.float64 else 100 * TOLERANCE
     _check_finite((indirect, residual), solve)  # cg and its like leave u = 0 at a product that is not finite
     count = solve.products(sum(leaf.size for leaf in jax.tree.leaves(b))) if isinstance(solve, Solver) else -1
-    return value, add(direct, reduce(indirect)), Report(count, residual, residual <= tolerance, u)
+    return value, add(direct, reduce(indirect)), Report(count, residual, residual <= tolerance(residual.dtype), u)
 
 
 def _unrolled(
@@ -124,7 +123,7 @@ def _unrolled(
     def one(delta: Any, params: Any) -> Any:
         return axpy(-solve.step, axpy(solve.ridge, delta, reduce(jax.grad(inner)(delta, params))), delta)
 
-    one = jax.checkpoint(one) if solve.remat else one
+    one = jax.checkpoint(one) if solve.entry.remat else one
 
     def descended(params: Any) -> jax.Array:
         return outer(repeat(lambda last: one(last, params), delta, solve.iterations), params)

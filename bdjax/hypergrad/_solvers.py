@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -148,32 +148,50 @@ def unrolled(matvec: Matvec, b: Any, *, iterations: int, step: Any, ridge: Any) 
     raise InputError("solver unrolled differentiates inner steps; it cannot be called as solve(matvec, b).")
 
 
-SOLVERS: dict[str, Callable[..., Any]] = {
-    "fixed_point": fixed_point,
-    "neumann": neumann,
-    "one_step": one_step,
-    "none": none,
-    "cg": cg,
-    "normal_cg": normal_cg,
-    "gmres": gmres,
-    "bicgstab": bicgstab,
-    "minres": _minres,
-    "lu": lu,
-    "nystrom": nystrom,
-    "unrolled": unrolled,
-    "unrolled_remat": unrolled,
+class Entry(NamedTuple):
+    """A solver in :data:`SOLVERS`: its function, and what is known of it."""
+
+    function: Callable[..., Any]
+    products: Callable[[int, int], int]
+    """(K, d) -> Hessian-vector products for a δ of d values, at most; −1: not known."""
+    iterates: bool = True
+    """Whether K means anything to it."""
+    solves: bool = True
+    """False for `none`, which leaves the indirect term away."""
+    needs_ridge: bool = False
+    """Whether the ridge must be positive."""
+    unrolls: bool = False
+    """Whether it differentiates inner steps and solves nothing."""
+    remat: bool = False
+    """Whether each unrolled step is computed anew in the backward pass."""
+
+
+SOLVERS: dict[str, Entry] = {  # the first residual of jaxopt's costs a product
+    "fixed_point": Entry(fixed_point, lambda k, d: k - 1),
+    "neumann": Entry(neumann, lambda k, d: k),
+    "one_step": Entry(one_step, lambda k, d: 0, iterates=False),
+    "none": Entry(none, lambda k, d: 0, iterates=False, solves=False),
+    "cg": Entry(cg, lambda k, d: k + 1),
+    "normal_cg": Entry(normal_cg, lambda k, d: 2 * k + 3),
+    "gmres": Entry(gmres, lambda k, d: k + 2),
+    "bicgstab": Entry(bicgstab, lambda k, d: 2 * k + 1),
+    "minres": Entry(_minres, lambda k, d: k),
+    "lu": Entry(lu, lambda k, d: d, iterates=False),
+    "nystrom": Entry(nystrom, min, needs_ridge=True),
+    "unrolled": Entry(unrolled, lambda k, d: 0, unrolls=True),
+    "unrolled_remat": Entry(unrolled, lambda k, d: 0, unrolls=True, remat=True),
 }
-_PRODUCTS: dict[str, Callable[[int, int], int]] = {  # (K, d) -> products; the first residual of jaxopt's costs one
-    "fixed_point": lambda k, d: k - 1,
-    "neumann": lambda k, d: k,
-    "cg": lambda k, d: k + 1,
-    "normal_cg": lambda k, d: 2 * k + 3,
-    "gmres": lambda k, d: k + 2,
-    "bicgstab": lambda k, d: 2 * k + 1,
-    "minres": lambda k, d: k,
-    "lu": lambda k, d: d,
-    "nystrom": lambda k, d: min(k, d),
-}
+"""The named solvers; a new one is entered here and nowhere else."""
+
+
+def iterates(name: str) -> bool:
+    """Whether the iterations K mean anything to the solver `name`; a file of one's own may use them."""
+    return name not in SOLVERS or SOLVERS[name].iterates
+
+
+def tolerance(dtype: Any) -> float:
+    """Relative residual up to which a solution of this dtype counts as converged: 1e-6 in float64, else 1e-4."""
+    return TOLERANCE if dtype == jnp.float64 else 100 * TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -191,28 +209,16 @@ class Solver:
 
     def __call__(self, matvec: Matvec, b: Any) -> Any:
         """Approximate solution u of (H + ridge I) u = b."""
-        return _function(self.name)(matvec, b, iterations=self.iterations, step=self.step, ridge=self.ridge)
+        return self.entry.function(matvec, b, iterations=self.iterations, step=self.step, ridge=self.ridge)
 
     def products(self, size: int) -> int:
         """Hessian-vector products for a δ of `size` values, at most; −1 for a file of one's own."""
-        if self.name.endswith(".py"):
-            return -1
-        return _PRODUCTS.get(self.name, lambda k, d: 0)(self.iterations, size)
+        return self.entry.products(self.iterations, size)
 
     @property
-    def solves(self) -> bool:
-        """False for `none`, which leaves the indirect term away."""
-        return _function(self.name) is not none
-
-    @property
-    def unrolls(self) -> bool:
-        """True for `unrolled` and `unrolled_remat`."""
-        return _function(self.name) is unrolled
-
-    @property
-    def remat(self) -> bool:
-        """True when each unrolled step is computed anew in the backward pass."""
-        return self.name == "unrolled_remat"
+    def entry(self) -> Entry:
+        """What is known of it."""
+        return _entry(self.name)
 
 
 def solver(name: str, iterations: int, step: jax.Array | float = 1.0, ridge: jax.Array | float = 0.0) -> Solver:
@@ -228,18 +234,18 @@ def solver(name: str, iterations: int, step: jax.Array | float = 1.0, ridge: jax
 
 def check(name: str, iterations: int, step: float | None, ridge: float | None) -> None:
     """Raise InputError for an unknown name, K < 1, a step or ridge out of range, nystrom without a ridge."""
-    function = _function(name)
+    entry = _entry(name)
     if iterations < 1:
         raise InputError(f"the solver's iterations must be at least 1, got {iterations}.")
     if step is not None and not 0 < step < math.inf:
         raise InputError(f"the solver's step must be positive and finite, got {step}.")
     if ridge is not None and not 0 <= ridge < math.inf:
         raise InputError(f"the ridge must be zero or more and finite, got {ridge}.")
-    if function is nystrom and ridge == 0:
-        raise InputError("solver nystrom needs a ridge > 0, the ρ that its low-rank matrix is added to; got 0.")
+    if entry.needs_ridge and ridge == 0:
+        raise InputError(f"solver {name} needs a ridge > 0, the ρ that its low-rank matrix is added to; got 0.")
 
 
-def _function(name: str) -> Callable[..., Any]:
+def _entry(name: str) -> Entry:
     if name in SOLVERS:
         return SOLVERS[name]
     if not name.endswith(".py"):
@@ -247,7 +253,7 @@ def _function(name: str) -> Callable[..., Any]:
     own = getattr(load_file(Path(name)), "solve", None)
     if own is None:
         raise InputError(f"{name} defines no solve(matvec, b).")
-    return lambda matvec, b, *, iterations, step, ridge: own(_ridged(matvec, ridge), b)
+    return Entry(lambda matvec, b, *, iterations, step, ridge: own(_ridged(matvec, ridge), b), lambda k, d: -1)
 
 
 def _ridged(matvec: Matvec, ridge: Any) -> Matvec:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from bdjax import hypergrad
+
 _COLUMNS = (  # heading, key, format
     ("cos", "cosine", "{:.4f}"),
     ("rel err", "relative_error", "{:.2e}"),
@@ -17,7 +19,6 @@ _COLUMNS = (  # heading, key, format
     ("ACC", "acc", "{:.2f}"),
     ("ASR", "asr", "{:.2f}"),
 )
-_ONCE = ("none", "one_step", "lu")  # K means nothing to them
 _SCALE = {"peak_memory_bytes": 2**-20, "acc": 100.0, "asr": 100.0}
 
 
@@ -43,8 +44,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         cells = [_cell(row.get(key), key, form) for _, key, form in _COLUMNS]
-        count = "–" if row["solver"] in _ONCE else row["iterations"]
-        lines.append(f"{row['solver']:16s}{count:>4}" + "".join(f"{cell:>10s}" for cell in cells))
+        lines.append(f"{row['solver']:16s}{_count(row) or '–':>4}" + "".join(f"{cell:>10s}" for cell in cells))
     lines += [
         "",
         "cos, rel err: the whole hypergradient against the reference; ind: its indirect term alone. HVPs: products",
@@ -76,8 +76,8 @@ def draw(result: dict[str, Any], path: Path) -> Path:
         y = [np.clip(row["relative_error_indirect"], 1e-8, 1e8) for row in rows]
         axis.plot(x, y, marker="os^Dv"[number % 5], color=colours[name], label=name, markersize=6, linewidth=1)
         for row, at in zip(rows, zip(x, y, strict=True), strict=True):
-            if name not in _ONCE:
-                axis.annotate(str(row["iterations"]), at, xytext=(4, 3), textcoords="offset points", fontsize=6)
+            if count := _count(row):
+                axis.annotate(count, at, xytext=(4, 3), textcoords="offset points", fontsize=6)
     axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", yscale="log", xlabel="seconds of one hypergradient (numbers at the marks: K)")
     axis.set_ylabel("relative error of the indirect term\n(dotted: as wrong as leaving it away)", fontsize=8)
@@ -107,6 +107,11 @@ def _bars(axis: Any, rows: list[dict[str, Any]], result: dict[str, Any]) -> None
     axis.set(xlim=(0, 100), xlabel="% after one round of I-BAU (dashed: before)")
     axis.set_title(f"n = {result['n_test']} clean, {result['n_asr']} triggered", fontsize=9)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.09), ncol=2, frameon=False)
+
+
+def _count(row: dict[str, Any]) -> str:
+    """K, or nothing where it means nothing to the solver."""
+    return str(row["iterations"]) if hypergrad.iterates(row["solver"].partition(":")[0]) else ""
 
 
 def _cell(value: Any, key: str, form: str) -> str:
@@ -151,8 +156,7 @@ def summary(results: list[dict[str, Any]]) -> str:
             ]  # fmt: skip
             cells = [_spread([r[key] * scale for r in same if r.get(key) is not None], form)
                      for _, key, scale, form in _SUMMARY]  # fmt: skip
-            count = "–" if row["solver"] in _ONCE else row["iterations"]
-            lines.append(f"| {row['solver']} | {count} | {row['products']} | {' | '.join(cells)} |")
+            lines.append(f"| {row['solver']} | {_count(row) or '–'} | {row['products']} | {' | '.join(cells)} |")
         lines.append("")
     device = results[0]["env"]
     return "\n".join([*lines, f"Hardware: {device['device']} x {device['devices']}. Seconds are medians of 3, "

@@ -1,0 +1,59 @@
+"""Triggers, attacks and defenses in files of the user's own."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from commands import FAST, bdjax, refused
+from PIL import Image
+
+from bdjax import checkpoint
+
+
+def test_image_trigger_from_files(blobs_npz, capsys, tmp_path):
+    """The file's content is stored with the victim and decides its hash; the file may go."""
+    picture = np.zeros((8, 8, 4), np.uint8)
+    picture[6:, 6:] = (255, 255, 255, 255)
+    Image.fromarray(picture).save(tmp_path / "patch.png")
+    argv = ["train", "image_trigger", "--dataset", blobs_npz, "--attack.mode", "replace", *FAST]
+    bdjax(capsys, *argv, "--attack.pattern", tmp_path / "patch.png", "--out", tmp_path / "v")
+    Image.fromarray(picture[::-1]).save(tmp_path / "patch.png")
+    assert "another configuration" in refused(
+        capsys, *argv, "--attack.pattern", tmp_path / "patch.png", "--out", tmp_path / "v"
+    )
+    (tmp_path / "patch.png").unlink()
+    arrays = checkpoint.read_arrays(tmp_path / "v", "trigger")
+    np.testing.assert_array_equal(arrays["on_black"][..., 0], picture[..., 3])
+    assert json.loads(bdjax(capsys, "evaluate", tmp_path / "v", "--json").splitlines()[-1])["n_asr"] == 30
+
+
+def test_own_attack_in_a_file_outside_the_package(blobs_npz, capsys, tmp_path):
+    """The README's example of an attack, word for word."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    source = readme.split("<!-- example: attack -->")[1].split("```python\n")[1].split("```")[0]
+    assert len(source.splitlines()) <= 40
+    (tmp_path / "stripes.py").write_text(source)
+    out = tmp_path / "v"
+    bdjax(capsys, "train", tmp_path / "stripes.py", "--dataset", blobs_npz, "--attack.width", "2", *FAST, "--out", out)
+    assert checkpoint.read_manifest(out)["attack"]["config"]["width"] == 2
+    again = bdjax(capsys, "evaluate", out, "--json").splitlines()[-1]
+    assert json.loads(again)["n_test"] == 40
+
+
+def test_own_defense_in_a_file_outside_the_package(finished, capsys, tmp_path):
+    """The README's example of a defense, word for word."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    source = readme.split("<!-- example: defense -->")[1].split("```python\n")[1].split("```")[0]
+    assert len(source.splitlines()) <= 40
+    (tmp_path / "shrink.py").write_text(source)
+    argv = [
+        "defend",
+        finished[0] / "victim",
+        tmp_path / "shrink.py",
+        "--defense.factor",
+        "0.5",
+        "--out",
+        tmp_path / "d",
+    ]
+    result = json.loads(bdjax(capsys, *argv, "--json").splitlines()[-1])
+    assert result["defense_config"] == {"factor": 0.5}
