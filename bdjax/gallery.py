@@ -92,7 +92,7 @@ def gallery(
             else:
                 planted = _from_name(source, data, seed)
             row, pair = _row(planted, data, measured, shown, stamping)
-            if row["unchanged"] == len(measured):
+            if row["unchanged"] == len(measured) and not sources:
                 raise InputError(f"{source} changes no image")
         except (InputError, NeedsTraining) as error:
             why = str(error) if isinstance(error, InputError) else _LEARNED
