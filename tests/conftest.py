@@ -31,14 +31,14 @@ def perceptron(shape=(8, 8, 1), classes=4, hidden=8):
         pixels = int(np.prod(shape))
         params = {
             "body": jax.random.normal(first, (pixels, hidden)) / pixels**0.5,
-            "head": jax.random.normal(second, (hidden, classes)) / hidden**0.5,
+            "head": {"kernel": jax.random.normal(second, (hidden, classes)) / hidden**0.5},
         }
         return {"params": params, "batch_stats": {}}
 
     def apply(variables, images, train=False, keys=None, axis_name=None):
         params = variables["params"]
         features = jax.nn.elu(images.reshape(len(images), -1) @ params["body"])
-        return features @ params["head"], {"flat": features}, variables["batch_stats"]
+        return features @ params["head"]["kernel"], {"flat": features}, variables["batch_stats"]
 
     return Model("perceptron", shape, classes, init, apply)
 
