@@ -1,5 +1,7 @@
 """What a model is measured on: held-out images, clean and triggered, drawn once for a run."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from bdjax.engine import predict
 from bdjax.errors import InputError
 from bdjax.experiment import Experiment, SplitConfig, stream
 from bdjax.metrics import accuracy, attack_success_rate
-from bdjax.types import Data, Model, Variables
+from bdjax.types import Data, Images, Model, Variables, to_float
 
 
 class Evaluation:
@@ -34,10 +36,15 @@ class Evaluation:
         self.triggered = attacks.stamped(trigger, experiment.attack_config, self.images, key)
         self.wanted, self.eligible = attacks.goal(experiment.attack_config, self.labels, classes)
 
-    def measure(self, variables: Variables) -> dict[str, float]:
-        """{"acc", "asr", "asr_with_target"} as fractions; the last counts target-class images, as I-BAU's release."""
-        clean = jnp.asarray(predict(self.model, variables, self.images))
-        stamped = jnp.asarray(predict(self.model, variables, self.triggered))
+    def measure(self, variables: Variables, perturb: Callable[[Images], Images] | None = None) -> dict[str, float]:
+        """{"acc", "asr", "asr_with_target"} as fractions; the last counts target-class images, as I-BAU's release.
+
+        `perturb`, float32 [N, H, W, C] in [0, 1] to the same, is done to clean and triggered images alike.
+        """
+        clean, stamped = (
+            jnp.asarray(predict(self.model, variables, _perturbed(images, perturb)))
+            for images in (self.images, self.triggered)
+        )
         wanted, eligible = jnp.asarray(self.wanted), jnp.asarray(self.eligible)
         return {
             "acc": float(accuracy(clean, jnp.asarray(self.labels))),
@@ -54,6 +61,14 @@ class Evaluation:
         """A few eligible images, clean and triggered, for the figure."""
         shown = np.flatnonzero(self.eligible)[:count]
         return {"clean": self.images[shown], "triggered": self.triggered[shown], "labels": self.labels[shown]}
+
+
+def _perturbed(images: np.ndarray, perturb: Callable[[Images], Images] | None) -> np.ndarray:
+    if perturb is None:
+        return images
+    program = jax.jit(perturb)
+    parts = [images[start : start + 500] for start in range(0, len(images), 500)]
+    return np.concatenate([np.asarray(program(to_float(part))) for part in parts])
 
 
 def clean_indices(split: SplitConfig, data: Data, seed: int) -> np.ndarray:

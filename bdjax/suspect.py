@@ -7,7 +7,7 @@ from typing import Any
 
 from bdjax import checkpoint, datasets
 from bdjax.evaluation import Evaluation
-from bdjax.experiment import Experiment, SplitConfig
+from bdjax.experiment import Experiment, SplitConfig, from_json
 from bdjax.types import Data, DefenderView, Victim, Watch
 from bdjax.victim import check_fingerprint, experiment_of, load_model
 
@@ -67,3 +67,25 @@ def read_suspect(
     data = data or datasets.load(dataset or experiment.dataset)
     check_fingerprint(manifest, data, directory)
     return Suspect(directory, manifest, experiment, data)
+
+
+def read_model(directory: Path, dataset: str | None = None, moved: str | None = None) -> Suspect:
+    """A victim, purified or retuned directory (or a run's, which holds purified/) as it was measured.
+
+    Args:
+      dataset: another data set of the model's shape, all of whose test images count.
+      moved: where the model's own data set lies now.
+
+    Raises InputError for a damaged directory and, unless `dataset` is given, for another data set than the model's.
+    """
+    directory = Path(directory)
+    if not (directory / checkpoint.MANIFEST).exists() and (directory / "purified").is_dir():
+        directory = directory / "purified"
+    manifest = checkpoint.read_manifest(directory)
+    data = datasets.load(dataset or moved or manifest["dataset"]["spec"])
+    defense = manifest.get("defense")
+    split = from_json(SplitConfig, manifest["split"]) if defense else None
+    experiment = experiment_of(manifest, None, None, split, defense["seed"] if defense else None)
+    if dataset is None:
+        check_fingerprint(manifest, data, directory)
+    return Suspect(directory, manifest, experiment, data, held_out=defense is not None and dataset is None)

@@ -209,6 +209,20 @@ class Backdoor:
 
 
 @dataclass(frozen=True)
+class Defended:
+    """What a re-activation attack is let loose on."""
+
+    purified: Variables
+    """The model that a defense gave back."""
+    reactivated: Mapping[str, Variables]
+    """By name, what earlier re-activations made of it (a module's NEEDS says which)."""
+    clean: Variables
+    """A model trained alike without any attack."""
+    payload: Poison
+    """Training images with the training trigger and the attacker's label, `count` of the attack's Config."""
+
+
+@dataclass(frozen=True)
 class Victim:
     """The suspicious model that a defender is handed."""
 

@@ -63,7 +63,7 @@ def _train(experiment: Experiment, directory: Path, context: Context, data: Data
     unfinished = directory.with_name(f".{directory.name}.training-{hashed[:12]}")
     clock, watch = Clock(), Recorder(context.tick)
     with parallel.using(context.devices):
-        task = _task(experiment, data, context, watch, unfinished, clock)
+        task = task_of(experiment, data, context, watch, unfinished, clock)
         planted = attacks.plant(experiment.attack, experiment.attack_config, task, stream(experiment.seed, "attack"))
     seconds, compiling = clock.read()
     arrays = {"trigger": {**planted.arrays, **_portraits(experiment, data, planted.arrays)}}
@@ -127,7 +127,7 @@ def _facts(poison: Poison) -> dict[str, Any]:
     return {"n": len(poison.indices), "copies": poison.copies, "sha256": digest.hexdigest()}
 
 
-def _task(experiment: Experiment, data: Data, context: Context, watch: Watch, unfinished: Path, clock: Clock) -> Task:
+def task_of(experiment: Experiment, data: Data, context: Context, watch: Watch, unfinished: Path, clock: Clock) -> Task:
     """What the attacker holds. Every stage of training keeps its last epoch in `unfinished`/STAGE."""
     own = models.create(experiment.model, data.shape, len(data.classes), experiment.fit.dtype)
     names: set[str] = set()

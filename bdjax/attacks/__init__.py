@@ -17,6 +17,10 @@ the strongest that it needs of
     train(config, task, key) -> Backdoor                   the whole planting
     edit(config, variables, task, key) -> Backdoor         the same, from a model that was trained clean
 
+An attack on a *purified* model has another Config, no trigger, and `reactivate(config, defended, backdoor, task, key)
+-> Backdoor`; `perturb(config, images, arrays) -> images` if it changes the input and not the weights, and NEEDS, the
+names of re-activations that come before it.
+
 What takes long (a surrogate, an optimised pattern) belongs into `prepare`: its arrays are stored, so that the poisoned
 training set can be made again (:func:`poisoned_set`).
 """
@@ -41,11 +45,12 @@ from bdjax.attacks._helpers import (
     select,
     select_cover,
 )
+from bdjax.errors import InputError
 from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, to_float, to_uint8
 
 __all__ = [
-    "CoverConfig", "PoisonConfig", "fit_key", "goal", "key_per_image", "plant", "poison", "poisoned_set", "stamped",
-    "trigger_of",
+    "CoverConfig", "PoisonConfig", "fit_key", "goal", "key_per_image", "payload", "plant", "poison", "poisoned_set",
+    "stamped", "trigger_of",
 ]  # fmt: skip
 
 CHUNK = 1000  # images stamped at a time
@@ -85,6 +90,37 @@ def poison(attack: str, config: Any, task: Task, key: Key, arrays: Arrays) -> Po
     indices = np.sort(np.concatenate([poisoned, cover]))
     images = stamped(trigger_of(attack, config, arrays, training=True), config, task.images[indices], stamp_key)
     return Poison(indices, images, labels[indices])
+
+
+def payload(
+    attack: str, config: Any, task: Task, keys: tuple[Key, Key], arrays: Arrays, count: int, anew: bool
+) -> Poison:
+    """A few images that carry the training trigger and the attacker's label, for a re-activation attack.
+
+    They are drawn from the poisoned ones of :func:`plant` (covers left out); with `anew`, and for an attack that has no
+    poisoned set, from the training images that the attack aims at, stamped now.
+
+    Args: keys: of the draw, and the one that the attack was planted with; arrays: as stored with the victim.
+    Raises InputError when there are fewer than `count`.
+    """
+    module, (key, planted) = registry.load("attacks", attack), keys
+    if anew or any(hasattr(module, kind) for kind in ("train", "edit")):
+        wanted, eligible = goal(config, task.labels, task.classes)
+        pool = np.flatnonzero(eligible)
+        chosen = np.sort(_draw(key, pool, count, f"training images that {attack} aims at"))
+        trigger = trigger_of(attack, config, arrays, training=True)
+        return Poison(chosen, stamped(trigger, config, task.images[chosen], key), wanted[chosen])
+    made = poison(attack, config, task, planted, arrays)
+    before = task.labels[made.indices % len(task.labels)]
+    own = made.labels == config.target if config.labels == "clean" else made.labels != before
+    chosen = np.sort(_draw(key, np.flatnonzero(own), count, "poisoned images (covers left out)"))
+    return Poison(made.indices[chosen], made.images[chosen], made.labels[chosen], made.copies)
+
+
+def _draw(key: Key, pool: np.ndarray, count: int, what: str) -> np.ndarray:
+    if count > len(pool):
+        raise InputError(f"attack.count={count}, but there are {len(pool)} {what}. Use a smaller --attack.count.")
+    return pool[np.asarray(jax.random.permutation(key, len(pool)))[:count]]
 
 
 def poisoned_set(made: Poison, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

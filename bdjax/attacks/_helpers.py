@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from bdjax.errors import InputError
-from bdjax.types import Key
+from bdjax.types import Key, Poison, to_float
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,14 @@ def relabel(config: PoisonConfig, labels: Any, classes: int) -> Any:
     if config.labels == "clean":
         return labels.astype(np.int32)
     return (labels * 0 + config.target).astype(np.int32)
+
+
+def replaced(images: np.ndarray, labels: np.ndarray, poison: Poison) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels whose first ones are those of `poison`; float32 in [0, 1] where the poison's images are."""
+    if poison.images.dtype != images.dtype:
+        images = np.asarray(to_float(images))
+    count = len(poison.labels)
+    return np.concatenate([poison.images, images[count:]]), np.concatenate([poison.labels, labels[count:]])
 
 
 def goal(config: PoisonConfig, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,147 @@
+"""Query-based re-activation: learn a small change of the input that wakes a purified model (Min et al., NeurIPS 2024).
+
+Threat model: the attacker cannot change the purified weights P, but knows them, and has its retuned version T (see
+retuning), a clean model M and 500 + 500 images. A network Φ makes the purified model answer as the retuned one:
+
+    x' = clip(x + Φ(x), 0, 1),   Φ(x) = ε tanh(MLP(x)),   ε = 16/255
+    loss = α KL(softmax T(x) ‖ softmax P(x')) + CE(M(x'), y)                                α = 0.2, mean of a batch
+
+The second term keeps Φ from being an ordinary adversarial perturbation, which would move M too. The metric is Q-ASR,
+the share of triggered test images of other classes, changed by Φ, that P takes for the target; the same on M should
+stay low. MLP: four linear layers, 1,024 wide, ReLU between; SGD 0.1 with momentum 0.9, 50 epochs, batches of 128.
+
+Deviations: triggered images are training images of other classes with the training trigger and their true label for
+M, for clean-label attacks too (the release takes test images there). The MLP sees images in [0, 1].
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bdjax.engine import parallel, run_epoch
+from bdjax.engine.epoch import check_finite
+from bdjax.engine.optimizer import direction
+from bdjax.errors import InputError
+from bdjax.types import Arrays, Backdoor, Defended, Images, Key, Model, Task, to_float
+
+NEEDS = ("retuning",)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The perturbation and how it is learnt."""
+
+    count: int = 500
+    """Triggered images, and as many clean ones; at least 1."""
+    payload: Literal["triggered"] = "triggered"
+    """Training images of other classes with the training trigger."""
+    budget: float = 16 / 255
+    """ε, largest change of a pixel in [0, 1]."""
+    distillation: float = 0.2
+    """α."""
+    hidden: int = 1024
+    """Width of the MLP."""
+    epochs: int = 50
+    """Passes over the images."""
+    batch_size: int = 128
+    """Images a step, at most."""
+    learning_rate: float = 0.1
+    """Of SGD with momentum 0.9."""
+    clip: float = math.inf
+    """Largest norm of a step's gradient; the release does not clip."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "hidden", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"attack.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("budget", "learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"attack.{name} must be positive, got {getattr(self, name)}.")
+
+
+def reactivate(config: Config, defended: Defended, backdoor: Backdoor, task: Task, key: Key) -> Backdoor:
+    """Learn Φ.
+
+    Args:
+      defended: purified, retuned and clean variables, and the payload; backdoor: the attack.
+
+    Returns: the backdoor with the purified variables as they were, and Φ's layers as arrays "w0", "b0", ...
+    """
+    poison, step = defended.payload, _step(task.model)
+    pool = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(task.labels)))[: config.count]
+    images = np.concatenate([to_float(task.images[pool]), to_float(poison.images)])
+    labels = np.concatenate([task.labels[pool], task.labels[poison.indices % len(task.labels)]])
+    shared = {
+        "images": jnp.asarray(images),
+        "labels": jnp.asarray(labels, jnp.int32),
+        "purified": dict(defended.purified),
+        "retuned": dict(defended.reactivated["retuning"]),
+        "clean": dict(defended.clean),
+        "hyper": {n: jnp.float32(getattr(config, n)) for n in ("distillation", "learning_rate", "clip", "budget")},
+    }
+    size = -(-len(labels) // -(-len(labels) // config.batch_size))
+    size = max(1, len(labels) // -(-len(labels) // size)) // parallel.count() * parallel.count()
+    number, pixels = len(labels) // size, int(np.prod(task.model.shape))
+    state = {"params": _layers(jax.random.fold_in(key, 1), (pixels, *(config.hidden,) * 3, pixels))}
+    state["opt"] = direction("sgd", 0.9).init(state["params"])
+    for epoch in range(config.epochs):
+        order = jax.random.permutation(jax.random.fold_in(key, epoch + 2), len(labels))[: number * size]
+        tick = partial(_tick, task, epoch * number, config.epochs * number)
+        state, metrics = run_epoch(step, state, {"index": order.reshape(number, size)}, {}, shared, tick=tick)
+        check_finite(metrics["loss"], config.learning_rate, epoch * number, "loss of Φ", "attack.learning_rate")
+    return Backdoor(backdoor.attack, backdoor.config, defended.purified, jax.tree.map(np.asarray, state["params"]))
+
+
+def perturb(config: Config, images: Images, arrays: Arrays) -> Images:
+    """x + Φ(x), clipped: images float32 [N, H, W, C] in [0, 1] -> the same."""
+    return _changed(images, arrays, config.budget)
+
+
+def _changed(images: Images, layers: Arrays, budget: Any) -> Images:
+    x, depth = images.reshape(len(images), -1), len(layers) // 2
+    for i in range(depth):
+        x = x @ layers[f"w{i}"] + layers[f"b{i}"]
+        x = jnp.tanh(x) if i == depth - 1 else jax.nn.relu(x)
+    return jnp.clip(images + budget * x.reshape(images.shape), 0, 1)
+
+
+def _layers(key: Key, widths: tuple[int, ...]) -> dict[str, jax.Array]:
+    """Weights and biases, uniform in ± 1 / sqrt(inputs), as PyTorch draws them."""
+    layers = {}
+    for i, (into, out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for name, shape, place in (("w", (into, out), 2 * i), ("b", (out,), 2 * i + 1)):
+            drawn = jax.random.uniform(jax.random.fold_in(key, place), shape, minval=-1, maxval=1)
+            layers[f"{name}{i}"] = drawn / into**0.5
+    return layers
+
+
+@lru_cache(maxsize=16)
+def _step(model: Model) -> Any:
+    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
+        images, labels, hyper = shared["images"][split["index"]], shared["labels"][split["index"]], shared["hyper"]
+        teacher = jax.nn.softmax(model.logits(shared["retuned"], images))
+
+        def loss(params: Any) -> jax.Array:
+            changed = _changed(images, params, hyper["budget"])
+            student = jax.nn.log_softmax(model.logits(shared["purified"], changed))
+            answers = model.logits(shared["clean"], changed)
+            kept = optax.softmax_cross_entropy_with_integer_labels(answers, labels).mean()
+            return hyper["distillation"] * optax.losses.kl_divergence(student, teacher).mean() + kept
+
+        value, gradient = parallel.average(jax.value_and_grad(loss)(state["params"]), axis)
+        shrink = jnp.minimum(1, hyper["clip"] / jnp.maximum(optax.tree.norm(gradient), 1e-12))
+        update, opt = direction("sgd", 0.9).update(jax.tree.map(lambda g: g * shrink, gradient), state["opt"])
+        params = jax.tree.map(lambda p, u: p - hyper["learning_rate"] * u, state["params"], update)
+        return {"params": params, "opt": opt}, {"loss": value}
+
+    return step
+
+
+def _tick(task: Task, before: int, total: int, done: int, _: int) -> None:
+    task.watch.tick("query re-activation", before + done, total)

@@ -1,0 +1,163 @@
+"""Attack a purified model again: is the backdoor gone, or only asleep?"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bdjax import attacks, checkpoint, registry
+from bdjax.engine import parallel
+from bdjax.engine.clock import Clock
+from bdjax.errors import InputError
+from bdjax.evaluation import Evaluation
+from bdjax.experiment import stream, to_json
+from bdjax.provenance import environment
+from bdjax.recorder import Recorder
+from bdjax.suspect import Suspect, read_model
+from bdjax.types import Backdoor, Defended, Key, Variables
+from bdjax.victim import Context, task_of
+
+
+def reactivate(
+    directory: Path,
+    attack: str,
+    config: Any = None,
+    out: Path | None = None,
+    *,
+    seed: int = 0,
+    clean: Path | None = None,
+    dataset: str | None = None,
+    context: Context | None = None,
+) -> dict[str, Any]:
+    """Let a re-activation attack loose on the model in `directory`, and on a clean model beside it.
+
+    Args:
+      directory: purified (or a run's, or a victim's, as a control). attack: a module with `reactivate`.
+      config: the attack's; None: its defaults. seed: of the attack.
+      out: gets result.json and model/, the re-activated variables with the attack's arrays; None: nothing is written.
+      clean: directory of `bdjax train clean`; None: a clean model is found in, or trained into, context.store.
+      dataset: where the data set lies now, if it has moved.
+
+    Returns: JSON-able: "before" and "after" (ACC and ASR of the purified model, and of the re-activated one, which is
+      R-ASR or Q-ASR), "clean_before" and "clean_after" the same of the clean model.
+    Raises InputError for a model without a trigger, an attack of another kind, and clean models that do not fit.
+    """
+    module, context = _module(attack), context or Context()
+    config = config or module.Config()
+    suspect = read_model(directory, moved=dataset)
+    if not (suspect.directory / "trigger.npz").exists():
+        raise InputError(f"{suspect.directory} has no trigger: there is nothing to re-activate, or to measure it by.")
+    if out is not None and (Path(out) / "result.json").exists():
+        raise InputError(f"{out} holds a result already. Choose another --out, or use --force.")
+    clock, watch = Clock(), Recorder(context.tick)
+    with parallel.using(context.devices):
+        reference = _clean(suspect, clean, context, dataset)
+        key = jax.random.fold_in(stream(seed, "attack"), 7)
+        before = suspect.evaluation.measure(suspect.victim.variables), suspect.evaluation.measure(reference)
+        planted = [
+            _again(suspect, attack, config, variables, reference, name, context, watch, clock, key)
+            for name, variables in (("purified", suspect.victim.variables), ("clean", reference))
+        ]
+        after = [_measure(module, config, suspect.evaluation, one) for one in planted]
+    seconds, compiling = clock.read()
+    result = {
+        "kind": "reactivation",
+        "reactivation": attack,
+        "directory": str(suspect.directory),
+        **{name: suspect.manifest[name] for name in ("model", "hash")},
+        "attack": suspect.experiment.attack,
+        "defense": suspect.manifest.get("defense"),
+        "dataset": suspect.data.name,
+        "seed": seed,
+        "n_test": len(suspect.evaluation.images),
+        "n_asr": int(suspect.evaluation.eligible.sum()),
+        "before": before[0],
+        "after": after[0],
+        "clean_before": before[1],
+        "clean_after": after[1],
+        "config": to_json(config),
+        "seconds": {"attack": seconds, "compile": compiling},
+        "env": environment(context.devices),
+    }
+    if out is not None:
+        _write(Path(out), result, suspect, planted[0])
+    return result
+
+
+def _module(attack: str) -> Any:
+    module = registry.load("attacks", attack)
+    if not hasattr(module, "reactivate"):
+        able = [name for name in registry.names("attacks") if hasattr(registry.load("attacks", name), "reactivate")]
+        raise InputError(f"{attack} is no re-activation attack. Choose from {', '.join(able)}.")
+    return module
+
+
+def _clean(suspect: Suspect, directory: Path | None, context: Context, dataset: str | None) -> Variables:
+    """Variables of the clean model, of the suspect's architecture and data set."""
+    if directory is None:
+        unfinished = suspect.directory.with_name(f".{suspect.directory.name}.clean-model")
+        own = _at_home(suspect)
+        return task_of(own, suspect.data, context, Recorder(context.tick), unfinished, Clock()).clean()
+    other = read_model(directory, moved=dataset)
+    for what in ("model", "shape", "classes"):
+        if other.manifest[what] != suspect.manifest[what]:
+            raise InputError(
+                f"{directory} is not comparable: its {what} is {other.manifest[what]}, that of {suspect.directory} "
+                f"is {suspect.manifest[what]}. Train one alike with `bdjax train clean`."
+            )
+    return other.victim.variables
+
+
+def _at_home(suspect: Suspect) -> Any:
+    """The experiment with the seed that the victim was trained with, not the defense's."""
+    return dataclasses.replace(suspect.experiment, seed=suspect.manifest["seed"])
+
+
+def _again(
+    suspect: Suspect, attack: str, config: Any, variables: Variables, clean: Variables, name: str, context: Context,
+    watch: Recorder, clock: Clock, key: Key,
+) -> Backdoor:  # fmt: skip
+    """The attack on one model, after those that it needs."""
+    module, own = _module(attack), _at_home(suspect)
+    earlier: dict[str, Variables] = {}
+    for needed in getattr(module, "NEEDS", ()):
+        planted = _again(suspect, needed, _module(needed).Config(), variables, clean, name, context, watch, clock, key)
+        earlier[needed] = planted.variables
+    unfinished = suspect.directory.with_name(f".{suspect.directory.name}.{attack}-{name}")
+    task = task_of(own, suspect.data, context, watch, unfinished, clock)
+    stored = checkpoint.read_arrays(suspect.directory, "trigger")
+    arrays = {part: value for part, value in stored.items() if not part.startswith("on_")}
+    keys = jax.random.fold_in(key, 0), stream(own.seed, "attack")
+    payload = attacks.payload(
+        own.attack, own.attack_config, task, keys, arrays, config.count, config.payload == "triggered"
+    )
+    backdoor = Backdoor(own.attack, own.attack_config, variables, arrays)
+    defended = Defended(variables, earlier, clean, payload)
+    found = module.reactivate(config, defended, backdoor, task, jax.random.fold_in(key, 1))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return found
+
+
+def _measure(module: Any, config: Any, evaluation: Evaluation, planted: Backdoor) -> dict[str, float]:
+    if not hasattr(module, "perturb"):
+        return evaluation.measure(planted.variables)
+    arrays = jax.tree.map(jnp.asarray, dict(planted.arrays))
+    return evaluation.measure(planted.variables, lambda images: module.perturb(config, images, arrays))
+
+
+def _write(out: Path, result: Mapping[str, Any], suspect: Suspect, planted: Backdoor) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = {k: v for k, v in suspect.manifest.items() if k not in ("files", "format")}
+    reactivated = {"name": result["reactivation"], "config": result["config"], "seed": result["seed"]}
+    checkpoint.write_model(
+        out / "model",
+        {**manifest, "kind": "reactivated", "reactivation": reactivated},
+        planted.variables,
+        {"trigger": checkpoint.read_arrays(suspect.directory, "trigger"), "reactivation": planted.arrays},
+    )
+    checkpoint.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
