@@ -17,6 +17,9 @@ the strongest that it needs of
     train(config, task, key) -> Backdoor                   the whole planting
     edit(config, variables, task, key) -> Backdoor         the same, from a model that was trained clean
 
+An attack made of others defines `parts(config)`, a :class:`Part` for each: what it stores of one is called LABEL/NAME,
+and each is measured by its own trigger and target.
+
 What takes long (a surrogate, an optimised pattern) belongs into `prepare`: its arrays are stored, so that the poisoned
 training set can be made again (:func:`poisoned_set`).
 """
@@ -32,11 +35,13 @@ import numpy as np
 from bdjax import registry
 from bdjax.attacks._helpers import (
     CoverConfig,
+    Part,
     PoisonConfig,
     check_target,
     fit_key,
     goal,
     key_per_image,
+    part_arrays,
     relabel,
     select,
     select_cover,
@@ -44,8 +49,8 @@ from bdjax.attacks._helpers import (
 from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, to_float, to_uint8
 
 __all__ = [
-    "CoverConfig", "PoisonConfig", "fit_key", "goal", "key_per_image", "plant", "poison", "poisoned_set", "stamped",
-    "trigger_of",
+    "CoverConfig", "Part", "PoisonConfig", "fit_key", "goal", "key_per_image", "parts_of", "plant", "poison",
+    "poisoned_set", "stamped", "trigger_of",
 ]  # fmt: skip
 
 CHUNK = 1000  # images stamped at a time
@@ -107,6 +112,14 @@ def trigger_of(attack: str, config: Any, arrays: Arrays, training: bool = False)
     module, stored = registry.load("attacks", attack), dict(arrays)
     program = _program(getattr(module, "training_trigger", module.trigger) if training else module.trigger, config)
     return lambda images, key: program(images, key, stored)
+
+
+def parts_of(attack: str, config: Any, arrays: Arrays) -> list[tuple[Part, Arrays]]:
+    """The attacks that are measured on their own, with their arrays: the parts, or the attack itself, labelled ""."""
+    module = registry.load("attacks", attack)
+    if not hasattr(module, "parts"):
+        return [(Part("", attack, config), arrays)]
+    return [(part, part_arrays(arrays, part)) for part in module.parts(config)]
 
 
 @lru_cache(maxsize=64)
