@@ -113,7 +113,8 @@ def _evaluate(argv: list[str]) -> None:
 
     with _ready(options):
         found = run.evaluate(Path(first), options.data)
-    for name, value in found.items():
+    by_trigger = {f"asr {label}": value for label, value in found.get("asr_by_trigger", {}).items()}
+    for name, value in ({k: v for k, v in found.items() if k != "asr_by_trigger"} | by_trigger).items():
         _say(f"{name:16s} {value:.4f}" if isinstance(value, float) else f"{name:16s} {value}")
     if options.json:
         _say(json.dumps(found))

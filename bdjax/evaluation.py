@@ -1,6 +1,8 @@
 """What a model is measured on: held-out images, clean and triggered, drawn once for a run."""
 
 from collections.abc import Callable
+from itertools import zip_longest
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,36 +33,54 @@ class Evaluation:
             self.clean_images, self.clean_labels = data.x_train[self.clean_indices], data.y_train[self.clean_indices]
         self.images, self.labels = data.x_test[keep], data.y_test[keep]
         own = {name: value for name, value in arrays.items() if not name.startswith("on_")}
-        trigger = attacks.trigger_of(experiment.attack, experiment.attack_config, own)
+        parts = attacks.parts_of(experiment.attack, experiment.attack_config, own)
         key = stream(experiment.seed, "evaluate")
-        self.triggered = attacks.stamped(trigger, experiment.attack_config, self.images, key)
-        self.wanted, self.eligible = attacks.goal(experiment.attack_config, self.labels, classes)
+        self.parts = [part.label for part, _ in parts]
+        triggered, goals = [], []
+        for place, (part, stored) in enumerate(parts):
+            trigger = attacks.trigger_of(part.attack, part.config, stored)
+            own_key = jax.random.fold_in(key, place) if place else key
+            triggered.append(attacks.stamped(trigger, part.config, self.images, own_key))
+            goals.append(attacks.goal(part.config, self.labels, classes))
+        self.triggered = np.concatenate(triggered)  # all images with the first part's trigger, then the next's
+        self.wanted, self.eligible = (np.concatenate(each) for each in zip(*goals, strict=True))
 
-    def measure(self, variables: Variables, perturb: Callable[[Images], Images] | None = None) -> dict[str, float]:
+    def measure(self, variables: Variables, perturb: Callable[[Images], Images] | None = None) -> dict[str, Any]:
         """{"acc", "asr", "asr_with_target"} as fractions; the last counts target-class images, as I-BAU's release.
 
         `perturb`, float32 [N, H, W, C] in [0, 1] to the same, is done to clean and triggered images alike.
+        Of an attack with parts, also {"asr_by_trigger": {label: ASR}}; its ASRs are the mean over the parts.
         """
         clean, stamped = (
             jnp.asarray(predict(self.model, variables, _perturbed(images, perturb)))
             for images in (self.images, self.triggered)
         )
-        wanted, eligible = jnp.asarray(self.wanted), jnp.asarray(self.eligible)
+        each = [jnp.asarray(a).reshape(len(self.parts), -1) for a in (stamped, self.wanted, self.eligible)]
+        rates = [float(attack_success_rate(*of_part)) for of_part in zip(*each, strict=True)]
+        whole = [float(attack_success_rate(*of_part)) for of_part in zip(*each[:2], strict=True)]
         return {
             "acc": float(accuracy(clean, jnp.asarray(self.labels))),
-            "asr": float(attack_success_rate(stamped, wanted, eligible)),
-            "asr_with_target": float(attack_success_rate(stamped, wanted)),
+            "asr": float(np.mean(rates)),
+            "asr_with_target": float(np.mean(whole)),
+            **({"asr_by_trigger": dict(zip(self.parts, rates, strict=True))} if any(self.parts) else {}),
         }
 
     def shorten(self, count: int) -> None:
         """Measure on the first `count` held-out images only."""
-        for name in ("images", "labels", "triggered", "wanted", "eligible"):
-            setattr(self, name, getattr(self, name)[:count])
+        size = len(self.images)
+        for name in ("triggered", "wanted", "eligible"):
+            of_parts = getattr(self, name).reshape(len(self.parts), size, *getattr(self, name).shape[1:])
+            setattr(self, name, np.concatenate(of_parts[:, :count]))
+        self.images, self.labels = self.images[:count], self.labels[:count]
 
     def pictures(self, count: int = 6) -> dict[str, np.ndarray]:
-        """A few eligible images, clean and triggered, for the figure."""
-        shown = np.flatnonzero(self.eligible)[:count]
-        return {"clean": self.images[shown], "triggered": self.triggered[shown], "labels": self.labels[shown]}
+        """A few eligible images, clean and triggered, for the figure; of parts one each in turn, and at least one."""
+        size = len(self.images)
+        eligible = self.eligible.reshape(len(self.parts), size)
+        turns = zip_longest(*(np.flatnonzero(own)[:count] + i * size for i, own in enumerate(eligible)))
+        shown = np.array([row for turn in turns for row in turn if row is not None][: max(count, len(self.parts))], int)
+        at = shown % size
+        return {"clean": self.images[at], "triggered": self.triggered[shown], "labels": self.labels[at]}
 
 
 def _perturbed(images: np.ndarray, perturb: Callable[[Images], Images] | None) -> np.ndarray:

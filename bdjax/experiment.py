@@ -79,8 +79,13 @@ def config_of(kind: str, name: str) -> type:
 
 def attack_record(experiment: Experiment, fingerprint: str) -> dict[str, Any]:
     """What decides the victim, JSON-able; paths of files stand for their content."""
+    attack, config = experiment.attack, experiment.attack_config
+    record = {"name": attack, "source": _source(attack), **_plain(config)}
+    module = registry.load("attacks", attack)
+    if hasattr(module, "parts"):  # for the files that they name
+        record["parts"] = [{"source": _source(part.attack), **_plain(part.config)} for part in module.parts(config)]
     return {
-        "attack": {"name": experiment.attack, "source": _source(experiment.attack), **_plain(experiment.attack_config)},
+        "attack": record,
         "dataset": fingerprint,
         "model": experiment.model,
         "seed": experiment.seed,

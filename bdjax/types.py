@@ -145,7 +145,8 @@ class Control:
     optimizer: Callable[[Any], Any] | None = None
     """`optimizer(config) -> optax.GradientTransformation`, of attacker["params"]."""
     refresh: Callable[..., Any] | None = None
-    """`refresh(config, attacker, variables, epoch, key) -> attacker`, outside the step, before each epoch from 0."""
+    """`refresh(config, attacker, variables, epoch, key) -> attacker`, outside the step, before each epoch from 0. It is
+    no part of the compiled step, so it may be a closure (over images, which do not belong into the saved state)."""
 
 
 @dataclass(frozen=True)

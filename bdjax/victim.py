@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,7 @@ def task_of(experiment: Experiment, data: Data, context: Context, watch: Watch, 
     def fit(images: np.ndarray, labels: np.ndarray, key: Key, **options: Any) -> Variables:
         return controlled(images, labels, key, None, None, **options)[0]
 
+    @cache
     def clean() -> Variables:
         alike = replace(experiment, attack="clean", attack_config=config_of("attacks", "clean")(), defense=None)
         if context.store is None:
@@ -245,13 +247,15 @@ def load_model(manifest: dict[str, Any], directory: Path, data: Data) -> tuple[M
 
 
 def _portraits(experiment: Experiment, data: Data, arrays: Any) -> dict[str, np.ndarray]:
-    """The trigger on a black and on a white image: enough to recognise it without this library."""
-    trigger = attacks.trigger_of(experiment.attack, experiment.attack_config, arrays)
-    key = stream(experiment.seed, "evaluate")
-    return {
-        f"on_{name}": attacks.stamped(trigger, experiment.attack_config, np.full((1, *data.shape), v, np.uint8), key)[0]
-        for name, v in (("black", 0), ("white", 255))
-    }
+    """The trigger (each part's) on a black and on a white image: enough to recognise it without this library."""
+    key, found = stream(experiment.seed, "evaluate"), {}
+    for part, stored in attacks.parts_of(experiment.attack, experiment.attack_config, arrays):
+        trigger = attacks.trigger_of(part.attack, part.config, stored)
+        for name, value in (("black", 0), ("white", 255)):
+            paper = np.full((1, *data.shape), value, np.uint8)
+            called = f"on_{name}_{part.label}" if part.label else f"on_{name}"
+            found[called] = attacks.stamped(trigger, part.config, paper, key)[0]
+    return found
 
 
 def check_same(directory: Path, found: str | None, expected: str) -> None:

@@ -21,6 +21,9 @@ An attack on a *purified* model has another Config, no trigger, and `reactivate(
 -> Backdoor`; `perturb(config, images, arrays) -> images` if it changes the input and not the weights, and NEEDS, the
 names of re-activations that come before it.
 
+An attack made of others defines `parts(config)`, a :class:`Part` for each: what it stores of one is called LABEL/NAME,
+and each is measured by its own trigger and target.
+
 What takes long (a surrogate, an optimised pattern) belongs into `prepare`: its arrays are stored, so that the poisoned
 training set can be made again (:func:`poisoned_set`).
 """
@@ -36,11 +39,13 @@ import numpy as np
 from bdjax import registry
 from bdjax.attacks._helpers import (
     CoverConfig,
+    Part,
     PoisonConfig,
     check_target,
     fit_key,
     goal,
     key_per_image,
+    part_arrays,
     relabel,
     select,
     select_cover,
@@ -49,8 +54,8 @@ from bdjax.errors import InputError
 from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, to_float, to_uint8
 
 __all__ = [
-    "CoverConfig", "PoisonConfig", "fit_key", "goal", "key_per_image", "payload", "plant", "poison", "poisoned_set",
-    "stamped", "trigger_of",
+    "CoverConfig", "Part", "PoisonConfig", "fit_key", "goal", "key_per_image", "parts_of", "payload", "plant", "poison",
+    "poisoned_set", "stamped", "trigger_of",
 ]  # fmt: skip
 
 CHUNK = 1000  # images stamped at a time
@@ -143,6 +148,14 @@ def trigger_of(attack: str, config: Any, arrays: Arrays, training: bool = False)
     module, stored = registry.load("attacks", attack), dict(arrays)
     program = _program(getattr(module, "training_trigger", module.trigger) if training else module.trigger, config)
     return lambda images, key: program(images, key, stored)
+
+
+def parts_of(attack: str, config: Any, arrays: Arrays) -> list[tuple[Part, Arrays]]:
+    """The attacks that are measured on their own, with their arrays: the parts, or the attack itself, labelled ""."""
+    module = registry.load("attacks", attack)
+    if not hasattr(module, "parts"):
+        return [(Part("", attack, config), arrays)]
+    return [(part, part_arrays(arrays, part)) for part in module.parts(config)]
 
 
 @lru_cache(maxsize=64)

@@ -1,13 +1,13 @@
 """What the attacks share: the poisoning fields of a Config, sample selection, covers, relabelling, keys."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from bdjax.errors import InputError
-from bdjax.types import Key, Poison, to_float
+from bdjax.types import Arrays, Key, Poison, to_float
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,23 @@ class CoverConfig(PoisonConfig):
         super().__post_init__()
         if not 0 <= self.cover < 1:
             raise InputError(f"attack.cover must be in [0, 1), got {self.cover}.")
+
+
+class Part(NamedTuple):
+    """One of the attacks that an attack is made of, measured on its own."""
+
+    label: str
+    """What it is called; unlike the others'."""
+    attack: str
+    """Name in bdjax.attacks, or the path of a .py file."""
+    config: Any
+    """Its Config."""
+
+
+def part_arrays(arrays: Arrays, part: Part) -> Arrays:
+    """A part's own arrays among those of the whole, where they are called LABEL/NAME."""
+    start = f"{part.label}/"
+    return {name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}
 
 
 def fit_key(key: Key) -> Key:

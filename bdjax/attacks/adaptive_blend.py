@@ -11,23 +11,27 @@ must see several pieces together to be sure, and poisoned images do not stand ap
 
 The defaults are a reading of BI-BAU, whose 10 % do not tell the two apart: 5 % poisoned and 5 % cover, target 0,
 s = 0.2, 8 of 4x4 pieces. The authors' own: `ratio=0.003 cover=0.003`; another toolbox trains with `opacity=0.15`.
+BI-BAU's Enhanced Adaptive-Blend is `coupling=1`: the attacker trains the model too, with a penalty that pulls the
+features of poisoned images towards the target class (its form, weight and start are ours; see _coupling.py).
 
 Deviations: the picture is drawn by a formula; `picture` takes a file instead.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bdjax.attacks._helpers import CoverConfig, key_per_image
+from bdjax.attacks._coupling import CouplingConfig, coupled
+from bdjax.attacks._helpers import key_per_image
 from bdjax.attacks._pictures import whole_picture
 from bdjax.errors import InputError
-from bdjax.types import ArrayFile, Arrays, Images, Key, Task
+from bdjax.types import ArrayFile, Arrays, Control, Images, Key, Poison, Task
 
 
 @dataclass(frozen=True)
-class Config(CoverConfig):
+class Config(CouplingConfig):
     """The picture, its pieces and its strength."""
 
     ratio: float = 0.05
@@ -77,3 +81,8 @@ def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -
     piece = (jnp.arange(height) * grid // height)[:, None] * grid + jnp.arange(width) * grid // width
     shown = (rank < config.seen)[:, piece][..., None]
     return jnp.where(shown, images + config.opacity * (jnp.asarray(arrays["picture"])[None] - images), images)
+
+
+def control(config: Config, task: Task, poison: Poison) -> tuple[Control, Any] | None:
+    """The penalty of the enhanced attack with its arrays, or None when config.coupling is 0."""
+    return coupled(config, task, poison)

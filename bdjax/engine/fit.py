@@ -7,7 +7,7 @@ arguments of the compiled program: other values compile nothing new.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import jax
@@ -130,7 +130,8 @@ def fit_controlled(
     parallel.check_batch(config.batch_size)
     steps = len(images) // config.batch_size
     init_key, data_key = jax.random.split(key)
-    step = training_step(model, config.optimizer, config.augment, control)
+    inside = replace(control, refresh=None) if control else None  # what the compiled step is made of
+    step = training_step(model, config.optimizer, config.augment, inside)
     state = _init(model, config.optimizer, init_key, start)
     if control:
         state["attacker"] = jax.tree.map(jnp.array, dict(attacker or {}))  # a copy, for the step's state is donated

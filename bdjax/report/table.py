@@ -48,12 +48,17 @@ class _Row:
 def one(result: dict[str, Any]) -> str:
     """A run's numbers for a terminal: rates in percent, n, seconds with compilation apart, peak memory."""
     seconds, before, after = result["seconds"], result["before"], result["after"]
+    by_trigger = [
+        f"{'  ' + label:26s}{100 * rate:9.2f}{100 * after['asr_by_trigger'][label]:9.2f}"
+        for label, rate in before.get("asr_by_trigger", {}).items()
+    ]
     rows = [
         f"{result['attack']} -> {result['defense']} on {result['dataset']}, {result['model']}, seed {result['seed']}",
         "",
         f"{'':26s}{'before':>9s}{'after':>9s}",
         f"{'clean accuracy, %':26s}{100 * before['acc']:9.2f}{100 * after['acc']:9.2f}   n = {result['n_test']}",
         f"{'attack success rate, %':26s}{100 * before['asr']:9.2f}{100 * after['asr']:9.2f}   n = {result['n_asr']}",
+        *by_trigger,
         "",
         f"seconds: attack {seconds['attack']:.1f}, defense {seconds['defense']:.1f}, "
         f"compilation {seconds['compile']:.1f}",
