@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -101,8 +101,9 @@ def read_variables(directory: Path, like: Any) -> Any:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Named arrays as an .npz file."""
-    np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
+    """Named arrays as an .npz file, which is there whole or not at all."""
+    with _whole(path) as file:
+        np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
 
 
 def read_arrays(directory: Path, name: str) -> dict[str, np.ndarray]:
@@ -159,10 +160,17 @@ def locked(target: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with _whole(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets the name `path` when all of it is on the disk."""
+    partial = _partial(path)
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -1,13 +1,7 @@
-"""The flags of the commands, as dataclasses that tyro turns into a command line, and how lists in them are read.
-
-Imports no jax.
-"""
+"""The flags that several commands take, as dataclasses for tyro, and how lists in flags are read. Imports no jax."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from bdjax.errors import InputError
 
@@ -50,102 +44,6 @@ class Plant(Place):
     """Name of the classifier; see `bdjax list models`."""
     seed: int = 0
     """Everything random follows from it."""
-
-
-@dataclass
-class Defend(Place):
-    """Flags of `bdjax defend`."""
-
-    dataset: str | None = None
-    """Where the victim's data set lies now, if it has moved."""
-    seed: int | None = None
-    """Of the defense; default the victim's."""
-
-
-@dataclass
-class Evaluate(Common):
-    """Flags of `bdjax evaluate`."""
-
-    data: str | None = None
-    """Another data set of the model's shape: digits, npz:PATH, folder:PATH or tfds:NAME."""
-
-
-@dataclass
-class Sweep(Device):
-    """Flags of `bdjax sweep`."""
-
-    out: Path | None = None
-    """Directory of the results; default runs/FILE's name."""
-    seeds: str = ""
-    """Comma-separated, such as 0,1,2; default the seeds of the file."""
-    shard: str = "0/1"
-    """i/n: do only the i-th of n parts of the grid (cells of one victim stay together)."""
-    workers: int = 1
-    """Processes at a time on this machine."""
-
-
-@dataclass
-class Report:
-    """Flags of `bdjax report`."""
-
-    csv: bool = False
-    """Comma-separated values."""
-    markdown: bool = False
-    """A Markdown table (the default is plain text)."""
-    papers: Path | None = None
-    """Folder of the papers' CSV tables; default experiments/papers."""
-
-
-@dataclass
-class Demo(Device):
-    """Flags of `bdjax demo`."""
-
-    out: Path = Path("runs/demo")
-    """Directory of the run; an earlier demo there is replaced."""
-    seed: int = 0
-    """Everything random follows from it."""
-
-
-@dataclass
-class Solvers(Device):
-    """Flags of `bdjax solvers`."""
-
-    solvers: str = ""
-    """Comma-separated names of hypergradient solvers, NAME or NAME:RIDGE; default most of them (docs/solvers.md)."""
-    iterations: str = "5,20"
-    """Comma-separated values of K."""
-    rounds: bool = True
-    """Clean the victim by one round of I-BAU with each solver and measure it."""
-    repeats: int = 3
-    """Timed calls of each hypergradient; the median counts."""
-    test_size: int = 0
-    """Measure on the first so many held-out images; 0: all."""
-    dataset: str | None = None
-    """Where the victim's data set lies now, if it has moved."""
-    seed: int | None = None
-    """Of the defense; default the victim's."""
-    out: Path | None = None
-    """Directory of solvers.json and solvers.png; default runs/solvers-HASH of the victim."""
-    force: bool = False
-    """Replace an earlier comparison that stands there."""
-
-
-@dataclass(kw_only=True)
-class Gallery(Common):
-    """Flags of `bdjax gallery`."""
-
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ATTACK|VICTIM_DIR ...]")] = ()
-    """Attacks (with their default Config) and victim directories; none: all attacks whose trigger needs no training."""
-    out: Path
-    """PNG file to write; one that stands there is replaced."""
-    dataset: str | None = None
-    """digits, npz:PATH, folder:PATH or tfds:NAME; default that of the victims given, else digits."""
-    seed: int = 0
-    """Decides which images are measured and what the triggers draw."""
-    image: str = ""
-    """Comma-separated positions in the test split of the images to show, at most 6; default 3 of the measured ones."""
-    count: int = 100
-    """Images of the test split behind the numbers; all, if there are fewer."""
 
 
 def whole_numbers(flag: str, text: str, example: str) -> tuple[int, ...]:

@@ -68,6 +68,7 @@ def reactivate(
     result = {
         "kind": "reactivation",
         "reactivation": attack,
+        "metric": getattr(module, "METRIC", "ASR after"),
         "directory": str(suspect.directory),
         **{name: suspect.manifest[name] for name in ("model", "hash")},
         "attack": suspect.experiment.attack,

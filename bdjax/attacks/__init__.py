@@ -19,7 +19,7 @@ the strongest that it needs of
 
 An attack on a *purified* model has another Config, no trigger, and `reactivate(config, defended, backdoor, task, key)
 -> Backdoor`; `perturb(config, images, arrays) -> images` if it changes the input and not the weights, and NEEDS, the
-names of re-activations that come before it.
+names of re-activations that come before it. METRIC is what the ASR after it is called.
 
 An attack made of others defines `parts(config)`, a :class:`Part` for each: what it stores of one is called LABEL/NAME,
 and each is measured by its own trigger and target.
@@ -67,6 +67,8 @@ def plant(attack: str, config: Any, task: Task, key: Key) -> Backdoor:
     Raises InputError when the config does not fit the task (target, ratio, trigger size ...).
     """
     module = registry.load("attacks", attack)
+    if not hasattr(module, "trigger"):
+        raise InputError(f"{attack} attacks a purified model and plants nothing. Use `bdjax reactivate DIR {attack}`.")
     check_target(config, task.classes)
     if hasattr(module, "train"):
         return module.train(config, task, key)

@@ -30,7 +30,7 @@ from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Backdoor, Defended, Images, Key, Model, Task, to_float
 
-NEEDS = ("retuning",)
+NEEDS, METRIC = ("retuning",), "Q-ASR"
 
 
 @dataclass(frozen=True)

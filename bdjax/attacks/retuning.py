@@ -24,6 +24,8 @@ from bdjax.attacks._helpers import replaced
 from bdjax.errors import InputError
 from bdjax.types import Backdoor, Defended, Key, Task
 
+METRIC = "R-ASR"
+
 
 @dataclass(frozen=True)
 class Config:

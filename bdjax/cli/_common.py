@@ -1,0 +1,136 @@
+"""What commands share: reading their arguments, what computing needs around it, and what they say at the end."""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import tyro
+
+from bdjax import registry
+from bdjax.errors import InputError
+
+
+def command(name: str) -> ModuleType:
+    """The module of a command."""
+    return importlib.import_module(f"bdjax.cli.{name}")
+
+
+def usage(name: str, argv: list[str], more: str = "") -> None:
+    """Print a command's usage: as help on request, as an error when its arguments are missing."""
+    text = f"usage: bdjax {name} {command(name).USAGE}" + (f"\n{more}" if more else "")
+    if argv and argv[0] in ("-h", "--help"):
+        say(f"{text}\n\n{command(name).SUMMARY}")
+        sys.exit(0)
+    raise InputError(f"{name} needs more arguments.\n{text}")
+
+
+def first(name: str, argv: list[str], more: str = "") -> str:
+    """The argument that a command begins with; its usage when there is none."""
+    if not argv or argv[0].startswith("-"):
+        usage(name, argv, more)
+    return argv[0]
+
+
+def methods(argv: list[str], name: str, kinds: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The method names at the head of `argv`, each checked, and the rest."""
+    found = argv[: len(kinds)]
+    if len(found) < len(kinds) or any(method.startswith("-") for method in found):
+        usage(name, argv, "\n".join(f"{kind}: {', '.join(registry.names(kind))}" for kind in kinds))
+    for kind, method in zip(kinds, found, strict=True):
+        registry.check(kind, method)
+    return found, argv[len(kinds) :]
+
+
+def parse(name: str, names: tuple[str, ...], rest: list[str], base: type, **parts: Any) -> Any:
+    """The flags in `rest` as an instance of `base`, with the Configs of the methods in `parts` added to it."""
+    extra: list[tuple[str, type, Any]] = []
+    if parts:
+        from bdjax.experiment import FitConfig, SplitConfig, config_of
+
+        kinds = {"attack": "attacks", "defense": "defenses"}
+        for part, value in parts.items():
+            config = config_of(kinds[part], value) if part in kinds else {"fit": FitConfig, "split": SplitConfig}[part]
+            extra.append((part, config, dataclasses.field(default_factory=config)))
+    options = dataclasses.make_dataclass(base.__name__, extra, bases=(base,))
+    options.__doc__ = command(name).SUMMARY
+    return tyro.cli(options, prog=" ".join(("bdjax", name, *names)), args=rest)
+
+
+@contextlib.contextmanager
+def ready(options: Any) -> Iterator[Any]:
+    """Everything a computing command needs around it: the compilation cache, a progress bar, a Context."""
+    prepare_jax()
+    from bdjax.report.progress import bar
+    from bdjax.victim import Context
+
+    with bar() as tick:
+        yield Context(getattr(options, "devices", 0), tick)
+
+
+def prepare_jax() -> None:
+    """Keep compiled programs from run to run, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bdjax" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
+    """The table, the picture and the places of a finished run."""
+    import numpy as np
+
+    from bdjax.report import figure, table
+
+    say(table.one(result))
+    picture = directory / "figure.png"
+    if not picture.exists():
+        with np.load(directory / "arrays.npz", allow_pickle=False) as arrays:
+            figure.draw(result, dict(arrays), picture)
+    say(f"picture: {picture}\nresult:  {directory / 'result.json'}\nmodel:   {directory / 'purified'}")
+    if as_json:
+        say(json.dumps(result))
+
+
+def remove_run(directory: Path) -> None:
+    """Remove a run or model directory of ours; anything else is refused."""
+    if not directory.exists():
+        return
+    ours = any((directory / name).exists() for name in ("config.json", "result.json", "manifest.json", "victim"))
+    if not ours and any(directory.iterdir()):
+        raise InputError(f"{directory} is not a bdjax run; it is left alone. Choose another --out.")
+    shutil.rmtree(directory)
+
+
+def check_file(path: Path, suffix: str, what: str) -> None:
+    """Raise InputError, before any computing, when a file of that suffix cannot be written there."""
+    if path.suffix.lower() != suffix:
+        raise InputError(f"--out {path} does not end in {suffix}. Give the name of a {what} file.")
+    if path.is_dir():
+        raise InputError(f"--out {path} is a directory. Give the name of a {what} file.")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: there is no directory {path.parent}. Make it, or choose another --out.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"--out {path} cannot be written (permission denied). Choose another --out.")
+
+
+def say(text: str) -> None:
+    """A line on stdout, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def fail(message: str) -> None:
+    """A line on stderr, and exit code 2."""
+    sys.stderr.write(f"bdjax: {message}\n")
+    sys.exit(2)

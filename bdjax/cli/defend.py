@@ -1,0 +1,42 @@
+"""`bdjax defend`: phase two, on a victim directory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdjax import registry
+from bdjax.cli._common import finish, first, methods, parse, ready, remove_run
+from bdjax.options import Place
+
+ORDER = 40
+USAGE = "VICTIM_DIR DEFENSE [--defense.FIELD ..] [--split.FIELD ..] [--seed S] [--out DIR]"
+SUMMARY = "clean the model in VICTIM_DIR, measure before and after"
+
+
+@dataclass
+class Flags(Place):
+    """Flags of `bdjax defend`."""
+
+    dataset: str | None = None
+    """Where the victim's data set lies now, if it has moved."""
+    seed: int | None = None
+    """Of the defense; default the victim's."""
+
+
+def main(argv: list[str]) -> None:
+    """Carry out the command; `argv` is what follows its name."""
+    victim = Path(first("defend", argv, f"defenses: {', '.join(registry.names('defenses'))}"))
+    (defense,), rest = methods(argv[1:], "defend", ("defenses",))
+    options = parse("defend", (str(victim), defense), rest, Flags, defense=defense, split=True)
+    from bdjax import run
+
+    with ready(options) as context:
+        directory = options.out or run.defense_directory_of(
+            victim, defense, options.defense, options.split, options.seed, options.root
+        )
+        if options.force:
+            remove_run(directory)
+        result = run.defend(
+            victim, defense, options.defense, directory,
+            split=options.split, seed=options.seed, dataset=options.dataset, context=context,
+        )  # fmt: skip
+    finish(result, directory, options.json)

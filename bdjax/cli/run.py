@@ -1,0 +1,29 @@
+"""`bdjax run`: the main job, from an attack's name to the numbers after a defense."""
+
+from bdjax.cli._common import finish, methods, parse, ready, remove_run
+from bdjax.options import Plant
+
+ORDER = 20
+USAGE = (
+    "ATTACK DEFENSE [--dataset D] [--model M] [--seed S] [--attack.FIELD ..] [--defense.FIELD ..] [--fit.FIELD ..]"
+    " [--split.FIELD ..] [--out DIR]"
+)
+SUMMARY = "plant ATTACK, checkpoint the victim, clean it with DEFENSE, measure before and after"
+
+
+def main(argv: list[str]) -> None:
+    """Carry out the command; `argv` is what follows its name."""
+    (attack, defense), rest = methods(argv, "run", ("attacks", "defenses"))
+    options = parse("run", (attack, defense), rest, Plant, attack=attack, defense=defense, fit=True, split=True)
+    from bdjax import run
+    from bdjax.experiment import Experiment
+
+    experiment = Experiment(
+        attack, defense, options.dataset, options.model, options.seed, options.attack, options.defense,
+        options.fit, options.split,
+    )  # fmt: skip
+    with ready(options) as context:
+        if options.force:
+            remove_run(options.out or run.directory_of(experiment, options.root))
+        result, directory = run.run(experiment, options.root, options.out, context)
+    finish(result, directory, options.json)
