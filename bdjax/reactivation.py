@@ -30,6 +30,7 @@ def reactivate(
     out: Path | None = None,
     *,
     seed: int = 0,
+    earlier: Mapping[str, Any] | None = None,
     clean: Path | None = None,
     dataset: str | None = None,
     context: Context | None = None,
@@ -39,6 +40,7 @@ def reactivate(
     Args:
       directory: purified (or a run's, or a victim's, as a control). attack: a module with `reactivate`.
       config: the attack's; None: its defaults. seed: of the attack.
+      earlier: Configs of the re-activations that this one begins with, by name; default their defaults.
       out: gets result.json and model/, the re-activated variables with the attack's arrays; None: nothing is written.
       clean: directory of `bdjax train clean`; None: a clean model is found in, or trained into, context.store.
       dataset: where the data set lies now, if it has moved.
@@ -49,6 +51,7 @@ def reactivate(
     """
     module, context = _module(attack), context or Context()
     config = config or module.Config()
+    configs = {name: _module(name).Config() for name in getattr(module, "NEEDS", ())} | dict(earlier or {})
     suspect = read_model(directory, moved=dataset)
     if not (suspect.directory / "trigger.npz").exists():
         raise InputError(f"{suspect.directory} has no trigger: there is nothing to re-activate, or to measure it by.")
@@ -60,7 +63,7 @@ def reactivate(
         key = jax.random.fold_in(stream(seed, "attack"), 7)
         before = suspect.evaluation.measure(suspect.victim.variables), suspect.evaluation.measure(reference)
         planted = [
-            _again(suspect, attack, config, variables, reference, name, context, watch, clock, key)
+            _again(suspect, attack, {**configs, attack: config}, variables, reference, name, context, watch, clock, key)
             for name, variables in (("purified", suspect.victim.variables), ("clean", reference))
         ]
         after = [_measure(module, config, suspect.evaluation, one) for one in planted]
@@ -82,6 +85,7 @@ def reactivate(
         "clean_before": before[1],
         "clean_after": after[1],
         "config": to_json(config),
+        "earlier": {name: to_json(own) for name, own in configs.items()},
         "seconds": {"attack": seconds, "compile": compiling},
         "env": environment(context.devices),
     }
@@ -120,14 +124,14 @@ def _at_home(suspect: Suspect) -> Any:
 
 
 def _again(
-    suspect: Suspect, attack: str, config: Any, variables: Variables, clean: Variables, name: str, context: Context,
-    watch: Recorder, clock: Clock, key: Key,
+    suspect: Suspect, attack: str, configs: Mapping[str, Any], variables: Variables, clean: Variables, name: str,
+    context: Context, watch: Recorder, clock: Clock, key: Key,
 ) -> Backdoor:  # fmt: skip
     """The attack on one model, after those that it needs."""
-    module, own = _module(attack), _at_home(suspect)
+    module, own, config = _module(attack), _at_home(suspect), configs[attack]
     earlier: dict[str, Variables] = {}
     for needed in getattr(module, "NEEDS", ()):
-        planted = _again(suspect, needed, _module(needed).Config(), variables, clean, name, context, watch, clock, key)
+        planted = _again(suspect, needed, configs, variables, clean, name, context, watch, clock, key)
         earlier[needed] = planted.variables
     unfinished = suspect.directory.with_name(f".{suspect.directory.name}.{attack}-{name}")
     task = task_of(own, suspect.data, context, watch, unfinished, clock)

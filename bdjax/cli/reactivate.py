@@ -1,14 +1,16 @@
 """`bdjax reactivate`: attack a purified model again."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from bdjax import registry
 from bdjax.cli._common import first, methods, parse, ready, remove_run, say
 from bdjax.options import Device
 
 ORDER = 45
-USAGE = "PURIFIED_DIR ATTACK [--clean DIR] [--attack.FIELD ..] [--seed S] [--out DIR]"
+USAGE = "PURIFIED_DIR ATTACK [--clean DIR] [--attack.FIELD ..] [--retuning.FIELD ..] [--seed S] [--out DIR]"
 SUMMARY = "attack a purified model again (retuning, query_reactivation): R-ASR, Q-ASR"
 
 
@@ -31,11 +33,21 @@ class Flags(Device):
     """Replace an earlier result that stands there."""
 
 
+def _needs(attack: str) -> dict[str, type]:
+    """The Configs of the re-activations that `attack` begins with."""
+    from bdjax.experiment import config_of
+
+    return {name: config_of("attacks", name) for name in getattr(registry.load("attacks", attack), "NEEDS", ())}
+
+
 def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     directory = Path(first("reactivate", argv))
     (attack,), rest = methods(argv[1:], "reactivate", ("attacks",))
-    options = parse("reactivate", (str(directory), attack), rest, Flags, attack=attack)
+    needs = _needs(attack)
+    fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in needs.items()]
+    flags = dataclasses.make_dataclass("Flags", fields, bases=(Flags,))
+    options = parse("reactivate", (str(directory), attack), rest, flags, attack=attack)
     from bdjax import reactivation
 
     out = options.out or directory.with_name(f"{directory.name}-{attack}")
@@ -45,7 +57,8 @@ def main(argv: list[str]) -> None:
             remove_run(out)
         result = reactivation.reactivate(
             directory, attack, options.attack, out,
-            seed=options.seed, clean=options.clean, dataset=options.dataset, context=context,
+            earlier={name: getattr(options, name) for name in needs}, seed=options.seed, clean=options.clean,
+            dataset=options.dataset, context=context,
         )  # fmt: skip
     say(f"{attack} of {directory}: n = {result['n_test']} (ACC), {result['n_asr']} (ASR); seed {options.seed}")
     say(f"{'':16s}{'ACC':>8s}{'ASR':>8s}{'ACC after':>11s}{result['metric']:>11s}")
