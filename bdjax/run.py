@@ -69,7 +69,8 @@ def defend(
     module = registry.load("defenses", defense)
     with parallel.using(context.devices):
         key = stream(experiment.seed, "defense")
-        cleaned = module.purify(experiment.defense_config, suspect.victim, suspect.view(watch), key)
+        view = suspect.view(watch, getattr(module, "NEEDS_TRIGGER", False))
+        cleaned = module.purify(experiment.defense_config, suspect.victim, view, key)
         jax.block_until_ready(cleaned)
     seconds, compiling = clock.read()
     after = evaluation.measure(cleaned)

@@ -39,9 +39,12 @@ class Suspect:
             self.held_out,
         )
 
-    def view(self, watch: Watch | None = None) -> DefenderView:
-        """The defender's clean images; `watch` is shown the defense at work."""
-        return DefenderView(self.evaluation.clean_images, self.evaluation.clean_labels, watch or Watch())
+    def view(self, watch: Watch | None = None, trigger: bool = False) -> DefenderView:
+        """The defender's clean images; `watch` is shown the defense at work; `trigger`: with the true trigger."""
+        found = self.evaluation
+        return DefenderView(
+            found.clean_images, found.clean_labels, watch or Watch(), found.trigger if trigger else None
+        )
 
 
 def read_suspect(

@@ -231,6 +231,10 @@ class Victim:
     variables: Variables
 
 
+Trigger: TypeAlias = Callable[[Images, Key], Images]
+"""A test-time trigger: float32 [N, H, W, C] in [0, 1] and a key -> the same shape and range."""
+
+
 @dataclass(frozen=True)
 class DefenderView:
     """All that a defense may see beside the victim: clean images with labels. No poisoned image is in it."""
@@ -240,7 +244,5 @@ class DefenderView:
     labels: np.ndarray
     """int32 [n]."""
     watch: Watch = field(default_factory=Watch)
-
-
-Trigger: TypeAlias = Callable[[Images, Key], Images]
-"""A test-time trigger: float32 [N, H, W, C] in [0, 1] and a key -> the same shape and range."""
+    trigger: Trigger | None = None
+    """The true trigger, for the reference methods alone whose module declares NEEDS_TRIGGER."""

@@ -149,15 +149,15 @@ class TestAttack:
 @pytest.mark.parametrize("name", DEFENSES)
 class TestDefense:
     def purify(self, name, seed=0, watch=None):
-        model = perceptron()
+        model, module = perceptron(), registry.load("defenses", name)
         variables = model.init(jax.random.key(0))
         rng = np.random.default_rng(0)
         view = DefenderView(
             rng.integers(0, 256, (20, 8, 8, 1)).astype(np.uint8),
             np.tile(np.arange(4, dtype=np.int32), 5),
             watch or Watch(),
+            (lambda images, key: images.at[:, -2:, -2:].set(1.0)) if hasattr(module, "NEEDS_TRIGGER") else None,
         )
-        module = registry.load("defenses", name)
         return variables, module.purify(module.Config(), Victim(model, variables), view, jax.random.key(seed))
 
     def test_returns_finite_variables_of_the_same_structure_and_leaves_the_victim_alone(self, name):

@@ -1,0 +1,63 @@
+"""IBU: idealised unlearning with the true trigger, what every unlearner is measured against (BI-BAU, Eq. 49-50).
+
+Not a defense: whoever can run it has the trigger. The purified model is fine-tuned on the clean images and on the same
+images with the trigger on and their true labels, in equal parts:
+
+    mean CE(f(x), y) + mean CE(f(A(x)), y),     A the trigger at its test-time strength
+
+Deviations: the paper's weights of the two terms are lost, 1 : 1 here; so are its recipe's constants, the defaults are
+those of plain fine-tuning (SGD 0.01, momentum 0.9, weight decay 5e-4, batches of 256). Every image is stamped once.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from bdjax.engine import FitConfig, fit, parallel
+from bdjax.errors import InputError
+from bdjax.types import DefenderView, Key, Variables, Victim, to_float
+
+NEEDS_TRIGGER = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """The recipe of the fine-tuning."""
+
+    epochs: int = 20
+    """Passes over clean and triggered images together."""
+    batch_size: int = 256
+    """Images a step, at most."""
+    learning_rate: float = 0.01
+    """Of SGD."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-4
+    """L2 term added to the gradient."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.learning_rate <= 0:
+            raise InputError(f"defense.learning_rate must be positive, got {self.learning_rate}.")
+
+
+def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
+    """Fine-tune on clean images and on triggered ones with their true labels.
+
+    Args: view: clean images (stored [n, H, W, C]), labels [n] and the trigger.
+    Returns: the variables; the watch is shown them after each epoch. Raises InputError without a trigger.
+    """
+    if view.trigger is None:
+        raise InputError("ibu needs the true trigger, and this model has none. Use a defense that needs none.")
+    clean = to_float(view.images)
+    stamped = view.trigger(clean, jax.random.fold_in(key, 0))
+    images, labels = np.concatenate([clean, stamped]), np.concatenate([view.labels, view.labels])
+    size = min(config.batch_size, len(labels)) // parallel.count() * parallel.count()
+    recipe = FitConfig(
+        config.epochs, size, "sgd", config.learning_rate, config.momentum, weight_decay=config.weight_decay
+    )
+    start, key = victim.variables, jax.random.fold_in(key, 1)
+    return fit(victim.model, images, labels, recipe, key, start=start, watch=view.watch, stage="idealised unlearning")
