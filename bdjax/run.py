@@ -17,10 +17,10 @@ from bdjax.engine import parallel
 from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
 from bdjax.evaluation import clean_indices
-from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, from_json, run_record, stream, to_json
+from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, run_record, stream, to_json
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
-from bdjax.suspect import Suspect, read_suspect
+from bdjax.suspect import read_recorded, read_suspect
 from bdjax.types import Data
 from bdjax.victim import Context, check_fingerprint, check_same, experiment_of, train
 
@@ -129,23 +129,18 @@ def defend(
 
 def evaluate(directory: Path, dataset: str | None = None) -> dict[str, Any]:
     """Accuracy and ASR of a victim or purified directory, on its own data set or another of its shape."""
-    directory = Path(directory)
-    if not (directory / checkpoint.MANIFEST).exists() and (directory / "purified").is_dir():
-        directory = directory / "purified"
-    manifest = checkpoint.read_manifest(directory)
-    data = datasets.load(dataset or manifest["dataset"]["spec"])
-    defense = manifest.get("defense")
-    split = from_json(SplitConfig, manifest["split"]) if defense else None
-    experiment = experiment_of(manifest, None, None, split, defense["seed"] if defense else None)
+    directory = checkpoint.model_directory(directory)
+    suspect = read_recorded(directory, dataset=dataset)
     if dataset is None:
-        check_fingerprint(manifest, data, directory)
-    suspect = Suspect(directory, manifest, experiment, data, held_out=defense is not None and dataset is None)
+        check_fingerprint(suspect.manifest, suspect.data, directory)
+    else:
+        suspect = replace(suspect, held_out=False)
     evaluation = suspect.evaluation
     return {
         "directory": str(directory),
-        "kind": manifest["kind"],
-        "attack": experiment.attack,
-        "dataset": data.name,
+        "kind": suspect.manifest["kind"],
+        "attack": suspect.experiment.attack,
+        "dataset": suspect.data.name,
         "n_test": len(evaluation.images),
         "n_asr": int(evaluation.eligible.sum()),
         **evaluation.measure(suspect.victim.variables),
