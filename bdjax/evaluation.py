@@ -36,11 +36,17 @@ class Evaluation:
 
     def measure(self, variables: Variables) -> dict[str, float]:
         """{"acc", "asr", "asr_with_target"} as fractions; the last counts target-class images, as I-BAU's release."""
-        clean = jnp.asarray(predict(self.model, variables, self.images))
-        stamped = jnp.asarray(predict(self.model, variables, self.triggered))
-        wanted, eligible = jnp.asarray(self.wanted), jnp.asarray(self.eligible)
+        return self.rates(*self.predictions(variables))
+
+    def predictions(self, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted classes of the clean and of the triggered images, int32 [N] each."""
+        return predict(self.model, variables, self.images), predict(self.model, variables, self.triggered)
+
+    def rates(self, clean: np.ndarray, triggered: np.ndarray) -> dict[str, float]:
+        """What `measure` gives, of :meth:`predictions`."""
+        stamped, wanted, eligible = jnp.asarray(triggered), jnp.asarray(self.wanted), jnp.asarray(self.eligible)
         return {
-            "acc": float(accuracy(clean, jnp.asarray(self.labels))),
+            "acc": float(accuracy(jnp.asarray(clean), jnp.asarray(self.labels))),
             "asr": float(attack_success_rate(stamped, wanted, eligible)),
             "asr_with_target": float(attack_success_rate(stamped, wanted)),
         }
