@@ -12,8 +12,8 @@ LAYERS = (
     {"engine", "checkpoint", "interop"},
     {"attacks", "defenses"},
     {
-        "experiment", "evaluation", "compare", "gallery", "provenance", "recorder", "reference", "victim", "suspect",
-        "run", "sweep", "report",
+        "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "recorder", "reference", "victim",
+        "suspect", "run", "sweep", "report",
     },
     {"cli", "__main__"},
 )  # fmt: skip
