@@ -168,6 +168,21 @@ def _gallery(argv: list[str]) -> None:
         _say(json.dumps(result))
 
 
+def _inspect(argv: list[str]) -> None:
+    options = _parse("inspect", (), argv, options_.Inspect)
+    from bdjax import inspection
+    from bdjax.report import inspection as report
+
+    report.check_directory(options.out)
+    with _ready(options) as context:
+        models = options.victim, options.purified, options.clean
+        chosen = {"count": options.count, "seed": options.seed, "share": options.share}
+        result = inspection.inspect(*models, options.dataset, **chosen, tick=context.tick)
+    _say(report.write(result, options.out))
+    if options.json:
+        _say(json.dumps(result))
+
+
 def _list(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         _usage("list", argv)
@@ -259,6 +274,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
         "[ATTACK | VICTIM_DIR ...] [--dataset D] [--seed S] [--image I,J] --out FILE.png",
         "triggers side by side: a picture and how far each takes an image from the clean one",
     ),
+    "inspect": (_inspect, "VICTIM_DIR PURIFIED_DIR [CLEAN_DIR] --out DIR", "what a defense did inside a victim"),
     "list": (_list, "[attacks|defenses|models|datasets]", "what there is"),
     "_cell": (_cell, "", ""),
 }

@@ -148,6 +148,28 @@ class Gallery(Common):
     """Images of the test split behind the numbers; all, if there are fewer."""
 
 
+@dataclass(kw_only=True)
+class Inspect(Common):
+    """Flags of `bdjax inspect`."""
+
+    victim: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="VICTIM_DIR")]
+    """The model with the backdoor."""
+    purified: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PURIFIED_DIR")]
+    """What a defense made of it."""
+    clean: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[CLEAN_DIR]")] = None
+    """From `bdjax train clean` with the victim's flags and another seed; without it there is no BEC."""
+    out: Path
+    """Directory of inspection.json and inspection.png; those that stand there are replaced."""
+    dataset: str | None = None
+    """Where the victim's data set lies now, if it has moved."""
+    count: int | None = None
+    """Held-out images to look inside the models with; default 500, or all if there are fewer."""
+    seed: int = 0
+    """Decides which these are, and the t-SNE."""
+    share: float = 1.0
+    """Of the layers, counted from the last, that the means are over, in (0, 1]; BI-BAU takes 0.5."""
+
+
 def whole_numbers(flag: str, text: str, example: str) -> tuple[int, ...]:
     """The numbers in "5,20". Raises InputError for anything else, with the flag and an example of what it takes."""
     try:

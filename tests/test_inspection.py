@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import bdjax, refused
 
 from bdjax import checkpoint, run, victim
 from bdjax.attacks import badnets
@@ -213,6 +214,20 @@ def test_a_missing_trigger_and_a_broken_model(places, tmp_path):
     checkpoint.write_model(tmp_path / "broken", suspect.manifest, nothing, arrays)
     with pytest.raises(InputError, match="broken: layer block1 has values that are not finite"):
         inspect(places["victim"], tmp_path / "broken")
+
+
+def test_command_writes_table_picture_and_json(result, places, tmp_path, capsys):
+    argv = ["inspect", places["victim"], places["purified"], places["clean"], "--out", tmp_path / "a" / "b", "--json"]
+    lines = bdjax(capsys, *argv).splitlines()
+    assert json.loads(lines[-1])["layers"] == json.loads(json.dumps(result["layers"]))
+    assert json.loads((tmp_path / "a/b/inspection.json").read_text()) == json.loads(lines[-1])
+    assert (tmp_path / "a/b/inspection.png").read_bytes()[:4] == b"\x89PNG"
+    row = next(line for line in lines if line.startswith("block3"))
+    assert f"{result['layers'][2]['top']['0.1']['bec']:.3f}" in row and "6 of 64" in row
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(capsys, *argv[:3], "--out", tmp_path / "file" / "x")
+    assert "nowhere is not a directory" in refused(capsys, "inspect", "nowhere", "nowhere", "--out", tmp_path / "n")
+    assert not (tmp_path / "n").exists()
 
 
 def test_picture_of_many_classes_and_of_values_far_below(result, tmp_path):
