@@ -62,6 +62,12 @@ def write_model(
     return directory
 
 
+def model_directory(directory: Path, part: str = "purified") -> Path:
+    """`directory` itself, or the model in that of a run: its `part`, victim or purified."""
+    run = not (Path(directory) / MANIFEST).exists() and (Path(directory) / part).is_dir()
+    return Path(directory) / part if run else Path(directory)
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a model directory, after every file in it was compared with its hash.
 

@@ -52,15 +52,22 @@ class Evaluation:
         `perturb`, float32 [N, H, W, C] in [0, 1] to the same, is done to clean and triggered images alike.
         Of an attack with parts, also {"asr_by_trigger": {label: ASR}}; its ASRs are the mean over the parts.
         """
-        clean, stamped = (
-            jnp.asarray(predict(self.model, variables, _perturbed(images, perturb)))
-            for images in (self.images, self.triggered)
-        )
-        each = [jnp.asarray(a).reshape(len(self.parts), -1) for a in (stamped, self.wanted, self.eligible)]
+        return self.rates(*self.predictions(variables, perturb))
+
+    def predictions(
+        self, variables: Variables, perturb: Callable[[Images], Images] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted classes of the clean images, int32 [N], and of the triggered ones, int32 [parts * N]."""
+        clean, triggered = (_perturbed(images, perturb) for images in (self.images, self.triggered))
+        return predict(self.model, variables, clean), predict(self.model, variables, triggered)
+
+    def rates(self, clean: np.ndarray, triggered: np.ndarray) -> dict[str, Any]:
+        """What `measure` gives, of :meth:`predictions`."""
+        each = [jnp.asarray(a).reshape(len(self.parts), -1) for a in (triggered, self.wanted, self.eligible)]
         rates = [float(attack_success_rate(*of_part)) for of_part in zip(*each, strict=True)]
         whole = [float(attack_success_rate(*of_part)) for of_part in zip(*each[:2], strict=True)]
         return {
-            "acc": float(accuracy(clean, jnp.asarray(self.labels))),
+            "acc": float(accuracy(jnp.asarray(clean), jnp.asarray(self.labels))),
             "asr": float(np.mean(rates)),
             "asr_with_target": float(np.mean(whole)),
             **({"asr_by_trigger": dict(zip(self.parts, rates, strict=True))} if any(self.parts) else {}),

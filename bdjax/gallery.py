@@ -64,7 +64,7 @@ def gallery(
     not in the test split.
     """
     sources = tuple(dict.fromkeys(sources))
-    victims = {source: _model_directory(source) for source in sources if _is_directory(source)}
+    victims = {source: checkpoint.model_directory(Path(source)) for source in sources if _is_directory(source)}
     manifests = {source: checkpoint.read_manifest(path) for source, path in victims.items()}
     data = datasets.load(dataset or _dataset_of(manifests))
     drawing, stamping = jax.random.split(stream(seed, "evaluate"))
@@ -183,12 +183,6 @@ def _is_directory(source: str) -> bool:
         except InputError as error:
             raise InputError(f"{error} There is no directory of that name either.") from None
     return True
-
-
-def _model_directory(source: str) -> Path:
-    """The directory itself, or the victim in that of a run."""
-    run = not (Path(source) / checkpoint.MANIFEST).exists() and (Path(source) / "purified").is_dir()
-    return Path(source) / "purified" if run else Path(source)
 
 
 def _dataset_of(manifests: dict[str, dict[str, Any]]) -> str:

@@ -18,9 +18,9 @@ from bdjax.evaluation import Evaluation
 from bdjax.experiment import stream, to_json
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
-from bdjax.suspect import Suspect, read_model
+from bdjax.suspect import Suspect, read_recorded
 from bdjax.types import Backdoor, Defended, Key, Variables
-from bdjax.victim import Context, task_of
+from bdjax.victim import Context, check_fingerprint, task_of
 
 
 def reactivate(
@@ -52,7 +52,7 @@ def reactivate(
     module, context = _module(attack), context or Context()
     config = config or module.Config()
     configs = {name: _module(name).Config() for name in getattr(module, "NEEDS", ())} | dict(earlier or {})
-    suspect = read_model(directory, moved=dataset)
+    suspect = _read(directory, dataset)
     if not (suspect.directory / "trigger.npz").exists():
         raise InputError(f"{suspect.directory} has no trigger: there is nothing to re-activate, or to measure it by.")
     if out is not None and (Path(out) / "result.json").exists():
@@ -94,6 +94,12 @@ def reactivate(
     return result
 
 
+def _read(directory: Path, dataset: str | None) -> Suspect:
+    found = read_recorded(checkpoint.model_directory(directory), dataset=dataset)
+    check_fingerprint(found.manifest, found.data, found.directory)
+    return found
+
+
 def _module(attack: str) -> Any:
     module = registry.load("attacks", attack)
     if not hasattr(module, "reactivate"):
@@ -108,7 +114,7 @@ def _clean(suspect: Suspect, directory: Path | None, context: Context, dataset: 
         unfinished = suspect.directory.with_name(f".{suspect.directory.name}.clean-model")
         own = _at_home(suspect)
         return task_of(own, suspect.data, context, Recorder(context.tick), unfinished, Clock()).clean()
-    other = read_model(directory, moved=dataset)
+    other = _read(directory, dataset)
     for what in ("model", "shape", "classes"):
         if other.manifest[what] != suspect.manifest[what]:
             raise InputError(

@@ -20,9 +20,9 @@ from bdjax.evaluation import clean_indices
 from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, run_record, stream, to_json
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
-from bdjax.suspect import read_model, read_suspect
+from bdjax.suspect import read_recorded, read_suspect
 from bdjax.types import Data
-from bdjax.victim import Context, check_same, experiment_of, train
+from bdjax.victim import Context, check_fingerprint, check_same, experiment_of, train
 
 
 def defend(
@@ -130,10 +130,15 @@ def defend(
 
 def evaluate(directory: Path, dataset: str | None = None) -> dict[str, Any]:
     """Accuracy and ASR of a victim or purified directory, on its own data set or another of its shape."""
-    suspect = read_model(directory, dataset)
+    directory = checkpoint.model_directory(directory)
+    suspect = read_recorded(directory, dataset=dataset)
+    if dataset is None:
+        check_fingerprint(suspect.manifest, suspect.data, directory)
+    else:
+        suspect = replace(suspect, held_out=False)
     evaluation = suspect.evaluation
     return {
-        "directory": str(suspect.directory),
+        "directory": str(directory),
         "kind": suspect.manifest["kind"],
         "attack": suspect.experiment.attack,
         "dataset": suspect.data.name,

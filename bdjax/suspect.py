@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bdjax import checkpoint, datasets
+from bdjax.errors import InputError
 from bdjax.evaluation import Evaluation
 from bdjax.experiment import Experiment, SplitConfig, from_json
 from bdjax.types import Data, DefenderView, Victim, Watch
@@ -30,7 +31,9 @@ class Suspect:
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """Held-out images, clean and with the model's own trigger."""
+        """Held-out images, clean and with the model's own trigger. Raises InputError when that is not stored."""
+        if not (self.directory / "trigger.npz").is_file():
+            raise InputError(f"{self.directory} holds no trigger: trigger.npz is missing. Train the victim anew.")
         return Evaluation(
             self.victim.model,
             self.data,
@@ -72,23 +75,57 @@ def read_suspect(
     return Suspect(directory, manifest, experiment, data)
 
 
-def read_model(directory: Path, dataset: str | None = None, moved: str | None = None) -> Suspect:
-    """A victim, purified or retuned directory (or a run's, which holds purified/) as it was measured.
+def read_recorded(directory: Path, *, dataset: str | None = None, data: Data | None = None) -> Suspect:
+    """A victim or purified directory as it was recorded: the defender's images of a purified model are left out.
 
-    Args:
-      dataset: another data set of the model's shape, all of whose test images count.
-      moved: where the model's own data set lies now.
-
-    Raises InputError for a damaged directory and, unless `dataset` is given, for another data set than the model's.
+    Args: dataset: where the data set lies; data: the set itself, when it is loaded already. Any set of the model's
+    shape will do: whether it is the recorded one (`check_fingerprint`) is for the caller to ask.
     """
-    directory = Path(directory)
-    if not (directory / checkpoint.MANIFEST).exists() and (directory / "purified").is_dir():
-        directory = directory / "purified"
     manifest = checkpoint.read_manifest(directory)
-    data = datasets.load(dataset or moved or manifest["dataset"]["spec"])
     defense = manifest.get("defense")
     split = from_json(SplitConfig, manifest["split"]) if defense else None
     experiment = experiment_of(manifest, None, None, split, defense["seed"] if defense else None)
-    if dataset is None:
-        check_fingerprint(manifest, data, directory)
-    return Suspect(directory, manifest, experiment, data, held_out=defense is not None and dataset is None)
+    data = data or datasets.load(dataset or experiment.dataset)
+    return Suspect(directory, manifest, experiment, data, held_out=defense is not None)
+
+
+def read_together(
+    victim: Path, purified: Path, clean: Path | None = None, dataset: str | None = None
+) -> dict[str, Suspect]:
+    """{"victim", "purified", "clean"} (the last if it is given): models to compare, each the one in a run, too.
+
+    In place of the purified model another victim will do. Raises InputError when they do not belong together: another
+    data set, architecture, shape or number of classes, a purified model of another victim, a poisoned clean model.
+    """
+    first = read_recorded(checkpoint.model_directory(victim, "victim"), dataset=dataset)
+    check_fingerprint(first.manifest, first.data, first.directory)
+    if first.manifest["kind"] != "victim":
+        raise InputError(f"{victim} holds a {first.manifest['kind']} model. The victim comes first, then it.")
+    second = read_recorded(checkpoint.model_directory(purified), data=first.data)
+    _check_alike(first, second)
+    if second.manifest.get("victim_hash", first.manifest["hash"]) != first.manifest["hash"]:
+        raise InputError(f"{purified} was made of another victim than {victim}. Give the one that it was made of.")
+    if clean is None:
+        return {"victim": first, "purified": second}
+    third = read_recorded(checkpoint.model_directory(clean, "victim"), data=first.data)
+    _check_alike(first, third)
+    if (third.manifest["kind"], third.experiment.attack) != ("victim", "clean"):
+        raise InputError(
+            f"{clean} holds no clean model but a {third.manifest['kind']} one ({third.experiment.attack}). "
+            "Train one with `bdjax train clean`."
+        )
+    return {"victim": first, "purified": second, "clean": third}
+
+
+def _check_alike(victim: Suspect, other: Suspect) -> None:
+    for what, of in (
+        ("model", lambda m: m["model"]),
+        ("image shape", lambda m: "x".join(map(str, m["shape"]))),
+        ("number of classes", lambda m: len(m["classes"])),
+        ("data set (its fingerprint)", lambda m: f"{m['dataset']['name']} {m['dataset']['fingerprint'][:12]}"),
+    ):
+        if (one := of(victim.manifest)) != (two := of(other.manifest)):
+            raise InputError(
+                f"{victim.directory} and {other.directory} differ in their {what}: {one} and {two}. "
+                "Only models of one kind and one data set can be compared."
+            )

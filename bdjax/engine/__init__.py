@@ -1,8 +1,10 @@
 """Training and evaluation on one device or many: methods call `fit`, `run_epoch`, `predict`; the engine decides how."""
 
 from bdjax.engine.epoch import run_epoch
-from bdjax.engine.evaluate import predict
+from bdjax.engine.evaluate import activations, changes, layers, predict
 from bdjax.engine.fit import FitConfig, fit, fit_controlled
 from bdjax.engine.step import capacity
 
-__all__ = ["FitConfig", "capacity", "fit", "fit_controlled", "predict", "run_epoch"]
+__all__ = [
+    "FitConfig", "activations", "capacity", "changes", "fit", "fit_controlled", "layers", "predict", "run_epoch",
+]  # fmt: skip

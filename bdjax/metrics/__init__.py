@@ -1,7 +1,17 @@
-"""Measures of attacks and defenses; masked and jittable. Each function's docstring gives its formula and source."""
+"""Measures of attacks and defenses; masked and jittable. Each function's docstring gives its formula and source.
+
+`silhouette` and `tsne` are scikit-learn's and run on the host.
+"""
 
 from bdjax.metrics.accuracy import accuracy
 from bdjax.metrics.asr import attack_success_rate
+from bdjax.metrics.bec import Existence, bec, bec_sigmoid
+from bdjax.metrics.cka import linear_cka
+from bdjax.metrics.embedding import silhouette, tsne
 from bdjax.metrics.similarity import distance, psnr, ssim, ssim_window
+from bdjax.metrics.tac import tac
 
-__all__ = ["accuracy", "attack_success_rate", "distance", "psnr", "ssim", "ssim_window"]
+__all__ = [
+    "Existence", "accuracy", "attack_success_rate", "bec", "bec_sigmoid", "distance", "linear_cka", "psnr",
+    "silhouette", "ssim", "ssim_window", "tac", "tsne",
+]  # fmt: skip
