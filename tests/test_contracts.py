@@ -40,14 +40,16 @@ def arrays_of(name, config, task):
     return module.prepare(config, task, jax.random.key(5)) if hasattr(module, "prepare") else {}
 
 
-QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1}
-"""Fields by which methods say how long they optimise; here two steps must do."""
+QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1, "images": 3}
+"""Fields by which methods say how long they optimise, and on how many images; here two steps must do."""
 
 
 def config_of(name, **changes):
     config = registry.load("attacks", name).Config()
     quick = {field: value for field, value in QUICK.items() if hasattr(config, field)}
-    return dataclasses.replace(config, **quick, **changes)
+    if config.ratio * 60 < 1:  # of 60 images, three
+        quick["ratio"] = 0.05
+    return dataclasses.replace(config, **{**quick, **changes})
 
 
 @pytest.mark.parametrize(("kind", "name"), METHODS)
