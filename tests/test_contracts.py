@@ -43,8 +43,8 @@ def arrays_of(name, config, task):
     return module.prepare(config, task, jax.random.key(5)) if hasattr(module, "prepare") else {}
 
 
-QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1}
-"""Fields by which methods say how long they optimise; here two steps must do."""
+QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1, "images": 3}
+"""Fields by which methods say how long they optimise, and on how many images; here two steps must do."""
 SMALL = {"multi_target": {"parts": ("badnets:0", "blended:3", "l0_inv:4")}}
 """What else a method's contract is tested with, where its defaults take long."""
 
@@ -53,7 +53,9 @@ def config_of(name, **changes):
     changes = SMALL.get(name, {}) | changes
     config = registry.load("attacks", name).Config()
     quick = {field: value for field, value in QUICK.items() if hasattr(config, field)}
-    return dataclasses.replace(config, **quick, **changes)
+    if config.ratio * 60 < 1:  # of 60 images, three
+        quick["ratio"] = 0.05
+    return dataclasses.replace(config, **{**quick, **changes})
 
 
 @pytest.mark.parametrize(("kind", "name"), METHODS)

@@ -9,7 +9,8 @@ A trigger that needs arrays beyond its Config (a picture from a file, an optimis
 once in `prepare(config, task, key) -> arrays` and gets them as a fourth argument; they are stored with
 the victim. Where a poisoned training image carries another trigger than a test image (weaker, or a part of
 it), `training_trigger`, of the same arguments, says which; a Config that extends :class:`CoverConfig` has
-cover images stamped as well, which keep their labels. An attack that does more than stamp and relabel adds
+cover images stamped as well, which keep their labels, and one that extends :class:`SourceConfig` counts as successful
+only where it turns images of one class. An attack that does more than stamp and relabel adds
 the strongest that it needs of
 
     poison(config, task, key[, arrays]) -> Poison          which images become what: cheap, and a function of its inputs
@@ -41,11 +42,13 @@ from bdjax.attacks._helpers import (
     CoverConfig,
     Part,
     PoisonConfig,
+    SourceConfig,
     check_target,
     fit_key,
     goal,
     key_per_image,
     part_arrays,
+    poisoned_set,
     relabel,
     select,
     select_cover,
@@ -54,7 +57,8 @@ from bdjax.errors import InputError
 from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, to_float, to_uint8
 
 __all__ = [
-    "CoverConfig", "Part", "PoisonConfig", "fit_key", "goal", "key_per_image", "parts_of", "payload", "plant", "poison",
+    "CoverConfig", "Part", "PoisonConfig", "SourceConfig", "fit_key", "goal", "key_per_image", "parts_of", "payload",
+    "plant", "poison",
     "poisoned_set", "stamped", "trigger_of",
 ]  # fmt: skip
 
@@ -128,18 +132,6 @@ def _draw(key: Key, pool: np.ndarray, count: int, what: str) -> np.ndarray:
     if count > len(pool):
         raise InputError(f"attack.count={count}, but there are {len(pool)} {what}. Use a smaller --attack.count.")
     return pool[np.asarray(jax.random.permutation(key, len(pool)))[:count]]
-
-
-def poisoned_set(made: Poison, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The training set with the poison in it: (images [copies * N, H, W, C], labels int32 [copies * N]).
-
-    The images are uint8 as given, unless the poison's are not.
-    """
-    if made.images.dtype != images.dtype:
-        images = np.asarray(to_float(images))
-    images, labels = np.concatenate([images] * made.copies), np.concatenate([labels] * made.copies).astype(np.int32)
-    images[made.indices], labels[made.indices] = made.images, made.labels
-    return images, labels
 
 
 def trigger_of(attack: str, config: Any, arrays: Arrays, training: bool = False) -> Trigger:

@@ -64,6 +64,21 @@ def part_arrays(arrays: Arrays, part: Part) -> Arrays:
     return {name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}
 
 
+@dataclass(frozen=True)
+class SourceConfig(PoisonConfig):
+    """For attacks that shall turn images of one class only: no other image counts for the ASR."""
+
+    source: int = 1
+    """Label of the images that the trigger shall turn; not the target."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source < 0 or self.source == self.target:
+            raise InputError(
+                f"attack.source must be a label other than attack.target={self.target}, got {self.source}."
+            )
+
+
 def fit_key(key: Key) -> Key:
     """The key to train the victim with, of the one that an attack is planted with: for all the same, so that a clean
     model and a poisoned one begin alike and see the images in the same order."""
@@ -71,10 +86,14 @@ def fit_key(key: Key) -> Key:
 
 
 def check_target(config: PoisonConfig, classes: int) -> None:
-    """Raise InputError when the target is not one of `classes` labels."""
+    """Raise InputError when the target, or the source, is not one of `classes` labels."""
     if config.target >= classes and config.labels != "all_to_all":
         raise InputError(
             f"attack.target={config.target}, but the labels go from 0 to {classes - 1}. Use --attack.target."
+        )
+    if isinstance(config, SourceConfig) and config.source >= classes:
+        raise InputError(
+            f"attack.source={config.source}, but the labels go from 0 to {classes - 1}. Use --attack.source."
         )
 
 
@@ -134,10 +153,24 @@ def replaced(images: np.ndarray, labels: np.ndarray, poison: Poison) -> tuple[np
 
 
 def goal(config: PoisonConfig, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The label an attacker wants for each test image, int32 [N], and whether it counts for the ASR, bool [N]."""
+    """The label an attacker wants for each test image, int32 [N], and whether it counts for the ASR, bool [N]: what is
+    not of the target class already; with a SourceConfig, what is of the source class."""
     if config.labels == "all_to_all":
         return relabel(config, labels, classes), np.ones(len(labels), bool)
-    return np.full(len(labels), config.target, np.int32), labels != config.target
+    wanted = np.full(len(labels), config.target, np.int32)
+    return wanted, labels == config.source if isinstance(config, SourceConfig) else labels != config.target
+
+
+def poisoned_set(made: Poison, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The training set with the poison in it: (images [copies * N, H, W, C], labels int32 [copies * N]).
+
+    The images are uint8 as given, unless the poison's are not.
+    """
+    if made.images.dtype != images.dtype:
+        images = np.asarray(to_float(images))
+    images, labels = np.concatenate([images] * made.copies), np.concatenate([labels] * made.copies).astype(np.int32)
+    images[made.indices], labels[made.indices] = made.images, made.labels
+    return images, labels
 
 
 def key_per_image(key: Key, count: int) -> Key:
