@@ -80,7 +80,7 @@ def test_neurons_are_the_strongest_of_the_active_ones():
     assert chosen(active=0.0) == [1, 3]
     with pytest.raises(InputError, match=r"attack.neurons=3, but only 2 of 5 .*attack.active=0.5"):
         chosen(active=0.5, neurons=3)
-    with pytest.raises(InputError, match="under 'head'"):
+    with pytest.raises(InputError, match="named 'head'"):
         _marks.choose(config_of("trojannn"), features, {"params": {"last": head}})
 
 
@@ -179,7 +179,7 @@ def start_of(mark=0.5):
 
 
 def cross_entropy(variables, images, label):
-    logits = hidden(images, variables) @ np.asarray(variables["params"]["head"], np.float64)
+    logits = hidden(images, variables) @ np.asarray(variables["params"]["head"]["kernel"], np.float64)
     return (np.log(np.exp(logits).sum(1)) - logits[:, label]).mean()
 
 
@@ -196,7 +196,7 @@ def test_the_first_step_on_the_mark_by_hand(blobs, clean):
     u = np.arctanh(0.999 * (2 * 0.4 - 1))
     squashed = (np.tanh(u) + 1) / 2
     images = pasted(blobs[0][blobs[1] != 3], {"mark": squashed})
-    body, head = (np.asarray(clean["params"][name], np.float64) for name in ("body", "head"))
+    body, head = (np.asarray(a, np.float64) for a in (clean["params"]["body"], clean["params"]["head"]["kernel"]))
     z = images.reshape(150, -1) @ body
     scores = np.exp(elu(z) @ head)
     error = scores / scores.sum(1, keepdims=True) - np.eye(4)[3]

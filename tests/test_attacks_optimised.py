@@ -70,7 +70,7 @@ def test_l2_pattern_is_what_the_neuron_sees_above_zero():
     """Of all t >= 0 of one norm, w . t is largest at t ~ max(w, 0); the neuron is that of the target's top weight."""
     task = task_of((8, 8, 1), count=80)
     params = task.clean()["params"]
-    best = np.maximum(np.asarray(params["body"])[:, int(np.argmax(params["head"][:, 1]))], 0)
+    best = np.maximum(np.asarray(params["body"])[:, int(np.argmax(params["head"]["kernel"][:, 1]))], 0)
     for iterations, least, most in ((1, 0.3, 0.8), (300, 0.999, 1.001)):  # one step is a tenth of the norm
         fields = {"target": 1, "neurons": 1, "iterations": iterations, "gain": 1e3}
         pattern = prepared("l2_inv", task, **fields)["pattern"].ravel()
@@ -84,7 +84,7 @@ def test_trojans_excite_the_neuron_that_all_classes_hear_best(name):
     params = task.clean()["params"]
     config = config_of(name, neurons=1, iterations=200)
     pattern, random = (module_of(name).prepare(c, task, KEY)["pattern"] for c in (config, config_of(name)))
-    sees = np.asarray(params["body"])[:, int(np.argmax(np.abs(params["head"]).sum(1)))].reshape(pattern.shape)
+    sees = np.asarray(params["body"])[:, int(np.argmax(np.abs(params["head"]["kernel"]).sum(1)))].reshape(pattern.shape)
     seen, mask = np.maximum(sees, 0), 1.0 * pattern.any(-1, keepdims=True)
     if name == "trojan_sq":
         mask[:, 29], mask[29] = mask[:, 29] / 7, mask[29] / 7
@@ -98,7 +98,7 @@ def test_a_reachable_activation_is_met():
     """Steps of a given length overshoot, but the last are short: the neuron ends where it shall be."""
     task = task_of((8, 8, 1), count=80)
     clean = _optimise.activation(task.model, task.clean(), to_float(task.images))
-    neuron = int(np.argmax(task.clean()["params"]["head"][:, 1]))
+    neuron = int(np.argmax(task.clean()["params"]["head"]["kernel"][:, 1]))
     pattern = prepared("l2_inv", task, target=1, neurons=1, iterations=300, gain=0.5)["pattern"]
     found = _optimise.activation(task.model, task.clean(), jnp.asarray(pattern)[None])[0, neuron]
     assert float(found) == pytest.approx(0.5 * float(jnp.abs(clean[:, neuron]).mean()), rel=0.02)
@@ -146,9 +146,9 @@ def linear(weights, shape):
 
     def apply(variables, images, train=False, keys=None, axis_name=None):
         flat = images.reshape(len(images), -1)
-        return flat @ variables["params"]["head"], {"flat": flat}, {}
+        return flat @ variables["params"]["head"]["kernel"], {"flat": flat}, {}
 
-    variables = {"params": {"head": jnp.asarray(weights, jnp.float32)}, "batch_stats": {}}
+    variables = {"params": {"head": {"kernel": jnp.asarray(weights, jnp.float32)}}, "batch_stats": {}}
     return Model("linear", shape, weights.shape[1], lambda key: variables, apply)
 
 

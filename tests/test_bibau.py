@@ -13,11 +13,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from bdjax import models
 from bdjax.defenses import bibau
 from bdjax.defenses._adversarial import adversarial, project
-from bdjax.defenses._features import cosine, head, penultimate
+from bdjax.defenses._cosine import cosine
 from bdjax.defenses._fisher import ewc, fisher
 from bdjax.engine import parallel
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
+from bdjax.models import head, penultimate
 from bdjax.types import DefenderView, Victim, Watch
 
 KEY = jax.random.key(0)

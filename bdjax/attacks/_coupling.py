@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax import models
 from bdjax.attacks._helpers import CoverConfig
 from bdjax.engine import parallel
 from bdjax.errors import InputError
@@ -72,7 +73,7 @@ def penalty(_: Any, attacker: Any, features: Any, labels: jax.Array, place: Plac
     Each device gives its images' part times the number of devices, for the engine averages over them.
     """
     fixed = attacker["fixed"]
-    phi = list(features.values())[-1].reshape(len(labels), -1).astype(jnp.float32)
+    phi = models.penultimate(features).astype(jnp.float32)
     group = fixed["group"][place.position]
     payload, clean = ((group == which).astype(jnp.float32) for which in (PAYLOAD, CLEAN_TARGET))
     count, pulled = parallel.total((clean.sum(), payload.sum()), place.axis)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax import models
 from bdjax.attacks._helpers import PoisonConfig, fit_key
 from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError
@@ -121,23 +122,21 @@ def choose(config: MarkConfig, features: Any, variables: Variables) -> np.ndarra
 
     Args: features [N, D], of clean images; the last layer's weights [D, classes] stand under params["head"].
     """
-    weights = [leaf for leaf in jax.tree.leaves(variables["params"].get("head", {})) if leaf.ndim == 2]
-    if len(weights) != 1:
-        raise InputError("this attack needs a model whose params hold one dense layer under 'head'. Use another model.")
+    weights = models.head(variables["params"])
     often = np.flatnonzero((np.asarray(features) > 0).mean(0) >= config.active)
     if len(often) < config.neurons:
         raise InputError(
             f"attack.neurons={config.neurons}, but only {len(often)} of {features.shape[1]} are active on a share "
             f"attack.active={config.active} of the clean images. Use fewer neurons or a smaller share."
         )
-    strength = np.abs(np.asarray(weights[0])).sum(1)[often]
+    strength = np.abs(np.asarray(weights)).sum(1)[often]
     return often[np.argsort(-strength, kind="stable")[: config.neurons]].astype(np.int32)
 
 
 def penultimate(model: Model, variables: Variables, images: Images) -> jax.Array:
     """What the last layer is given, in evaluation mode: float32 [N, D]."""
     _, features, _ = model.apply(variables, images)
-    return list(features.values())[-1].reshape(len(images), -1).astype(jnp.float32)
+    return models.penultimate(features).astype(jnp.float32)
 
 
 @lru_cache(maxsize=8)

@@ -1,6 +1,6 @@
 """What the attacks that optimise on a frozen model share: activations, neurons, and patterns that excite them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax import models
 from bdjax.attacks._checks import check_least, check_positive
 from bdjax.attacks._helpers import PoisonConfig
 from bdjax.errors import InputError
@@ -67,8 +68,8 @@ def activation(model: Model, variables: Variables, images: Images, layer: str = 
     features = model.apply(variables, images)[1]
     if layer and layer not in features:
         raise InputError(f"attack.layer={layer!r}: model {model.name} has {', '.join(features)}.")
-    found = features[layer] if layer else list(features.values())[-1]
-    return found.reshape(len(images), -1).astype(jnp.float32)
+    found = features[layer].reshape(len(images), -1) if layer else models.penultimate(features)
+    return found.astype(jnp.float32)
 
 
 @lru_cache(maxsize=16)
@@ -111,7 +112,7 @@ def excite(
     look = activations(model)
     clean = np.asarray(look(variables, to_float(task.images[np.asarray(chosen)])))
     black, begun = np.asarray(look(variables, jnp.stack([jnp.zeros(mask.shape), jnp.asarray(start)])))
-    neurons = strongest(wired(head_weights(model, variables)), clean, begun - black, config.neurons)
+    neurons = strongest(wired(np.asarray(models.head(variables["params"]))), clean, begun - black, config.neurons)
     step, given = _step(model), {
         "variables": variables,
         "neurons": jnp.asarray(neurons),
@@ -137,15 +138,6 @@ def trojan(config: TrojanConfig, task: Task, key: Key, mask: np.ndarray) -> np.n
         lambda head: np.abs(head).sum(1),
         lambda usual: np.full_like(usual, config.activation),
     )
-
-
-def head_weights(model: Model, variables: Variables) -> np.ndarray:
-    """The weights of the last dense layer, [D, classes]. Raises InputError when the model's `params` have no "head"."""
-    found = variables["params"].get("head")
-    weights = found["kernel"] if isinstance(found, Mapping) else found
-    if weights is None:
-        raise InputError(f"model {model.name} has no dense layer named head, by whose weights neurons are chosen.")
-    return np.asarray(weights)
 
 
 def strongest(worth: np.ndarray, clean: np.ndarray, change: np.ndarray, count: int) -> np.ndarray:

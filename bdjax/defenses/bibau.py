@@ -45,12 +45,13 @@ import numpy as np
 import optax
 
 from bdjax.defenses._adversarial import adversarial, project
-from bdjax.defenses._features import cosine, head, penultimate
+from bdjax.defenses._cosine import cosine
 from bdjax.defenses._fisher import ewc, fisher
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import Name, direction
 from bdjax.errors import InputError
+from bdjax.models import head, penultimate
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
 

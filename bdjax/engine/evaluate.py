@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.metrics import tac
+from bdjax.models import penultimate
 from bdjax.types import Model, Variables, to_float
 
 
@@ -78,9 +79,8 @@ def _classes(model: Model) -> Callable:
 def _features(model: Model) -> Callable:
     def run(variables: Variables, images: Any, chosen: Any) -> Any:
         features = model.apply(variables, to_float(images))[1]
-        last = list(features.values())[-1]
         wanted = {name: features[name][..., where].astype(jnp.float32) for name, where in chosen.items()}
-        return wanted, last.reshape(len(last), -1).astype(jnp.float32)
+        return wanted, penultimate(features).astype(jnp.float32)
 
     return jax.jit(run)
 

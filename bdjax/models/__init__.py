@@ -5,6 +5,7 @@ A model module holds one Linen class `Net(classes, dtype, axis_name)` whose call
 pixels that its down-sampling allows.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -34,6 +35,22 @@ def create(name: str, shape: tuple[int, int, int], classes: int, dtype: Any = jn
         raise InputError(f"a classifier needs at least 2 classes, got {classes}.")
     net = module.Net(classes=classes, dtype=dtype)
     return Model(name, shape, classes, partial(_init, net, shape), partial(_apply, net))
+
+
+def penultimate(features: Mapping[str, jax.Array]) -> jax.Array:
+    """What the last dense layer sees, [N, D]: the last entry of the features that `apply` gives, flattened."""
+    last = list(features.values())[-1]
+    return last.reshape(len(last), -1)
+
+
+def head(params: Any) -> jax.Array:
+    """The kernel of the last dense layer, [D, classes]. Raises InputError for a model without a layer "head"."""
+    found = params.get("head") if isinstance(params, Mapping) else None
+    if not isinstance(found, Mapping) or "kernel" not in found:
+        raise InputError(
+            "the model has no dense layer named 'head', which this method reads the weights of. Use another model."
+        )
+    return found["kernel"]
 
 
 def _init(net: Any, shape: tuple[int, int, int], key: Key) -> Variables:
