@@ -36,8 +36,10 @@ def task(images):
 
 
 def arrays_of(name, config, task):
-    module = registry.load("attacks", name)
-    return module.prepare(config, task, jax.random.key(5)) if hasattr(module, "prepare") else {}
+    module, key = registry.load("attacks", name), jax.random.key(5)
+    if any(hasattr(module, kind) for kind in ("train", "edit")):
+        return attacks.plant(name, config, task, key).arrays
+    return module.prepare(config, task, key) if hasattr(module, "prepare") else {}
 
 
 QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1}
@@ -95,8 +97,8 @@ class TestAttack:
 
         eager = jnp.stack([call(key) for key in keys])
         np.testing.assert_array_equal(eager[0], call(keys[0]))
-        np.testing.assert_allclose(jax.jit(call)(keys[0]), eager[0], atol=1e-6)
-        np.testing.assert_allclose(jax.vmap(call)(keys), eager, atol=1e-6)
+        np.testing.assert_allclose(jax.jit(call)(keys[0]), eager[0], atol=1e-5)  # networks sum in another order
+        np.testing.assert_allclose(jax.vmap(call)(keys), eager, atol=1e-5)
 
     def test_trigger_compiles_once(self, name, images, task):
         config = config_of(name)
