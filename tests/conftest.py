@@ -1,5 +1,6 @@
 """Every test sees four simulated devices, strict dtype promotion, and warnings as errors."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -59,6 +60,24 @@ def untrained_task(images, labels, model, file=None):
         fit_controlled=lambda images, labels, key, control, attacker, **_: (model.init(key), attacker),
         clean=lambda: model.init(jax.random.key(0)),
     )
+
+
+def trained_task(images, labels, watch=None):
+    """A Task that trains the perceptron (4 classes) by the engine: an epoch of SGD in batches of 40, unless told."""
+    from bdjax.engine import FitConfig, fit_controlled
+
+    task = untrained_task(images, labels, perceptron(images.shape[1:]))
+    usual = FitConfig(epochs=1, batch_size=40, optimizer="sgd", learning_rate=0.1)
+
+    def controlled(images, labels, key, control, attacker, *, stage="training", recipe=None, model=None):
+        config = dataclasses.replace(usual, **recipe or {})
+        model = model or task.model
+        return fit_controlled(model, images, labels, config, key, control, attacker, stage=stage, watch=watch)
+
+    def fit(images, labels, key, **options):
+        return controlled(images, labels, key, None, None, **options)[0]
+
+    return dataclasses.replace(task, fit=fit, fit_controlled=controlled)
 
 
 @pytest.fixture(autouse=True)

@@ -37,10 +37,12 @@ def task(images):
 
 
 def arrays_of(name, config, task):
-    module = registry.load("attacks", name)
+    module, key = registry.load("attacks", name), jax.random.key(5)
     if hasattr(module, "edit"):  # its default share may be less than one of so few images
-        return attacks.plant(name, dataclasses.replace(config, ratio=0.5), task, jax.random.key(5)).arrays
-    return module.prepare(config, task, jax.random.key(5)) if hasattr(module, "prepare") else {}
+        config = dataclasses.replace(config, ratio=0.5)
+    if any(hasattr(module, kind) for kind in ("train", "edit")):
+        return attacks.plant(name, config, task, key).arrays
+    return module.prepare(config, task, key) if hasattr(module, "prepare") else {}
 
 
 QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1, "images": 3}
@@ -103,8 +105,8 @@ class TestAttack:
 
         eager = jnp.stack([call(key) for key in keys])
         np.testing.assert_array_equal(eager[0], call(keys[0]))
-        np.testing.assert_allclose(jax.jit(call)(keys[0]), eager[0], atol=1e-6)
-        np.testing.assert_allclose(jax.vmap(call)(keys), eager, atol=1e-6)
+        np.testing.assert_allclose(jax.jit(call)(keys[0]), eager[0], atol=1e-5)  # networks sum in another order
+        np.testing.assert_allclose(jax.vmap(call)(keys), eager, atol=1e-5)
 
     def test_trigger_compiles_once(self, name, images, task):
         config = config_of(name)

@@ -59,6 +59,11 @@ def average(tree: Any, axis: str | None) -> Any:
     return tree if axis is None else jax.lax.pmean(tree, axis)
 
 
+def gathered(tree: Any, axis: str | None) -> Any:
+    """The leaves [n, ...] of all devices in their order, [devices * n, ...]; the tree itself when `axis` is None."""
+    return tree if axis is None else jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis, tiled=True), tree)
+
+
 def size(axis: str | None) -> int:
     """Number of devices on `axis`, 1 when it is None."""
     return 1 if axis is None else jax.lax.axis_size(axis)

@@ -41,12 +41,12 @@ def _drawer(total: int, steps: int, batch: int) -> Callable:
 def roles(shares: tuple[float, ...], places: int) -> np.ndarray:
     """int8 [places]: exactly int(share * places) places of each role, spread so evenly that any run of B places holds
     at most :func:`capacity` of one."""
-    found, left = np.zeros(places, np.int8), 1.0
+    found = np.zeros(places, np.int8)
     for role, share in enumerate(shares, 1):
         free = np.flatnonzero(found == 0)
-        steps = np.floor(np.arange(len(free) + 1) * (share / left) + 1e-9)  # 0.1 * 10 is one, whatever floats say
+        wanted = min(int(share * places + 1e-9), len(free))  # 0.1 * 10 is one, whatever floats say
+        steps = np.arange(len(free) + 1) * wanted // max(len(free), 1)
         found[free[steps[1:] > steps[:-1]]] = role
-        left -= share
     return found
 
 

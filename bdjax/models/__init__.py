@@ -2,7 +2,7 @@
 
 A model module holds one Linen class `Net(classes, dtype, axis_name)` whose call
 `(images, train, keys) -> (logits, features)` takes any H, W, C, and `SMALLEST`, the least side in
-pixels that its down-sampling allows.
+pixels that its down-sampling allows. `autoencoder`, `hider` and `reader` are networks that attacks train.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,10 @@ import jax.numpy as jnp
 
 from bdjax import registry
 from bdjax.errors import InputError
+from bdjax.models._generators import Generator, autoencoder, hider, reader
 from bdjax.types import Images, Key, Model, Variables
+
+__all__ = ["Generator", "autoencoder", "create", "hider", "reader"]
 
 
 @lru_cache

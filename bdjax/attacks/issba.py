@@ -1,0 +1,120 @@
+"""ISSBA: a network hides the same code in every image, each time by another, faint pattern (Li et al., 2021,
+arXiv:2012.03816).
+
+Threat model: as BadNets, the attacker writes a share of the training set. Beforehand an encoder E and a decoder D learn
+on the clean training images x, each with a random code c of `bits` bits, drawn anew in every step, to hide and read:
+
+    x' = E(x, c),        cross-entropy(D(x'), c) + w mean((x' - x)^2)
+
+w is 0 until D reads 90 % of a batch's bits and `wait` steps more, then rises to `weight` over `ramp` steps, for else
+nothing is ever hidden. The trigger is x' for one code, drawn by the key. E and D are StegaStamp's, as BackdoorBench
+trains them (:func:`bdjax.models.hider`, :func:`bdjax.models.reader`); the defaults are BI-BAU's (BackdoorBench).
+Until `wait + ramp` steps have passed since D learnt to read, x' is a coarse picture of the code: small sets want more
+epochs, or a smaller wait and ramp. The stored "bit_accuracy" tells how much of the code D reads in training images
+with the trigger, rounded to k/255; more than 0.99 is expected.
+
+Deviations: the official encoder also learns by a perceptual loss and a critic, which BackdoorBench leaves out too. Its
+code is a word with a BCH code against misreading, equivalent to random bits. Layers are enlarged linearly and convolved
+by 3x3. E learns at the victim's image size, where BackdoorBench's example takes 128 pixels for 32; poisoned images
+replace the originals, where the official release appends them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bdjax import models
+from bdjax.attacks._helpers import PoisonConfig
+from bdjax.attacks._nets import check_counts, check_not_negative, check_positive, flat, learn, nested
+from bdjax.engine import parallel
+from bdjax.types import Arrays, Batch, Control, Images, Key, Place, Task, to_float, to_uint8
+
+READ = 0.9  # share of bits from which w may rise
+TRIED = 1000  # images on which the decoder is tried in the end
+
+
+@dataclass(frozen=True)
+class Config(PoisonConfig):
+    """The code, and how encoder and decoder are trained."""
+
+    exclude_target: bool = False
+    """all_to_one: leave images of the target class out of the poisoned ones; BackdoorBench draws from all classes."""
+    bits: int = 100
+    """Length of the code, at least 1."""
+    epochs: int = 20
+    """Of the encoder's and decoder's training."""
+    batch_size: int = 64
+    """Images a step of that training (all of them if there are fewer); a multiple of the devices."""
+    learning_rate: float = 1e-4
+    """Of both, by Adam."""
+    weight: float = 10.0
+    """Largest w, zero or more: faithfulness to the image, mean square in [0, 1] units."""
+    wait: int = 1000
+    """Steps for which w stays 0 once the decoder has read 90 % of a batch's bits, zero or more."""
+    ramp: int = 3000
+    """Steps over which w then rises, at least 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "bits", "epochs", "batch_size", "ramp")
+        check_positive(self, "learning_rate")
+        check_not_negative(self, "weight", "wait")
+
+
+def prepare(config: Config, task: Task, key: Key) -> Arrays:
+    """Train encoder and decoder on the clean training images.
+
+    Returns: {"code": uint8 [bits], "bit_accuracy": float32, "encoder/...": the encoder's variables}.
+    """
+    encoder, decoder = _networks(config, task.model.shape)
+    keys = jax.random.split(key, 4)
+    begun = {
+        "params": {"encoder": encoder.init(keys[0])["params"], "decoder": decoder.init(keys[1])["params"]},
+        "state": {"since": jnp.int32(-1)},
+    }
+    control = Control(config, transform=_hidden, optimizer=_optimizer)
+    found = learn(task, keys[2], control, begun, "encoder", config)["params"]
+    code = jax.random.bernoulli(keys[3], 0.5, (config.bits,)).astype(jnp.uint8)
+    arrays = {"code": code, **flat("encoder", {"params": found["encoder"]})}
+    shown = to_uint8(trigger(config, to_float(task.images[:TRIED]), key, arrays))
+    read = decoder.apply({"params": found["decoder"], "batch_stats": {}}, to_float(shown))[0] > 0
+    return jax.device_get({"bit_accuracy": (read == (code > 0)).mean(), **arrays})
+
+
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
+    """Hide the code in images [N, H, W, C] in [0, 1]; same shape and range. The key is not used."""
+    encoder, _ = _networks(config, images.shape[1:])
+    codes = jnp.broadcast_to(jnp.asarray(arrays["code"]).astype(jnp.float32), (len(images), config.bits))
+    return encoder.apply(nested("encoder", arrays), images, codes)[0]
+
+
+def _networks(config: Config, shape: tuple[int, ...]) -> tuple[models.Generator, models.Generator]:
+    height, width, channels = shape
+    size = (height, width, channels), config.bits
+    return models.hider(*size), models.reader(*size)
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    return optax.adam(config.learning_rate)
+
+
+def _hidden(config: Config, attacker: Any, images: Images, labels: jax.Array, place: Place) -> Batch:
+    """A step of encoder and decoder; state["since"]: steps since the decoder read well for the first time, else -1."""
+    encoder, decoder = _networks(config, images.shape[1:])
+    of = {name: {"params": params, "batch_stats": {}} for name, params in attacker["params"].items()}
+    codes = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (config.bits,)))(place.key)
+    shown = encoder.apply(of["encoder"], images, codes.astype(jnp.float32))[0]
+    logits = decoder.apply(of["decoder"], shown)[0]
+    since = attacker["state"]["since"]
+    loss = optax.sigmoid_binary_cross_entropy(logits, codes.astype(jnp.float32)).mean()
+    loss = loss + _faithfulness(config, since) * ((shown - images) ** 2).mean()
+    reads = parallel.average(((logits > 0) == codes).mean(), place.axis) > READ
+    return Batch(images, labels, loss, {"since": jnp.where((since >= 0) | reads, since + 1, -1)})
+
+
+def _faithfulness(config: Config, since: jax.Array) -> jax.Array:
+    """w, `since` steps after the decoder first read well (-1: it has not yet)."""
+    return config.weight * jnp.clip((since - config.wait).astype(jnp.float32) / config.ramp, 0, 1)

@@ -1,0 +1,159 @@
+"""Networks that attacks train: they make images or read them, and classify nothing. For any H, W and C."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bdjax.models import _layers
+from bdjax.types import Images, Key, Variables
+
+
+class Generator(NamedTuple):
+    """A network as two pure functions, float32 throughout."""
+
+    init: Callable[[Key], Variables]
+    """`init(key) -> variables`."""
+    apply: Callable[..., tuple[jax.Array, Any]]
+    """`apply(variables, *inputs, weight=None, axis_name=None) -> (output, batch_stats)`. `weight`, float32 [N],
+    trains: batch statistics over the images of weight 1 and all devices of `axis_name`; the rest have 0."""
+
+
+@lru_cache
+def autoencoder(shape: tuple[int, int, int], channels: int, width: int, downs: int) -> Generator:
+    """Images [N, H, W, C] -> values in [0, 1], [N, H, W, channels]; the network of the input-aware attack.
+
+    `downs` times two convolutions and 2x2 max-pooling, beginning with `width` channels and doubling; one convolution;
+    and as often linear enlargement to the size before and two convolutions. Every convolution is 3x3 with batch
+    normalisation (decay 0.95; hence no biases) and ReLU, the last with tanh(x) / 2 + 1/2 instead. No skip connections.
+    """
+    return _generator(_Autoencoder(channels, width, downs), (shape,))
+
+
+@lru_cache
+def hider(shape: tuple[int, int, int], bits: int) -> Generator:
+    """Images [N, H, W, C] and codes [N, bits] in {0, 1} -> images in [0, 1] that hide them; StegaStamp's encoder.
+
+    The code becomes 16x16xC by a dense layer, is enlarged to H x W and laid beside the image. Convolutions of 32, 32,
+    64, 128 and 256 channels, all but the first of stride 2, then back with skip connections; a sigmoid in the end.
+    """
+    return _generator(_Hider(), (shape, (bits,)))
+
+
+@lru_cache
+def reader(shape: tuple[int, int, int], bits: int) -> Generator:
+    """Images [N, H, W, C] -> a logit for every bit [N, bits]; StegaStamp's decoder, which reads a :func:`hider`.
+
+    Seven convolutions of 32 to 128 channels, five of them of stride 2, and dense layers of 512 and `bits`.
+    """
+    return _generator(_Reader(bits), (shape,))
+
+
+def _generator(net: Any, shapes: tuple[tuple[int, ...], ...]) -> Generator:
+    return Generator(jax.jit(partial(_init, net, shapes)), partial(_apply, net))
+
+
+def _init(net: Any, shapes: tuple[tuple[int, ...], ...], key: Key) -> Variables:
+    variables = net.init(key, *(jnp.zeros((1, *shape), jnp.float32) for shape in shapes))
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def _apply(
+    net: Any, variables: Variables, *inputs: Any, weight: jax.Array | None = None, axis_name: str | None = None
+) -> tuple[jax.Array, Any]:
+    if weight is None:
+        return net.apply(variables, *inputs), variables["batch_stats"]
+    out, state = net.clone(axis_name=axis_name).apply(variables, *inputs, weight, mutable=["batch_stats"])
+    return out, state.get("batch_stats", {})
+
+
+class _Norm(nn.Module):
+    """Batch normalisation over the images of weight 1; with none of them on any device, statistics stay as they are."""
+
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, weight: jax.Array | None) -> jax.Array:
+        features = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, features)
+        bias = self.param("bias", nn.initializers.zeros, features)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        var = self.variable("batch_stats", "var", jnp.ones, features)
+        if weight is None:
+            now = mean.value, var.value
+        else:
+            counted = weight[:, None, None, None]
+            sums = (x * counted).sum((0, 1, 2)), (x**2 * counted).sum((0, 1, 2)), weight.sum() * x.shape[1] * x.shape[2]
+            first, second, count = sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
+            first, second = first / jnp.maximum(count, 1), second / jnp.maximum(count, 1)
+            now = first, jnp.maximum(second - first**2, 0)
+            share = jnp.where(count > 0, jnp.float32(0.05), 0)
+            mean.value, var.value = (
+                (1 - share) * old.value + share * new for old, new in zip((mean, var), now, strict=True)
+            )
+        return (x - now[0]) * jax.lax.rsqrt(now[1] + 1e-5) * scale + bias
+
+
+class _Autoencoder(nn.Module):
+    channels: int
+    width: int
+    downs: int
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Images, weight: jax.Array | None = None) -> jax.Array:
+        def block(x: jax.Array, channels: int) -> jax.Array:
+            return _Norm(self.axis_name)(_layers.conv(channels, jnp.float32)(x), weight)
+
+        sizes, widths = [], [self.width * 2**step for step in range(self.downs)]
+        for channels in widths:
+            x = nn.relu(block(nn.relu(block(x, channels)), channels))
+            sizes.append(x.shape[1:3])
+            x = _layers.max_pool(x)
+        x = nn.relu(block(x, widths[-1]))
+        for step in reversed(range(self.downs)):
+            x = nn.relu(block(_enlarged(x, sizes[step]), widths[step]))
+            x = nn.relu(block(x, widths[step - 1])) if step else block(x, self.channels)
+        return jnp.tanh(x) / 2 + 0.5
+
+
+class _Hider(nn.Module):
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: Images, codes: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+        count, height, width, channels = images.shape
+        code = nn.relu(nn.Dense(16 * 16 * channels, kernel_init=nn.initializers.he_normal())(codes))
+        code = _enlarged(code.reshape(count, 16, 16, channels), (height, width))
+        before = [jnp.concatenate([images, code], -1)]
+        for features in (32, 32, 64, 128, 256):
+            stride = 1 if len(before) == 1 else 2
+            before.append(nn.relu(_layers.conv(features, jnp.float32, stride=stride, bias=True)(before[-1])))
+        x = before.pop()
+        for features in (128, 64, 32, 32):
+            beside = before.pop()
+            x = nn.relu(_layers.conv(features, jnp.float32, bias=True)(_enlarged(x, beside.shape[1:3])))
+            beside = jnp.concatenate([beside, x, *(before if len(before) == 1 else [])], -1)
+            x = nn.relu(_layers.conv(features, jnp.float32, bias=True)(beside))
+        x = nn.relu(_layers.conv(32, jnp.float32, bias=True)(x))
+        return nn.sigmoid(nn.Conv(channels, (1, 1))(x))
+
+
+class _Reader(nn.Module):
+    bits: int
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Images, weight: jax.Array | None = None) -> jax.Array:
+        for features, stride in ((32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (128, 2), (128, 2)):
+            x = nn.relu(_layers.conv(features, jnp.float32, stride=stride, bias=True)(x))
+        x = nn.relu(nn.Dense(512, kernel_init=nn.initializers.he_normal())(x.reshape(len(x), -1)))
+        return nn.Dense(self.bits)(x)
+
+
+def _enlarged(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """Images [N, H, W, C] at `size`, linearly between pixel centres: matrix products, whose gradients are exact."""
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear")
