@@ -38,7 +38,7 @@ def task(images):
 
 def arrays_of(name, config, task):
     module, key = registry.load("attacks", name), jax.random.key(5)
-    if hasattr(module, "edit"):  # its default share may be less than one of so few images
+    if hasattr(module, "edit") and config.labels != "clean":  # its default share may be less than one of so few images
         config = dataclasses.replace(config, ratio=0.5)
     if any(hasattr(module, kind) for kind in ("train", "edit")):
         return attacks.plant(name, config, task, key).arrays
