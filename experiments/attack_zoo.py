@@ -5,7 +5,7 @@
 Small VGG, no augmentation, Adam 1e-3, batches of 128; EPOCHS=n (default 50, the schedule of I-BAU) and SEEDS=0,1,2
 (default 0) change that; the table says what was used. GTSRB where nothing is said, CIFAR-10 for what needs many images
 of one class. Every Config is the module's default, changed only as PLAN says (and, with EPOCHS below 50, in the length
-of the attack's own optimisation). A finished row (OUT/NAME-SEED.json) is not computed again; the clean model is trained once.
+of the attack's own optimisation). A finished row (OUT/NAME-SEED.json) is not computed again.
 
 Bars (goals of this project): ASR in percent at least, or at most 10 points under the paper's (for adaptive and
 clean-label ones), and ACC at most so many points under the clean model's. Nothing is chosen by looking at the ASR.
