@@ -27,7 +27,7 @@ import optax
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction
-from bdjax.errors import InputError
+from bdjax.errors import check_fields
 from bdjax.types import Arrays, Backdoor, Defended, Images, Key, Model, Task, to_float
 
 NEEDS, METRIC = ("retuning",), "Q-ASR"
@@ -57,12 +57,12 @@ class Config:
     """Largest norm of a step's gradient; the release does not clip."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "hidden", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"attack.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("budget", "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"attack.{name} must be positive, got {getattr(self, name)}.")
+        check_fields(
+            self,
+            "attack",
+            (("count", "hidden", "epochs", "batch_size"), "at least 1", lambda v: v >= 1),
+            (("budget", "learning_rate", "clip"), "positive", lambda v: v > 0),
+        )
 
 
 def reactivate(config: Config, defended: Defended, backdoor: Backdoor, task: Task, key: Key) -> Backdoor:

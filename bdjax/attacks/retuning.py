@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from bdjax.attacks._helpers import replaced
-from bdjax.errors import InputError
+from bdjax.errors import InputError, check_fields
 from bdjax.types import Backdoor, Defended, Key, Task
 
 METRIC = "R-ASR"
@@ -47,11 +47,12 @@ class Config:
     """Of SGD."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"attack.{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.share <= 1:
-            raise InputError(f"attack.share must be in (0, 1], got {self.share}.")
+        check_fields(
+            self,
+            "attack",
+            (("count", "epochs", "batch_size"), "at least 1", lambda v: v >= 1),
+            (("share",), "in (0, 1]", lambda v: 0 < v <= 1),
+        )
 
 
 def reactivate(config: Config, defended: Defended, backdoor: Backdoor, task: Task, key: Key) -> Backdoor:

@@ -50,7 +50,7 @@ from bdjax.defenses._fisher import ewc, fisher
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import Name, direction
-from bdjax.errors import InputError
+from bdjax.errors import InputError, check_fields
 from bdjax.models import head, penultimate
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
@@ -314,13 +314,11 @@ def _check_data(config: Config, model: Model, labels: np.ndarray) -> None:
 
 
 def _check(config: Config) -> None:
-    rules: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    check_fields(
+        config,
+        "defense",
         (("epochs", "batch_size", "steps", "fisher_batch"), "at least 1", lambda v: v >= 1),
         (("step_size", "bound", "clip", "temperature", "learning_rate"), "positive", lambda v: v > 0),
         (("noise", "likelihood", "prior", "ewc", "inverse_ewc", "target"), "zero or more", lambda v: v >= 0),
         (("angle", "mixing"), "in [0, 1]", lambda v: 0 <= v <= 1),
     )
-    for names, what, holds in rules:
-        for name in names:
-            if not holds(getattr(config, name)):
-                raise InputError(f"defense.{name} must be {what}, got {getattr(config, name)!r}.")

@@ -32,7 +32,7 @@ from bdjax import models
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import Name, direction
-from bdjax.errors import InputError
+from bdjax.errors import InputError, check_fields
 from bdjax.hypergrad import check, hypergradient, solver
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
@@ -341,16 +341,14 @@ def _patched(weight: jax.Array, size: int, count: int, key: Key) -> jax.Array:
 
 
 def _check(config: Config) -> None:
-    rules: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    check_fields(
+        config,
+        "defense",
         (("rounds",), "at least 1", lambda v: v >= 1),
         (("batch_size", "inner_steps", "outer_steps", "penalty", "ridge"), "zero or more", lambda v: v >= 0),
         (("inner_lr", "outer_lr", "solver_step", "norm_bound"), "positive", lambda v: v > 0),
         (("patched_fraction",), "in (0, 1]", lambda v: 0 < v <= 1),
     )
-    for names, what, holds in rules:
-        for name in names:
-            if not holds(getattr(config, name)):
-                raise InputError(f"defense.{name} must be {what}, got {getattr(config, name)!r}.")
     try:
         check(config.solver, config.solver_iterations, config.solver_step, config.ridge)
     except InputError as error:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from bdjax.engine import FitConfig, fit, parallel
-from bdjax.errors import InputError
+from bdjax.errors import InputError, check_fields
 from bdjax.types import DefenderView, Key, Variables, Victim, to_float
 
 NEEDS_TRIGGER = True
@@ -37,11 +37,13 @@ class Config:
     """L2 term added to the gradient."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.learning_rate <= 0:
-            raise InputError(f"defense.learning_rate must be positive, got {self.learning_rate}.")
+        check_fields(
+            self,
+            "defense",
+            (("epochs", "batch_size"), "at least 1", lambda v: v >= 1),
+            (("learning_rate",), "positive", lambda v: v > 0),
+            (("momentum", "weight_decay"), "zero or more", lambda v: v >= 0),
+        )
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:

@@ -24,7 +24,7 @@ import optax
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction
-from bdjax.errors import InputError
+from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
 
@@ -46,12 +46,12 @@ class Config:
     """β, of Adam."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "batch_size", "passes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("norm_bound", "step", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"defense.{name} must be positive, got {getattr(self, name)}.")
+        check_fields(
+            self,
+            "defense",
+            (("rounds", "batch_size", "passes"), "at least 1", lambda v: v >= 1),
+            (("norm_bound", "step", "learning_rate"), "positive", lambda v: v > 0),
+        )
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
