@@ -66,10 +66,15 @@ def _cells(name: str) -> list[Cell]:
     preset: Any = ATTACKS[name][2]
     variants: tuple[Any, ...] = ("targeted", "untargeted")
     ours = [
-        cell_of(name, f"BI-BAU ({variant[0].upper()})", "bibau", bibau.Config(variant=variant, preset=preset, norm=NORM),
-              {"defense": "BI-BAU", "defense_setting": variant})
+        cell_of(
+            name,
+            f"BI-BAU ({variant[0].upper()})",
+            "bibau",
+            bibau.Config(variant=variant, preset=preset, norm=NORM),
+            {"defense": "BI-BAU", "defense_setting": variant},
+        )
         for variant in variants
-    ]  # fmt: skip
+    ]
     return [*ours, cell_of(name, "I-BAU", "ibau", ibau.Config(), {"defense": "I-BAU"})]
 
 

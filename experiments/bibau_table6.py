@@ -5,7 +5,7 @@
     bdjax reactivate runs/bibau_table6/HASH retuning          # R-ASR, and query_reactivation for Q-ASR, of each
 
 A is the likelihood in the ascent and EWC in the descent, B the prior and the inverse EWC. Data, MODEL, EPOCHS and NORM
-as in bibautable1.py, whose victims these are. ANGLES=1 adds the sweep of Figure 7, xi from 0 to 1, on BadNets.
+as in bibau_table1.py, whose victims these are. ANGLES=1 adds the sweep of Figure 7, xi from 0 to 1, on BadNets.
 
 Not run so far. To expect (the paper, averages of 4 attacks): ACC and ASR 85.12 and 5.32; A 87.08; B 80.82 and 3.00;
 both 84.16 and 1.60. R-ASR and Q-ASR 65.67 and 32.82; A 74.62 and 41.00; B 6.82 and 2.85; both 5.50 and 2.07.
@@ -21,7 +21,7 @@ from bdjax.defenses import bibau
 from bdjax.registry import load_file
 from bdjax.sweep import Cell
 
-table1: Any = load_file(Path(__file__).with_name("bibautable1.py"))
+table1: Any = load_file(Path(__file__).with_name("bibau_table1.py"))
 
 TITLE = "BI-BAU Table 6, CIFAR-10"
 SEEDS = table1.SEEDS
