@@ -43,6 +43,7 @@ RECIPE = FitConfig(EPOCHS, 128, "sgd", 0.1, 0.9, 5e-4, "step", "crop_flip")
 
 
 def cell_of(name: str, label: str, defense: str, config: Any, paper: dict[str, str]) -> Cell:
+    """The row of one attack and one defense; `paper` picks the published one."""
     attack, changes, _ = ATTACKS[name]
     small = [f"{MODEL} for ResNet-18"] * (MODEL != "resnet18") + [f"{EPOCHS} of 200 epochs"] * (EPOCHS != 200)
     return Cell(
