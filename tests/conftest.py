@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import tempfile
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -78,6 +80,15 @@ def trained_task(images, labels, watch=None):
         return controlled(images, labels, key, None, None, **options)[0]
 
     return dataclasses.replace(task, fit=fit, fit_controlled=controlled)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room():
+    """Forget compiled programs when there are many: each takes memory maps, of which Linux grants a process 65,530."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -19,5 +19,5 @@ def test_a_file_in_the_folder_is_a_command(tmp_path, capsys, monkeypatch):
 
 def test_helpers_are_no_command(capsys):
     known = refused(capsys, "_common").split("Known: ")[1]
-    assert known.startswith("demo, run, train, defend, evaluate,") and "_common" not in known
+    assert known.startswith("demo, run, train, defend, ") and "_common" not in known
     assert "_cell" in known and "_cell" not in bdjax(capsys, "--help")
