@@ -13,7 +13,7 @@ from bdjax import checkpoint
     ("argv", "words"),
     [
         (["run", "badnet", "ibau"], ["'badnet'", "Did you mean 'badnets'?", "image_trigger"]),
-        (["run", "badnets", "ibua"], ["'ibua'", "Did you mean 'ibau'?"]),
+        (["run", "badnets", "ibay"], ["'ibay'", "Did you mean 'ibau'?"]),
         (["run", "badnets", "ibau", "--model", "resnet"], ["'resnet'", "resnet18"]),
         (["run", "badnets", "ibau", "--dataset", "digit"], ["'digit'", "digits"]),
         (["run", "badnets", "ibau", "--dataset", "npz:nowhere.npz"], ["nowhere.npz"]),
