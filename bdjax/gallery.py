@@ -149,6 +149,8 @@ def _from_victim(source: str, directory: Path, manifest: dict[str, Any], data: D
 
 def _from_name(attack: str, data: Data, seed: int) -> _Planted:
     module, config = registry.load("attacks", attack), config_of("attacks", attack)()
+    if not hasattr(module, "trigger"):
+        raise InputError(f"{attack} attacks a purified model and has no trigger")
     if _training_makes_arrays(module):
         raise NeedsTraining
     return _Planted(attack, None, config, _prepared(module, config, data, seed))

@@ -234,3 +234,11 @@ def test_victims_of_other_data(victims, flat, tmp_path):
     (other / "trigger.npz").write_bytes(b"")
     with pytest.raises(InputError, match=r"trigger\.npz is damaged"):
         gallery.gallery((str(other),))
+
+
+def test_the_gallery_of_all_shows_or_leaves_out_every_attack_of_the_registry():
+    result, pictures = gallery.gallery(count=2)
+    shown = [row["attack"] for row in result["rows"]]
+    assert sorted([*shown, *result["left_out"]]) == registry.names("attacks") and len(pictures) == len(shown)
+    assert {"badnets", "wanet", "lsb"} <= set(shown)
+    assert "no trigger" in result["left_out"]["retuning"] and "changes no image" in result["left_out"]["clean"]
