@@ -32,7 +32,7 @@ class Evaluation:
         else:
             self.clean_images, self.clean_labels = data.x_train[self.clean_indices], data.y_train[self.clean_indices]
         self.images, self.labels = data.x_test[keep], data.y_test[keep]
-        own = {name: value for name, value in arrays.items() if not name.startswith("on_")}
+        own = attacks.own_arrays(arrays)
         self.trigger = attacks.trigger_of(experiment.attack, experiment.attack_config, own)
         parts = attacks.parts_of(experiment.attack, experiment.attack_config, own)
         key = stream(experiment.seed, "evaluate")

@@ -142,8 +142,7 @@ def _from_victim(source: str, directory: Path, manifest: dict[str, Any], data: D
             "Give data of its shape with --dataset."
         )
     experiment = experiment_of(manifest, None, None, None, None)
-    stored = checkpoint.read_arrays(directory, "trigger")
-    own = {name: value for name, value in stored.items() if not name.startswith("on_")}
+    own = attacks.own_arrays(checkpoint.read_arrays(directory, "trigger"))
     return _Planted(experiment.attack, source, experiment.attack_config, own)
 
 
@@ -172,7 +171,7 @@ def _prepared(module: ModuleType, config: Any, data: Data, seed: int) -> Arrays:
 
     model = Model("untrained", data.shape, len(data.classes), init=needs_training, apply=needs_training)
     task = Task(data.x_train, data.y_train, model, read_array)
-    return module.prepare(config, task, jax.random.split(stream(seed, "attack"), 3)[0])
+    return module.prepare(config, task, attacks.keys_of(stream(seed, "attack")).prepare)
 
 
 def _is_directory(source: str) -> bool:

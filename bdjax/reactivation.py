@@ -141,8 +141,7 @@ def _again(
         earlier[needed] = planted.variables
     unfinished = suspect.directory.with_name(f".{suspect.directory.name}.{attack}-{name}")
     task = task_of(own, suspect.data, context, watch, unfinished, clock)
-    stored = checkpoint.read_arrays(suspect.directory, "trigger")
-    arrays = {part: value for part, value in stored.items() if not part.startswith("on_")}
+    arrays = attacks.own_arrays(checkpoint.read_arrays(suspect.directory, "trigger"))
     keys = jax.random.fold_in(key, 0), stream(own.seed, "attack")
     payload = attacks.payload(
         own.attack, own.attack_config, task, keys, arrays, config.count, config.payload == "triggered"

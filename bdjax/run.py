@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from bdjax import checkpoint, datasets, registry
+from bdjax import victim as victims
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
@@ -185,7 +186,8 @@ def run(
 
 def victim_directory_of(experiment: Experiment, root: Path, fingerprint: str | None = None) -> Path:
     """Where :func:`run` keeps the victim of an experiment: root/victims/HASH."""
-    return Path(root) / "victims" / _victim_hash(experiment, fingerprint)[:16]
+    fingerprint = fingerprint or datasets.load(experiment.dataset).fingerprint
+    return victims.directory_of(experiment, Path(root) / "victims", fingerprint)
 
 
 def directory_of(experiment: Experiment, root: Path, fingerprint: str | None = None) -> Path:

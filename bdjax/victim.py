@@ -107,8 +107,7 @@ def poisoned_set(directory: Path, dataset: str | None = None) -> tuple[Data, np.
     check_fingerprint(manifest, data, directory)
     model = models.create(experiment.model, data.shape, len(data.classes))
     task = Task(data.x_train, data.y_train, model, read_array)
-    stored = checkpoint.read_arrays(directory, "trigger")
-    arrays = {name: value for name, value in stored.items() if not name.startswith("on_")}
+    arrays = attacks.own_arrays(checkpoint.read_arrays(directory, "trigger"))
     made = attacks.poison(experiment.attack, experiment.attack_config, task, stream(experiment.seed, "attack"), arrays)
     if _facts(made)["sha256"] != manifest["poison"]["sha256"]:
         raise InputError(

@@ -47,6 +47,8 @@ from bdjax.attacks._helpers import (
     fit_key,
     goal,
     key_per_image,
+    keys_of,
+    own_arrays,
     part_arrays,
     poisoned_set,
     relabel,
@@ -57,9 +59,8 @@ from bdjax.errors import InputError
 from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, to_float, to_uint8
 
 __all__ = [
-    "CoverConfig", "Part", "PoisonConfig", "SourceConfig", "fit_key", "goal", "key_per_image", "parts_of", "payload",
-    "plant", "poison",
-    "poisoned_set", "stamped", "trigger_of",
+    "CoverConfig", "Part", "PoisonConfig", "SourceConfig", "fit_key", "goal", "key_per_image", "keys_of",
+    "own_arrays", "parts_of", "payload", "plant", "poison", "poisoned_set", "stamped", "trigger_of",
 ]  # fmt: skip
 
 CHUNK = 1000  # images stamped at a time
@@ -78,7 +79,7 @@ def plant(attack: str, config: Any, task: Task, key: Key) -> Backdoor:
         return module.train(config, task, key)
     if hasattr(module, "edit"):
         return module.edit(config, task.clean(), task, key)
-    arrays = module.prepare(config, task, jax.random.split(key, 3)[0]) if hasattr(module, "prepare") else {}
+    arrays = module.prepare(config, task, keys_of(key).prepare) if hasattr(module, "prepare") else {}
     made = poison(attack, config, task, key, arrays)
     images, labels = poisoned_set(made, task.images, task.labels)
     control = module.control(config, task, made) if hasattr(module, "control") else None
@@ -90,7 +91,7 @@ def plant(attack: str, config: Any, task: Task, key: Key) -> Backdoor:
 
 def poison(attack: str, config: Any, task: Task, key: Key, arrays: Arrays) -> Poison:
     """The poisoned images of :func:`plant` with the same arguments, once its arrays are prepared."""
-    module, key = registry.load("attacks", attack), jax.random.split(key, 3)[1]
+    module, key = registry.load("attacks", attack), keys_of(key).poison
     if hasattr(module, "poison"):
         return module.poison(config, task, key, *([arrays] if arrays else []))
     select_key, stamp_key = jax.random.split(key)

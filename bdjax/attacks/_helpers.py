@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bdjax.errors import InputError
@@ -79,10 +80,26 @@ class SourceConfig(PoisonConfig):
             )
 
 
+class _Keys(NamedTuple):
+    prepare: Key
+    poison: Key
+    fit: Key
+
+
+def keys_of(key: Key) -> _Keys:
+    """The keys of the three stages, of the one that an attack is planted with."""
+    return _Keys(*jax.random.split(key, 3))
+
+
 def fit_key(key: Key) -> Key:
     """The key to train the victim with, of the one that an attack is planted with: for all the same, so that a clean
     model and a poisoned one begin alike and see the images in the same order."""
-    return jax.random.split(key, 3)[2]
+    return keys_of(key).fit
+
+
+def own_arrays(stored: Arrays) -> Arrays:
+    """An attack's own arrays among those stored with its victim, where its portraits stand too."""
+    return {name: value for name, value in stored.items() if not name.startswith("on_")}
 
 
 def check_target(config: PoisonConfig, classes: int) -> None:
@@ -135,7 +152,7 @@ def select_cover(config: PoisonConfig, labels: np.ndarray, poisoned: np.ndarray,
     return np.sort(left[np.asarray(jax.random.choice(key, len(left), (wanted,), replace=False))]).astype(np.int32)
 
 
-def relabel(config: PoisonConfig, labels: Any, classes: int) -> Any:
+def relabel(config: PoisonConfig, labels: Any, classes: Any) -> Any:
     """What poisoned images with these labels [n] are called, int32 [n]; inside jit too."""
     if config.labels == "all_to_all":
         return ((labels + 1) % classes).astype(np.int32)
@@ -144,12 +161,14 @@ def relabel(config: PoisonConfig, labels: Any, classes: int) -> Any:
     return (labels * 0 + config.target).astype(np.int32)
 
 
-def replaced(images: np.ndarray, labels: np.ndarray, poison: Poison) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels whose first ones are those of `poison`; float32 in [0, 1] where the poison's images are."""
-    if poison.images.dtype != images.dtype:
-        images = np.asarray(to_float(images))
-    count = len(poison.labels)
-    return np.concatenate([poison.images, images[count:]]), np.concatenate([poison.labels, labels[count:]])
+def relabelled(config: PoisonConfig, labels: jax.Array, classes: Any, role: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which images of a batch an attacker inside the step poisons, bool [B], and all labels then, int32 [B].
+
+    Those of role 1; with exclude_target not those that have the wanted label already.
+    """
+    wanted = relabel(config, labels, classes)
+    chosen = (role == 1) & (labels != wanted) if config.exclude_target else role == 1
+    return chosen, jnp.where(chosen, wanted, labels)
 
 
 def goal(config: PoisonConfig, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import models
-from bdjax.attacks._helpers import PoisonConfig, fit_key
+from bdjax.attacks._helpers import PoisonConfig, fit_key, relabelled
+from bdjax.attacks._optimise import activation, activations
 from bdjax.engine.optimizer import direction
-from bdjax.errors import InputError
+from bdjax.errors import InputError, check_fields
 from bdjax.types import Arrays, Batch, Control, Images, Key, Model, Place, Task, Variables, to_float
 
 SAMPLE = 500  # clean images on which neurons must be active
@@ -54,14 +55,14 @@ class MarkConfig(PoisonConfig):
         super().__post_init__()
         if self.labels == "clean":
             raise InputError("attack.labels must be all_to_one or all_to_all, got clean: the share is relabelled.")
-        for name in ("size", "neurons", "iterations", "epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"attack.{name} must be at least 1, got {getattr(self, name)}.")
+        check_fields(
+            self,
+            "attack",
+            (("size", "neurons", "iterations", "epochs"), "at least 1", lambda v: v >= 1),
+            (("activation", "mark_rate", "learning_rate"), "positive", lambda v: v > 0),
+        )
         if not 0 <= self.active <= 1:
             raise InputError(f"attack.active must be in [0, 1], got {self.active}. Use 0.05.")
-        for name in ("activation", "mark_rate", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"attack.{name} must be positive, got {getattr(self, name)}.")
         if self.weight_decay < 0:
             raise InputError(f"attack.weight_decay must not be negative, got {self.weight_decay}.")
 
@@ -104,7 +105,7 @@ def optimised(config: MarkConfig, variables: Variables, task: Task, key: Key) ->
     else:
         place = jnp.array([last[0] * ("bottom" in config.position), last[1] * ("right" in config.position)])
     sample = jax.random.choice(sample_key, len(task.images), (min(SAMPLE, len(task.images)),), replace=False)
-    features = _features(task.model)(variables, to_float(task.images[np.asarray(sample)]))
+    features = activations(task.model)(variables, to_float(task.images[np.asarray(sample)]))
     neurons = jnp.asarray(choose(config, features, variables))
     u = unsquash(jax.random.uniform(mark_key, (config.size, config.size, channels)))
     state, step = (u, direction("adam").init(u)), _step(task.model)
@@ -133,17 +134,6 @@ def choose(config: MarkConfig, features: Any, variables: Variables) -> np.ndarra
     return often[np.argsort(-strength, kind="stable")[: config.neurons]].astype(np.int32)
 
 
-def penultimate(model: Model, variables: Variables, images: Images) -> jax.Array:
-    """What the last layer is given, in evaluation mode: float32 [N, D]."""
-    _, features, _ = model.apply(variables, images)
-    return models.penultimate(features).astype(jnp.float32)
-
-
-@lru_cache(maxsize=8)
-def _features(model: Model) -> Callable:
-    return jax.jit(lambda variables, images: penultimate(model, variables, images))
-
-
 @lru_cache(maxsize=8)
 def _step(model: Model) -> Callable:
     """One step of Adam on u, towards the activation of the chosen neurons on a marked black image."""
@@ -152,7 +142,7 @@ def _step(model: Model) -> Callable:
     def step(state: Any, variables: Variables, shared: Any, rate: jax.Array) -> Any:
         def loss(u: jax.Array) -> jax.Array:
             image = paste(jnp.zeros((1, *model.shape)), {"mark": squash(u), "place": shared["place"]})
-            reached = penultimate(model, variables, image)[0][shared["neurons"]]
+            reached = activation(model, variables, image)[0][shared["neurons"]]
             return ((reached - shared["activation"]) ** 2).sum()
 
         update, moments = direction("adam").update(jax.grad(loss)(state[0]), state[1])
@@ -184,9 +174,6 @@ def inject(
 def _poisoned(setting: tuple[MarkConfig, int], attacker: Any, images: Images, labels: jax.Array, place: Place) -> Batch:
     """The batch with the images of role 1 marked and relabelled."""
     config, classes = setting
-    wanted = (labels + 1) % classes if config.labels == "all_to_all" else jnp.full_like(labels, config.target)
-    chosen = place.role == 1
-    if config.exclude_target:
-        chosen &= labels != wanted
+    chosen, labels = relabelled(config, labels, classes, place.role)
     marked = paste(images, attacker["fixed"])
-    return Batch(jnp.where(chosen[:, None, None, None], marked, images), jnp.where(chosen, wanted, labels))
+    return Batch(jnp.where(chosen[:, None, None, None], marked, images), labels)

@@ -1,6 +1,5 @@
-"""What the attacks with networks of their own share: training them alone, their variables as named arrays, checks."""
+"""What the attacks with networks of their own share: training them alone, their variables as named arrays."""
 
-import math
 from typing import Any
 
 import jax
@@ -69,24 +68,3 @@ def nested(name: str, arrays: Arrays) -> dict[str, Any]:
                 branch = branch.setdefault(step, {})
             branch[last] = jnp.asarray(leaf)
     return variables
-
-
-def check_counts(config: Any, *fields: str) -> None:
-    """Raise InputError for a field that is neither None nor at least 1."""
-    for name in fields:
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise InputError(f"attack.{name} must be at least 1, got {value}.")
-
-
-def check_positive(config: Any, *fields: str) -> None:
-    """Raise InputError for a field that is not positive and finite."""
-    for name in fields:
-        if not 0 < getattr(config, name) < math.inf:
-            raise InputError(f"attack.{name} must be positive and finite, got {getattr(config, name)}.")
-
-
-def check_not_negative(config: Any, *fields: str) -> None:
-    """Raise InputError for a field that is negative or not finite."""
-    for name in fields:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise InputError(f"attack.{name} must be zero or more and finite, got {getattr(config, name)}.")

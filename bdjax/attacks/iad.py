@@ -21,6 +21,7 @@ G's batch statistics. The authors never reset G's gradient, which so accumulates
 clipped. rms(f(x) - f(z)) + 1e-7 is the root of the mean square plus 1e-14, whose gradient exists at 0.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +31,10 @@ import numpy as np
 import optax
 
 from bdjax import models
-from bdjax.attacks._helpers import PoisonConfig, fit_key
-from bdjax.attacks._nets import check_counts, check_not_negative, check_positive, flat, learn, nested, step_size
+from bdjax.attacks._helpers import PoisonConfig, fit_key, keys_of, relabelled
+from bdjax.attacks._nets import flat, learn, nested, step_size
 from bdjax.engine import capacity, parallel
-from bdjax.errors import InputError
+from bdjax.errors import InputError, check_fields
 from bdjax.types import Arrays, Backdoor, Batch, Control, Images, Key, Place, Task
 
 
@@ -73,9 +74,13 @@ class Config(PoisonConfig):
         super().__post_init__()
         if self.labels == "clean":
             raise InputError("attack.labels must be all_to_one or all_to_all, got clean: iad relabels images.")
-        check_counts(self, "width", "downs", "epochs", "batch_size")
-        check_positive(self, "cross", "learning_rate", "clip")
-        check_not_negative(self, "sparsity", "diversity")
+        check_fields(
+            self,
+            "attack",
+            (("width", "downs", "epochs", "batch_size"), "at least 1", lambda v: v is None or v >= 1),
+            (("cross", "learning_rate", "clip"), "positive and finite", lambda v: 0 < v < math.inf),
+            (("sparsity", "diversity"), "zero or more and finite", lambda v: 0 <= v < math.inf),
+        )
         if self.ratio + self.cross > 1:
             raise InputError(f"attack.ratio={self.ratio} and attack.cross={self.cross} must not exceed 1 together.")
         if list(self.milestones) != sorted({*self.milestones}) or min(self.milestones, default=1) < 1:
@@ -93,7 +98,7 @@ def train(config: Config, task: Task, key: Key) -> Backdoor:
     if int(config.ratio * len(task.images)) < 1:
         raise InputError(f"attack.ratio={config.ratio} of {len(task.images)} images is none. Use a larger ratio.")
     pattern, mask = _networks(config, task.model.shape)
-    keys = jax.random.split(jax.random.split(key, 3)[0], 3)
+    keys = jax.random.split(keys_of(key).prepare, 3)
     steps = config.epochs * (len(task.images) // step_size(config, task))
     halts = int(0.4 * steps), int(0.8 * steps)
     control = Control((config, halts), transform=_masked, optimizer=_optimizer)
@@ -171,11 +176,7 @@ def _triggered(setting: Any, attacker: Any, images: Images, labels: jax.Array, p
     """A step of the classifier and G: role 1 is triggered, role 2 gets its neighbour's trigger."""
     config, (pattern, mask) = setting[0], _networks(setting[0], images.shape[1:])
     count, fixed = len(images), attacker["fixed"]
-    if config.labels == "all_to_all":
-        chosen, wanted = place.role == 1, (labels + 1) % fixed["classes"]
-    else:
-        chosen = (place.role == 1) & ~(config.exclude_target & (labels == config.target))
-        wanted = jnp.full_like(labels, config.target)
+    chosen, labels = relabelled(config, labels, fixed["classes"], place.role)
     own, others = (
         jnp.nonzero(which, size=capacity(share, count), fill_value=count)[0]  # what is left of it stands for nothing
         for which, share in ((chosen, config.ratio), (place.role == 2, config.cross))
@@ -191,7 +192,7 @@ def _triggered(setting: Any, attacker: Any, images: Images, labels: jax.Array, p
     pairs = min(len(side[0]) for side in sides)
     (x1, p1, valid1), (x2, p2, valid2) = ([value[:pairs] for value in side] for side in sides)
     loss = config.diversity * _diversity(x1, x2, p1, p2, valid1 & valid2)
-    return Batch(images.at[places].set(made, mode="drop"), jnp.where(chosen, wanted, labels), loss, stats)
+    return Batch(images.at[places].set(made, mode="drop"), labels, loss, stats)
 
 
 def _in_front(axis: str | None, *values: jax.Array) -> list[jax.Array]:

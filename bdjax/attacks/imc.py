@@ -28,10 +28,10 @@ import numpy as np
 import optax
 
 from bdjax.attacks import _marks
-from bdjax.attacks._helpers import relabel
+from bdjax.attacks._helpers import keys_of, relabel
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.optimizer import direction
-from bdjax.errors import InputError
+from bdjax.errors import InputError, check_fields
 from bdjax.types import Arrays, Backdoor, Images, Key, Model, Task, Variables, to_float
 
 
@@ -46,9 +46,7 @@ class Config(_marks.MarkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mark_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"attack.{name} must be at least 1, got {getattr(self, name)}.")
+        check_fields(self, "attack", (("mark_epochs", "batch_size"), "at least 1", lambda v: v >= 1))
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
@@ -68,7 +66,7 @@ def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor
     if not len(pool):
         raise InputError(f"all training images are of class {config.target}. Use another --attack.target.")
     parallel.check_batch(min(config.batch_size, len(pool)))
-    arrays = _marks.optimised(config, variables, task, jax.random.split(key, 3)[0])
+    arrays = _marks.optimised(config, variables, task, keys_of(key).prepare)
     data = {"images": jnp.asarray(task.images), "wanted": jnp.asarray(wanted)}
     refresh = partial(_mark_step, config, task, pool, data)
     variables, arrays = _marks.inject(config, variables, task, key, arrays, refresh)

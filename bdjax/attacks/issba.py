@@ -19,6 +19,7 @@ by 3x3. E learns at the victim's image size, where BackdoorBench's example takes
 replace the originals, where the official release appends them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,9 @@ import optax
 
 from bdjax import models
 from bdjax.attacks._helpers import PoisonConfig
-from bdjax.attacks._nets import check_counts, check_not_negative, check_positive, flat, learn, nested
+from bdjax.attacks._nets import flat, learn, nested
 from bdjax.engine import parallel
+from bdjax.errors import check_fields
 from bdjax.types import Arrays, Batch, Control, Images, Key, Place, Task, to_float, to_uint8
 
 READ = 0.9  # share of bits from which w may rise
@@ -59,9 +61,13 @@ class Config(PoisonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "bits", "epochs", "batch_size", "ramp")
-        check_positive(self, "learning_rate")
-        check_not_negative(self, "weight", "wait")
+        check_fields(
+            self,
+            "attack",
+            (("bits", "epochs", "batch_size", "ramp"), "at least 1", lambda v: v >= 1),
+            (("learning_rate",), "positive and finite", lambda v: 0 < v < math.inf),
+            (("weight", "wait"), "zero or more and finite", lambda v: 0 <= v < math.inf),
+        )
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:

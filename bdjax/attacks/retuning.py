@@ -14,13 +14,13 @@ of the target class, so `payload=triggered` puts the training trigger on other i
 poisoned set (WaNet, IAD) always do that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
 import numpy as np
 
-from bdjax.attacks._helpers import replaced
+from bdjax.attacks._helpers import poisoned_set
 from bdjax.errors import InputError, check_fields
 from bdjax.types import Backdoor, Defended, Key, Task
 
@@ -71,7 +71,8 @@ def reactivate(config: Config, defended: Defended, backdoor: Backdoor, task: Tas
             f"attack.count={config.count} poisoned images do not fit among {len(chosen)} (attack.share={config.share} "
             f"of {len(task.labels)}). Use a larger --attack.share."
         )
-    images, labels = replaced(task.images[chosen], task.labels[chosen], defended.payload)
+    first = replace(defended.payload, indices=np.arange(config.count), copies=1)
+    images, labels = poisoned_set(first, task.images[chosen], task.labels[chosen])
     batches = -(-len(chosen) // config.batch_size)
     recipe = {
         "epochs": config.epochs, "batch_size": len(chosen) // batches, "optimizer": "sgd", "weight_decay": 0.0,

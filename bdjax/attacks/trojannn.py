@@ -21,9 +21,8 @@ failed when the accuracy falls by 5 points; we report both numbers.
 
 from dataclasses import dataclass
 
-import jax
-
 from bdjax.attacks import _marks
+from bdjax.attacks._helpers import keys_of
 from bdjax.types import Arrays, Backdoor, Images, Key, Task, Variables
 
 
@@ -43,6 +42,6 @@ def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor
     Returns: a Backdoor with arrays {"mark": float32 [s, s, C] in [0, 1], "place": int32 [2], "neurons": int32 [n]}.
     Raises: InputError when the mark or the share does not fit, or too few neurons are active.
     """
-    arrays = _marks.optimised(config, variables, task, jax.random.split(key, 3)[0])
+    arrays = _marks.optimised(config, variables, task, keys_of(key).prepare)
     variables, arrays = _marks.inject(config, variables, task, key, arrays)
     return Backdoor("trojannn", config, variables, arrays)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks._helpers import PoisonConfig, fit_key, relabel
+from bdjax.attacks._helpers import PoisonConfig, fit_key, keys_of, relabelled
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Backdoor, Batch, Control, Images, Key, Labels, Place, Task
 
@@ -71,7 +71,7 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
 
 def train(config: Config, task: Task, key: Key) -> Backdoor:
     """Train with the warp and the noise mode in every batch."""
-    arrays = prepare(config, task, jax.random.split(key, 3)[0])
+    arrays = prepare(config, task, keys_of(key).prepare)
     control = Control((config, task.classes), (config.ratio, config.noise_ratio), _transform)
     attacker = {"fixed": arrays}
     variables, _ = task.fit_controlled(task.images, task.labels, fit_key(key), control, attacker)
@@ -87,13 +87,11 @@ def _transform(static: tuple[Config, int], attacker: Arrays, images: Images, lab
         noise = jax.random.uniform(key, (height, width, 2), minval=-1, maxval=1) / size
         return _sample(image[None], jnp.clip(points + noise, -1, 1))[0]
 
-    poisoned = place.role == 1
-    if config.exclude_target and config.labels == "all_to_one":
-        poisoned &= labels != config.target
+    poisoned, labels = relabelled(config, labels, classes, place.role)
     changed = jnp.where(_wide(poisoned), _sample(images, points), images)
     if config.noise_ratio > 0:
         changed = jnp.where(_wide(place.role == 2), jax.vmap(noisy)(images, place.key), changed)
-    return Batch(changed, jnp.where(poisoned, relabel(config, labels, classes), labels))
+    return Batch(changed, labels)
 
 
 def _wide(chosen: jax.Array) -> jax.Array:

@@ -142,8 +142,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         "original": original,
         "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
     }
-    ones = jax.tree.map(jnp.zeros_like, original["params"])
-    shared["fisher"] = {"clean": ones, "unlearning": ones}
+    nothing = jax.tree.map(jnp.zeros_like, original["params"])
+    shared["fisher"] = {"clean": nothing, "unlearning": nothing}
     if config.constraints_a:
         shared["fisher"]["clean"] = fisher(model, victim.variables, view.images, view.labels, config.fisher_batch)
     ascend = _ascender(model, static)
