@@ -32,6 +32,7 @@ def reactivate(
     seed: int = 0,
     earlier: Mapping[str, Any] | None = None,
     clean: Path | None = None,
+    control: bool = True,
     dataset: str | None = None,
     context: Context | None = None,
 ) -> dict[str, Any]:
@@ -43,10 +44,11 @@ def reactivate(
       earlier: Configs of the re-activations that this one begins with, by name; default their defaults.
       out: gets result.json and model/, the re-activated variables with the attack's arrays; None: nothing is written.
       clean: directory of `bdjax train clean`; None: a clean model is found in, or trained into, context.store.
+      control: attack that clean model too, for the line to compare with (it does not depend on the defense).
       dataset: where the data set lies now, if it has moved.
 
     Returns: JSON-able: "before" and "after" (ACC and ASR of the purified model, and of the re-activated one, which is
-      R-ASR or Q-ASR), "clean_before" and "clean_after" the same of the clean model.
+      R-ASR or Q-ASR), "clean_before" and "clean_after" the same of the clean model (None without `control`).
     Raises InputError for a model without a trigger, an attack of another kind, and clean models that do not fit.
     """
     module, context = _module(attack), context or Context()
@@ -61,12 +63,15 @@ def reactivate(
     with parallel.using(context.devices):
         reference = _clean(suspect, clean, context, dataset)
         key = jax.random.fold_in(stream(seed, "attack"), 7)
-        before = suspect.evaluation.measure(suspect.victim.variables), suspect.evaluation.measure(reference)
-        planted = [
-            _again(suspect, attack, {**configs, attack: config}, variables, reference, name, context, watch, clock, key)
-            for name, variables in (("purified", suspect.victim.variables), ("clean", reference))
-        ]
-        after = [_measure(module, config, suspect.evaluation, one) for one in planted]
+        attacked = {"purified": suspect.victim.variables} | ({"clean": reference} if control else {})
+        before = {name: suspect.evaluation.measure(variables) for name, variables in attacked.items()}
+        planted = {
+            name: _again(
+                suspect, attack, {**configs, attack: config}, variables, reference, name, context, watch, clock, key
+            )
+            for name, variables in attacked.items()
+        }
+        after = {name: _measure(module, config, suspect.evaluation, one) for name, one in planted.items()}
     seconds, compiling = clock.read()
     result = {
         "kind": "reactivation",
@@ -80,17 +85,17 @@ def reactivate(
         "seed": seed,
         "n_test": len(suspect.evaluation.images),
         "n_asr": int(suspect.evaluation.eligible.sum()),
-        "before": before[0],
-        "after": after[0],
-        "clean_before": before[1],
-        "clean_after": after[1],
+        "before": before["purified"],
+        "after": after["purified"],
+        "clean_before": before.get("clean"),
+        "clean_after": after.get("clean"),
         "config": to_json(config),
         "earlier": {name: to_json(own) for name, own in configs.items()},
         "seconds": {"attack": seconds, "compile": compiling},
         "env": environment(context.devices),
     }
     if out is not None:
-        _write(Path(out), result, suspect, planted[0])
+        _write(Path(out), result, suspect, planted["purified"])
     return result
 
 

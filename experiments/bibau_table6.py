@@ -4,7 +4,7 @@
     bdjax report runs/bibau_table6 --markdown
     bdjax reactivate runs/bibau_table6/HASH retuning          # R-ASR, and query_reactivation for Q-ASR, of each
 
-A is the likelihood in the ascent and EWC in the descent, B the prior and the inverse EWC. Data, MODEL, EPOCHS and NORM
+A is the likelihood in the ascent and EWC in the descent, B the prior and the inverse EWC. DATA, MODEL, EPOCHS and NORM
 as in bibau_table1.py, whose victims these are. ANGLES=1 adds the sweep of Figure 7, xi from 0 to 1, on BadNets.
 
 Not run so far. To expect (the paper, averages of 4 attacks): ACC and ASR 85.12 and 5.32; A 87.08; B 80.82 and 3.00;
@@ -23,7 +23,7 @@ from bdjax.sweep import Cell
 
 table1: Any = load_file(Path(__file__).with_name("bibau_table1.py"))
 
-TITLE = "BI-BAU Table 6, CIFAR-10"
+TITLE = f"BI-BAU Table 6, {table1.NAME}"
 SEEDS = table1.SEEDS
 ROWS = {  # label: (A, B), the paper's name and setting
     "Base AT": ((False, False), "Base AT", "ablation"),
@@ -35,7 +35,7 @@ ROWS = {  # label: (A, B), the paper's name and setting
 
 def _cell(name: str, label: str, config: bibau.Config, paper: dict[str, str] | None) -> Cell:
     cell = table1.cell_of(name, label, "bibau", config, {})
-    query = {"paper": "bibau", "table": "6", "dataset": "CIFAR-10", "model": "ResNet-18", "attack": name}
+    query = {"paper": "bibau", "table": "6", "dataset": table1.NAME, "model": "ResNet-18", "attack": name}
     return dataclasses.replace(cell, paper=query | paper if paper else None)
 
 
