@@ -103,6 +103,13 @@ def test_fisher_is_the_mean_of_squares_not_the_square_of_the_mean(victim, view):
     assert np.linalg.norm(ours - batch) > 0.3 * np.linalg.norm(ours)
 
 
+def test_a_capped_fisher_cuts_the_large_entries_and_leaves_the_others(victim, view):
+    whole, capped = (fisher(MODEL, victim.variables, view.images, view.labels, 40, cap) for cap in (np.inf, 2.0))
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(capped), strict=True):
+        assert_allclose(other, np.minimum(one, 2))
+    assert max(float(leaf.max()) for leaf in jax.tree.leaves(whole)) > 2
+
+
 def test_fisher_does_not_depend_on_how_many_are_held_at_once(victim, view):
     one, other = (fisher(MODEL, victim.variables, view.images, view.labels, size) for size in (7, 40))
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, other)

@@ -188,6 +188,10 @@ def test_the_clean_model_is_attacked_alike_and_trained_where_there_is_none(plant
         planted / "badnets", "retuning", config, clean=planted / "clean", context=victim.Context(1)
     )
     assert found["clean_after"] == given["clean_after"] and found["after"] == given["after"]
+    alone = reactivation.reactivate(
+        planted / "badnets", "retuning", config, clean=planted / "clean", control=False, context=victim.Context(1)
+    )
+    assert alone["after"] == given["after"] and alone["clean_before"] is alone["clean_after"] is None
     assert len(list((tmp_path / "victims").glob("[0-9a-f]*"))) == 1
 
 

@@ -1,5 +1,6 @@
 """How much the loss minds each weight: the diagonal Fisher information, and elastic weight consolidation with it."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -12,8 +13,9 @@ import optax
 from bdjax.types import Model, Variables, to_float
 
 
-def fisher(model: Model, variables: Variables, images: Any, labels: Any, size: int) -> Any:
-    """Diagonal Fisher: the mean over examples of (∂ log p(y|x) / ∂θ)², a pytree like the parameters, of mean one.
+def fisher(model: Model, variables: Variables, images: Any, labels: Any, size: int, cap: float = math.inf) -> Any:
+    """Diagonal Fisher: the mean over examples of (∂ log p(y|x) / ∂θ)², a pytree like the parameters, scaled to mean
+    one; entries above `cap` are then cut down to it.
 
     Each example is differentiated by itself (vmap): the square of a batch's gradient is another, smaller thing.
 
@@ -28,7 +30,7 @@ def fisher(model: Model, variables: Variables, images: Any, labels: Any, size: i
         total = jax.tree.map(jnp.add, total, found)
     count = sum(leaf.size for leaf in jax.tree.leaves(total))
     mean = sum(leaf.sum() for leaf in jax.tree.leaves(total)) / count
-    return jax.tree.map(lambda leaf: leaf / jnp.maximum(mean, 1e-30), total)
+    return jax.tree.map(lambda leaf: jnp.minimum(leaf / jnp.maximum(mean, 1e-30), cap), total)
 
 
 @lru_cache(maxsize=16)

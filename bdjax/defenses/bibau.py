@@ -108,6 +108,9 @@ class Config:
     """Of θ."""
     batch_norm: Literal["batch", "frozen"] = "batch"
     """Statistics in the outer step: the batch's, clean and adversarial together (the running ones follow), or θ_b's."""
+    fisher_cap: float = 100.0
+    """Largest entry of a Fisher whose mean is one. Ours: a few weights stand 1e4 times above the mean, and SGD with
+    momentum diverges on the quadratic of EWC once 2 λ3 entry learning_rate > 3.8."""
     fisher_batch: int = 32
     """Images whose gradients are held at once."""
 
@@ -142,10 +145,10 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         "original": original,
         "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
     }
-    nothing = jax.tree.map(jnp.zeros_like, original["params"])
+    nothing, of_fisher = jax.tree.map(jnp.zeros_like, original["params"]), (config.fisher_batch, config.fisher_cap)
     shared["fisher"] = {"clean": nothing, "unlearning": nothing}
     if config.constraints_a:
-        shared["fisher"]["clean"] = fisher(model, victim.variables, view.images, view.labels, config.fisher_batch)
+        shared["fisher"]["clean"] = fisher(model, victim.variables, view.images, view.labels, *of_fisher)
     ascend = _ascender(model, static)
     if config.constraints_b:
         made = [
@@ -153,7 +156,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
             for images, labels, keys in _pieces(view, size, jax.random.fold_in(key, 0))
         ]
         shared["fisher"]["unlearning"] = fisher(
-            model, victim.variables, np.concatenate(made)[:total], view.labels, config.fisher_batch
+            model, victim.variables, np.concatenate(made)[:total], view.labels, *of_fisher
         )
     state = {"params": jax.tree.map(jnp.copy, original["params"]), "stats": jax.tree.map(jnp.copy, original["stats"])}
     state["opt"] = direction(config.optimizer, 0.9).init(state["params"])
@@ -318,7 +321,7 @@ def _check(config: Config) -> None:
         config,
         "defense",
         (("epochs", "batch_size", "steps", "fisher_batch"), "at least 1", lambda v: v >= 1),
-        (("step_size", "bound", "clip", "temperature", "learning_rate"), "positive", lambda v: v > 0),
+        (("step_size", "bound", "clip", "temperature", "learning_rate", "fisher_cap"), "positive", lambda v: v > 0),
         (("noise", "likelihood", "prior", "ewc", "inverse_ewc", "target"), "zero or more", lambda v: v >= 0),
         (("angle", "mixing"), "in [0, 1]", lambda v: 0 <= v <= 1),
     )
