@@ -14,6 +14,7 @@ import jax
 
 from bdjax import checkpoint, datasets, registry
 from bdjax import victim as victims
+from bdjax.defenses import needs_trigger
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
@@ -70,7 +71,7 @@ def defend(
     module = registry.load("defenses", defense)
     with parallel.using(context.devices):
         key = stream(experiment.seed, "defense")
-        view = suspect.view(watch, getattr(module, "NEEDS_TRIGGER", False))
+        view = suspect.view(watch, needs_trigger(module, experiment.defense_config))
         cleaned = module.purify(experiment.defense_config, suspect.victim, view, key)
         jax.block_until_ready(cleaned)
     seconds, compiling = clock.read()

@@ -13,6 +13,7 @@ from conftest import perceptron, untrained_task
 
 from bdjax import attacks, models, registry
 from bdjax.attacks import _helpers
+from bdjax.defenses import needs_trigger
 from bdjax.engine import FitConfig, fit
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
@@ -160,7 +161,7 @@ class TestDefense:
             rng.integers(0, 256, (20, 8, 8, 1)).astype(np.uint8),
             np.tile(np.arange(4, dtype=np.int32), 5),
             watch or Watch(),
-            (lambda images, key: images.at[:, -2:, -2:].set(1.0)) if hasattr(module, "NEEDS_TRIGGER") else None,
+            (lambda images, key: images.at[:, -2:, -2:].set(1.0)) if needs_trigger(module, module.Config()) else None,
         )
         return variables, module.purify(module.Config(), Victim(model, variables), view, jax.random.key(seed))
 
