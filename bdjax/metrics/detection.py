@@ -41,7 +41,7 @@ def detection(named: jax.Array, called: jax.Array, targets: jax.Array, poisoned:
     """
 
     def share(right: jax.Array, counted: jax.Array) -> jax.Array:
-        return (right & counted).sum() / counted.sum().astype(jnp.float32)
+        return (right & counted).sum(dtype=jnp.float32) / counted.sum(dtype=jnp.float32)
 
     found, spared = share(called, poisoned), share(~called, ~poisoned)
     return Detection(share(named == targets, poisoned & (targets >= 0)), found, spared, (found + spared) / 2)
