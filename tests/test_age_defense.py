@@ -140,6 +140,19 @@ def test_detection_by_hand(monkeypatch, after, target, score, poisoned):
     assert not age.detect(age.Config(threshold=1e9), victim, view, KEY).poisoned
 
 
+def test_detection_is_of_the_edit_without_knowledge(backdoored, blobs, monkeypatch):
+    moved, real = [], age._editor
+
+    def spy(model, static):
+        moved.append(static.updated)
+        return real(model, static)
+
+    monkeypatch.setattr(age, "_editor", spy)
+    age.detect(age.Config(backdoor_knowledge=True), backdoored, DefenderView(*blobs), KEY)
+    age.purify(age.Config(backdoor_knowledge=True), backdoored, DefenderView(*blobs, trigger=corner), KEY)
+    assert moved == [True, False]
+
+
 def test_a_class_without_images_is_not_judged(backdoored, blobs):
     kept = blobs[1] != 3
     found = age.detect(age.Config(), backdoored, DefenderView(blobs[0][kept], blobs[1][kept]), KEY)

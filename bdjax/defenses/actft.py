@@ -1,8 +1,8 @@
-"""actFT: fine-tune a copy so that triggered images activate what the clean ones activate in the original (AGE's
-baseline, 2024, after an auxiliary routine in the release of Qiao et al., NeurIPS 2019).
+"""actFT: fine-tune a copy so that triggered images activate what clean ones do in the original (Hsieh et al., 2024).
 
-Not a defense of its own: whoever can run it has the trigger. No labels. With a_l what convolution l gives, A the
-trigger at its test-time strength, B a random half of each batch, and θ from θ_b:
+The baseline of AGE, after an auxiliary routine in the release of Qiao et al. (NeurIPS 2019). Not a defense of its own:
+whoever can run it has the trigger. No labels. With a_l what convolution l gives, A the trigger at its test-time
+strength, B a random half of each batch, and θ from θ_b:
 
     min_θ  mean over images, layers and elements of  (a_l(x'; θ) - a_l(x; θ_b))²,     x' = A(x) in B, else x
 

@@ -1,5 +1,6 @@
-"""AGE: edit the later layers by what the defender's images activate, in one forward pass (Hsieh et al., 2024; the name
-activation-guided editing is ours).
+"""AGE: edit the later layers by what the defender's images activate, in one forward pass (Hsieh et al., 2024).
+
+Of "Mitigating Backdoor Attacks using Activation-Guided Model Editing", which leaves its method without a name.
 
 Threat model: the defender has the model and a few images (512; 4 do), labelled only for repair and detection. With
 `backdoor_knowledge` (BDK in the paper) they carry the true trigger, without it they are clean.
