@@ -12,7 +12,7 @@ from bdjax import attacks
 from bdjax.engine import predict
 from bdjax.errors import InputError
 from bdjax.experiment import Experiment, SplitConfig, stream
-from bdjax.metrics import accuracy, attack_success_rate
+from bdjax.metrics import accuracy, attack_success_rate, ctca
 from bdjax.types import Data, Images, Model, Variables, to_float
 
 
@@ -37,6 +37,9 @@ class Evaluation:
         parts = attacks.parts_of(experiment.attack, experiment.attack_config, own)
         key = stream(experiment.seed, "evaluate")
         self.parts = [part.label for part, _ in parts]
+        whole = [part.config for part, _ in parts if part.config.labels != "all_to_all"]
+        self.targets = sorted({own.target for own in whole})
+        """Classes that triggered images shall be taken for; none of an all-to-all attack."""
         triggered, goals = [], []
         for place, (part, stored) in enumerate(parts):
             trigger = attacks.trigger_of(part.attack, part.config, stored)
@@ -47,7 +50,8 @@ class Evaluation:
         self.wanted, self.eligible = (np.concatenate(each) for each in zip(*goals, strict=True))
 
     def measure(self, variables: Variables, perturb: Callable[[Images], Images] | None = None) -> dict[str, Any]:
-        """{"acc", "asr", "asr_with_target"} as fractions; the last counts target-class images, as I-BAU's release.
+        """{"acc", "asr", "asr_with_target", "ctca"} as fractions; `asr_with_target` counts target-class images, as
+        I-BAU's release; `ctca` is None where no class, or no image of one, is the target, else the mean over targets.
 
         `perturb`, float32 [N, H, W, C] in [0, 1] to the same, is done to clean and triggered images alike.
         Of an attack with parts, also {"asr_by_trigger": {label: ASR}}; its ASRs are the mean over the parts.
@@ -70,8 +74,14 @@ class Evaluation:
             "acc": float(accuracy(jnp.asarray(clean), jnp.asarray(self.labels))),
             "asr": float(np.mean(rates)),
             "asr_with_target": float(np.mean(whole)),
+            "ctca": self._ctca(clean),
             **({"asr_by_trigger": dict(zip(self.parts, rates, strict=True))} if any(self.parts) else {}),
         }
+
+    def _ctca(self, clean: np.ndarray) -> float | None:
+        seen = [target for target in self.targets if (self.labels == target).any()]
+        rates = [float(ctca(jnp.asarray(clean), jnp.asarray(self.labels), target)) for target in seen]
+        return float(np.mean(rates)) if rates else None
 
     def shorten(self, count: int) -> None:
         """Measure on the first `count` held-out images only."""

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bdjax import checkpoint, datasets, registry
 from bdjax import victim as victims
+from bdjax.defenses import needs_trigger
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
-from bdjax.evaluation import clean_indices
+from bdjax.evaluation import Evaluation, clean_indices
 from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, run_record, stream, to_json
+from bdjax.metrics import score
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
-from bdjax.suspect import read_recorded, read_suspect
-from bdjax.types import Data
+from bdjax.suspect import read_clean, read_recorded, read_suspect
+from bdjax.types import Data, Scores
 from bdjax.victim import Context, check_fingerprint, check_same, experiment_of, train
 
 
@@ -35,6 +38,7 @@ def defend(
     split: SplitConfig | None = None,
     seed: int | None = None,
     dataset: str | None = None,
+    clean: Path | None = None,
     context: Context | None = None,
     extra: dict[str, Any] | None = None,
     data: Data | None = None,
@@ -46,6 +50,8 @@ def defend(
       directory: gets config.json, env.json, metrics.jsonl, arrays.npz, purified/ and, last, result.json.
       seed: of the defense; default the victim's.
       dataset: where the data set lies now, when it has moved.
+      clean: directory of a model trained alike without poison, for the score; default the victim's neighbour, by its
+        hash, if it is there. A finished result without a score gets it.
       extra: goes into the result as it is (which cell of which paper this is).
     """
     context, victim, directory = context or Context(), Path(victim), Path(directory)
@@ -53,11 +59,17 @@ def defend(
     manifest, experiment = suspect.manifest, suspect.experiment
     record = run_record(experiment, manifest["hash"])
     hashed = digest(record)
+    clean = clean or _neighbour(victim, manifest)
     if (finished := _finished(directory, hashed)) is not None:
+        if clean is not None and finished.get("clean") is None:
+            beside = suspect.evaluation.measure(read_clean(clean, suspect).victim.variables)
+            finished |= _beside(beside, finished["before"], finished["after"])
+            _write_json(directory / "result.json", finished)
         return finished
 
     evaluation = suspect.evaluation
     before = evaluation.measure(suspect.victim.variables)
+    rates = evaluation.measure(read_clean(clean, suspect).victim.variables) if clean else None
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", record)
     env = environment(context.devices)
@@ -70,12 +82,18 @@ def defend(
     module = registry.load("defenses", defense)
     with parallel.using(context.devices):
         key = stream(experiment.seed, "defense")
-        view = suspect.view(watch, getattr(module, "NEEDS_TRIGGER", False))
+        view = suspect.view(watch, needs_trigger(module, experiment.defense_config))
         cleaned = module.purify(experiment.defense_config, suspect.victim, view, key)
         jax.block_until_ready(cleaned)
     seconds, compiling = clock.read()
     after = evaluation.measure(cleaned)
     memory, what = peak_memory()
+    verdict = None
+    if hasattr(module, "detect"):
+        clock = Clock()
+        with parallel.using(context.devices):
+            found = module.detect(experiment.defense_config, suspect.victim, suspect.view(), key)
+        verdict = {**_verdict(found, experiment.attack, evaluation), "seconds": clock.read()[0]}
     result = {
         "attack": experiment.attack,
         "defense": defense,
@@ -87,6 +105,8 @@ def defend(
         "n_defender": len(evaluation.clean_labels),
         "before": before,
         "after": after,
+        **_beside(rates, before, after),
+        "detection": verdict,
         "seconds": {
             "attack": manifest["seconds"]["attack"],
             "defense": seconds,
@@ -129,6 +149,32 @@ def defend(
     return result
 
 
+def _neighbour(victim: Path, manifest: dict[str, Any]) -> Path | None:
+    """The clean model that `run` keeps beside this victim, or None."""
+    alike = victims.clean_of(experiment_of(manifest, None, None, None, None))
+    found = victims.directory_of(alike, victim.parent, manifest["dataset"]["fingerprint"])
+    return found if (found / "manifest.json").is_file() else None
+
+
+def _beside(clean: dict[str, Any] | None, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """{"clean", "score"}: the rates of a model trained without poison, and AGE's score; None without one."""
+    if clean is None:
+        return {"clean": None, "score": None}
+    value = float(score(*(jnp.float32(rate) for rate in (after["asr"], before["asr"], after["acc"], clean["acc"]))))
+    return {"clean": clean, "score": value if value == value else None}
+
+
+def _verdict(found: Scores, attack: str, evaluation: Evaluation) -> dict[str, Any]:
+    """What an audit found, and the truth."""
+    return {
+        "poisoned": found.poisoned,
+        "target": found.target,
+        "score": found.score,
+        "classes": [value if value == value else None for value in map(float, found.classes)],
+        "truth": {"poisoned": attack != "clean", "targets": [] if attack == "clean" else evaluation.targets},
+    }
+
+
 def evaluate(directory: Path, dataset: str | None = None) -> dict[str, Any]:
     """Accuracy and ASR of a victim or purified directory, on its own data set or another of its shape."""
     directory = checkpoint.model_directory(directory)
@@ -155,28 +201,38 @@ def run(
     out: Path | None = None,
     context: Context | None = None,
     extra: dict[str, Any] | None = None,
+    clean: bool = False,
 ) -> tuple[dict[str, Any], Path]:
     """Train (or find) the victim, defend it from its checkpoint. Returns (result, its directory).
 
     Args:
       root: results go to root/HASH, victims to root/victims/HASH, so a grid trains each victim once.
       out: put this run's result into that directory instead, and its victim into out/victim.
+      clean: train the same model without poison, too, for the score; it is kept beside the victim.
     """
     data = datasets.load(experiment.dataset)
     directory = out or directory_of(experiment, root, data.fingerprint)
     victim = out / "victim" if out else victim_directory_of(experiment, root, data.fingerprint)
     hashed = digest(run_record(experiment, _victim_hash(experiment, data.fingerprint)))
-    if (finished := _finished(directory, hashed)) is not None:
+    finished = _finished(directory, hashed)
+    if finished is not None and not (clean and finished.get("clean") is None):
         return finished, directory
     clean_indices(experiment.split, data, experiment.seed)  # refuse a bad split before hours of training
     context = context or Context()
-    train(experiment, victim, context if out else replace(context, store=victim.parent), data)
+    context_of_victims = context if out else replace(context, store=victim.parent)
+    train(experiment, victim, context_of_victims, data)
+    unpoisoned = None
+    if clean:
+        alike = victims.clean_of(experiment)
+        unpoisoned = out / "clean" if out else victims.directory_of(alike, victim.parent, data.fingerprint)
+        train(alike, unpoisoned, context_of_victims, data)
     result = defend(
         victim,
         experiment.defense or "",
         experiment.defense_config,
         directory,
         split=experiment.split,
+        clean=unpoisoned,
         context=context,
         extra=extra,
         data=data,
@@ -239,7 +295,7 @@ def _finished(directory: Path, expected: str) -> dict[str, Any] | None:
             found = None
         check_same(directory, found, expected)
     elif Path(directory).exists() and any(
-        p.name != "victim" and not p.name.startswith(".") for p in directory.iterdir()
+        p.name not in ("victim", "clean") and not p.name.startswith(".") for p in directory.iterdir()
     ):
         raise InputError(f"{directory} is not empty and holds no bdjax run. Choose another --out.")
     return None

@@ -107,14 +107,19 @@ def read_together(
         raise InputError(f"{purified} was made of another victim than {victim}. Give the one that it was made of.")
     if clean is None:
         return {"victim": first, "purified": second}
-    third = read_recorded(checkpoint.model_directory(clean, "victim"), data=first.data)
-    _check_alike(first, third)
-    if (third.manifest["kind"], third.experiment.attack) != ("victim", "clean"):
+    return {"victim": first, "purified": second, "clean": read_clean(clean, first)}
+
+
+def read_clean(directory: Path, victim: Suspect) -> Suspect:
+    """A model trained without poison, to compare `victim` with. Raises InputError when it is not one, or not alike."""
+    found = read_recorded(checkpoint.model_directory(directory, "victim"), data=victim.data)
+    _check_alike(victim, found)
+    if (found.manifest["kind"], found.experiment.attack) != ("victim", "clean"):
         raise InputError(
-            f"{clean} holds no clean model but a {third.manifest['kind']} one ({third.experiment.attack}). "
+            f"{directory} holds no clean model but a {found.manifest['kind']} one ({found.experiment.attack}). "
             "Train one with `bdjax train clean`."
         )
-    return {"victim": first, "purified": second, "clean": third}
+    return found
 
 
 def _check_alike(victim: Suspect, other: Suspect) -> None:

@@ -37,6 +37,8 @@ class Cell:
     """Column values that pick the published row from experiments/papers/*.csv."""
     scale: str = ""
     """How the run is smaller than the paper's ("6 of 50 epochs"); empty when it is not."""
+    clean: bool = False
+    """Train the model without poison, too, for AGE's score; cells that share it train it once."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def run_cell(file: Path, index: int, seed: int, out: Path, devices: int = 0) -> 
     """Run one cell of `file` in this process and return its result."""
     cell: Cell = _module(file).CELLS[index]
     extra = {"cell": {"index": index, "label": cell.label, "scale": cell.scale, "paper": cell.paper}}
-    return run.run(replace(cell.experiment, seed=seed), out, None, Context(devices), extra)[0]
+    return run.run(replace(cell.experiment, seed=seed), out, None, Context(devices), extra, cell.clean)[0]
 
 
 def _module(file: Path) -> ModuleType:

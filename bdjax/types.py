@@ -82,6 +82,10 @@ class Model:
     classes: int
     init: Callable[[Key], Variables]
     apply: Callable[..., tuple[jax.Array, dict[str, jax.Array], Any]]
+    outputs: Callable[..., tuple[dict[str, jax.Array], Any]] | None = None
+    """`outputs(variables, images, train=False, axis_name=None) -> (outputs, batch_stats)`: what each convolution and
+    dense layer gives, bias included and before normalisation, [N, ..., O], in forward order, by the path of its kernel
+    in the parameters ("Conv_0/kernel"). None: the model does not tell. Call it by :func:`bdjax.models.outputs`."""
 
     def logits(self, variables: Variables, images: Images) -> jax.Array:
         """Evaluation-mode logits, float32 [N, classes]."""
@@ -231,6 +235,20 @@ class Victim:
     variables: Variables
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What an audit of a model finds: which class an attack would aim at, and whether there is one."""
+
+    classes: np.ndarray
+    """float32 [C], how suspicious each class is; NaN where it could not be judged."""
+    target: int
+    """The most suspicious class."""
+    score: float
+    """How suspicious the model is: the value of that class."""
+    poisoned: bool
+    """The verdict."""
+
+
 Trigger: TypeAlias = Callable[[Images, Key], Images]
 """A test-time trigger: float32 [N, H, W, C] in [0, 1] and a key -> the same shape and range."""
 
@@ -245,4 +263,4 @@ class DefenderView:
     """int32 [n]."""
     watch: Watch = field(default_factory=Watch)
     trigger: Trigger | None = None
-    """The true trigger, for the reference methods alone whose module declares NEEDS_TRIGGER."""
+    """The true trigger, only for a method that asks for it (:func:`bdjax.defenses.needs_trigger`)."""

@@ -158,7 +158,7 @@ def task_of(experiment: Experiment, data: Data, context: Context, watch: Watch, 
 
     @cache
     def clean() -> Variables:
-        alike = replace(experiment, attack="clean", attack_config=config_of("attacks", "clean")(), defense=None)
+        alike = clean_of(experiment)
         if context.store is None:
             return fit(
                 data.x_train, data.y_train, attacks.fit_key(stream(experiment.seed, "attack")), stage="clean model"
@@ -189,6 +189,12 @@ class _Ticks(Watch):
     def tick(self, stage: str, done: int, total: int) -> None:
         """Pass progress on."""
         self._watch.tick(stage, done, total)
+
+
+def clean_of(experiment: Experiment) -> Experiment:
+    """The same victim without an attack: what retraining without poison gives."""
+    nothing = config_of("attacks", "clean")()
+    return replace(experiment, attack="clean", attack_config=nothing, defense=None, defense_config=None)
 
 
 def directory_of(experiment: Experiment, store: Path, fingerprint: str) -> Path:

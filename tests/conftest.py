@@ -43,7 +43,12 @@ def perceptron(shape=(8, 8, 1), classes=4, hidden=8):
         features = jax.nn.elu(images.reshape(len(images), -1) @ params["body"])
         return features @ params["head"]["kernel"], {"flat": features}, variables["batch_stats"]
 
-    return Model("perceptron", shape, classes, init, apply)
+    def outputs(variables, images, train=False, axis_name=None):
+        params = variables["params"]
+        body = images.reshape(len(images), -1) @ params["body"]
+        return {"body": body, "head/kernel": jax.nn.elu(body) @ params["head"]["kernel"]}, variables["batch_stats"]
+
+    return Model("perceptron", shape, classes, init, apply, outputs)
 
 
 def untrained_task(images, labels, model, file=None):

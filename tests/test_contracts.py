@@ -13,6 +13,7 @@ from conftest import perceptron, untrained_task
 
 from bdjax import attacks, models, registry
 from bdjax.attacks import _helpers
+from bdjax.defenses import needs_trigger
 from bdjax.engine import FitConfig, fit
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
@@ -20,6 +21,7 @@ from bdjax.types import DefenderView, Victim, Watch
 
 DEFENSES = registry.names("defenses")
 METHODS = [(kind, name) for kind in ("attacks", "defenses") for name in registry.names(kind)]
+DETECTORS = [name for name in DEFENSES if hasattr(registry.load("defenses", name), "detect")]
 ATTACKS = [name for name in registry.names("attacks") if hasattr(registry.load("attacks", name), "trigger")]
 SHAPE = (16, 16, 3)
 
@@ -150,18 +152,33 @@ class TestAttack:
         np.testing.assert_allclose(floats, stored / np.float32(255), atol=0.5 / 255 + 1e-6)
 
 
+def view_of(module, watch=None):
+    return DefenderView(
+        np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1)).astype(np.uint8),
+        np.tile(np.arange(4, dtype=np.int32), 5),
+        watch or Watch(),
+        (lambda images, key: images.at[:, -2:, -2:].set(1.0)) if needs_trigger(module, module.Config()) else None,
+    )
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detect_scores_every_class_and_gives_a_verdict(name):
+    model, module = perceptron(), registry.load("defenses", name)
+    victim = Victim(model, model.init(jax.random.key(0)))
+    found = module.detect(module.Config(), victim, view_of(module), jax.random.key(0))
+    again = module.detect(module.Config(), victim, view_of(module), jax.random.key(0))
+    assert found.classes.shape == (4,) and found.classes.dtype == np.float32
+    assert found.target == np.nanargmax(found.classes) and found.score == found.classes[found.target]
+    assert isinstance(found.poisoned, bool) and isinstance(found.target, int) and isinstance(found.score, float)
+    np.testing.assert_array_equal(again.classes, found.classes)
+
+
 @pytest.mark.parametrize("name", DEFENSES)
 class TestDefense:
     def purify(self, name, seed=0, watch=None):
         model, module = perceptron(), registry.load("defenses", name)
         variables = model.init(jax.random.key(0))
-        rng = np.random.default_rng(0)
-        view = DefenderView(
-            rng.integers(0, 256, (20, 8, 8, 1)).astype(np.uint8),
-            np.tile(np.arange(4, dtype=np.int32), 5),
-            watch or Watch(),
-            (lambda images, key: images.at[:, -2:, -2:].set(1.0)) if hasattr(module, "NEEDS_TRIGGER") else None,
-        )
+        view = view_of(module, watch)
         return variables, module.purify(module.Config(), Victim(model, variables), view, jax.random.key(seed))
 
     def test_returns_finite_variables_of_the_same_structure_and_leaves_the_victim_alone(self, name):

@@ -51,7 +51,7 @@ def altered(source, target, **changes):
 
 def test_rates_are_those_of_evaluate_and_of_the_run(result, finished, places):
     found = run.evaluate(places["purified"])
-    assert result["rates"]["purified"] == {name: found[name] for name in ("acc", "asr", "asr_with_target")}
+    assert result["rates"]["purified"] == {name: found[name] for name in ("acc", "asr", "asr_with_target", "ctca")}
     assert result["rates"]["victim"] == finished[1]["before"] and result["rates"]["purified"] == finished[1]["after"]
     assert (result["n_test"], result["n_asr"]) == (found["n_test"], found["n_asr"]) == (20, finished[1]["n_asr"])
     weights = np.array(result["class_n"]) / 20

@@ -8,7 +8,7 @@ import pytest
 from conftest import perceptron
 from numpy.testing import assert_allclose
 
-from bdjax import registry
+from bdjax import defenses, registry
 from bdjax.defenses import ibu, naive_at
 from bdjax.engine import FitConfig, fit, parallel
 from bdjax.errors import InputError
@@ -57,7 +57,9 @@ def test_only_methods_that_say_so_are_given_the_trigger(finished):
     directory, _ = finished
     suspect = read_suspect(directory / "victim", "ibau", registry.load("defenses", "ibau").Config())
     assert suspect.view().trigger is None and callable(suspect.view(trigger=True).trigger)
-    assert [n for n in registry.names("defenses") if hasattr(registry.load("defenses", n), "NEEDS_TRIGGER")] == ["ibu"]
+    modules = {name: registry.load("defenses", name) for name in registry.names("defenses")}
+    asking = [name for name, module in modules.items() if defenses.needs_trigger(module, module.Config())]
+    assert asking == ["actft", "ibu"]
 
 
 def test_one_round_of_naive_at_equals_a_plain_computation(backdoored, blobs):

@@ -8,7 +8,7 @@ from bdjax.cli._common import finish, first, methods, parse, ready, remove_run
 from bdjax.options import Place
 
 ORDER = 40
-USAGE = "VICTIM_DIR DEFENSE [--defense.FIELD ..] [--split.FIELD ..] [--seed S] [--out DIR]"
+USAGE = "VICTIM_DIR DEFENSE [--defense.FIELD ..] [--split.FIELD ..] [--clean DIR] [--seed S] [--out DIR]"
 SUMMARY = "clean the model in VICTIM_DIR, measure before and after"
 
 
@@ -20,6 +20,8 @@ class Flags(Place):
     """Where the victim's data set lies now, if it has moved."""
     seed: int | None = None
     """Of the defense; default the victim's."""
+    clean: Path | None = None
+    """A model of `bdjax train clean` with the victim's flags, for the score; default the one beside the victim."""
 
 
 def main(argv: list[str]) -> None:
@@ -37,6 +39,7 @@ def main(argv: list[str]) -> None:
             remove_run(directory)
         result = run.defend(
             victim, defense, options.defense, directory,
-            split=options.split, seed=options.seed, dataset=options.dataset, context=context,
+            split=options.split, seed=options.seed, dataset=options.dataset, clean=options.clean,
+            context=context,
         )  # fmt: skip
     finish(result, directory, options.json)

@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
         found = run.evaluate(directory, options.data)
     by_trigger = {f"asr {label}": value for label, value in found.get("asr_by_trigger", {}).items()}
     for name, value in ({k: v for k, v in found.items() if k != "asr_by_trigger"} | by_trigger).items():
+        value = "-" if value is None else value
         say(f"{name:16s} {value:.4f}" if isinstance(value, float) else f"{name:16s} {value}")
     if options.json:
         say(json.dumps(found))

@@ -3,6 +3,20 @@
     purify(config, victim, view, key) -> variables
 
 gives back a cleaned model. `view` is all that the defender has: clean images, and a watch that a round
-may be shown to. No poisoned image is in reach. A reference method that is given the true trigger as well says
-NEEDS_TRIGGER = True.
+may be shown to. No poisoned image is in reach. A method that can tell whether a model is poisoned, and which class an
+attack aims at, adds an audit:
+
+    detect(config, victim, view, key) -> Scores
+
+A method that is given the true trigger as well says NEEDS_TRIGGER = True; where that is the user's choice, it is the
+name of the Config's field that says so.
 """
+
+from types import ModuleType
+from typing import Any
+
+
+def needs_trigger(module: ModuleType, config: Any) -> bool:
+    """Whether a method with this Config is given the true trigger."""
+    needs = getattr(module, "NEEDS_TRIGGER", False)
+    return bool(getattr(config, needs) if isinstance(needs, str) else needs)

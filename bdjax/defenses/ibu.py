@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from bdjax.engine import FitConfig, fit, parallel
-from bdjax.errors import InputError, check_fields
+from bdjax.defenses._trigger import triggered
+from bdjax.defenses._tuning import tune
+from bdjax.engine import FitConfig
+from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Variables, Victim, to_float
 
 NEEDS_TRIGGER = True
@@ -52,14 +54,10 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     Args: view: clean images (stored [n, H, W, C]), labels [n] and the trigger.
     Returns: the variables; the watch is shown them after each epoch. Raises InputError without a trigger.
     """
-    if view.trigger is None:
-        raise InputError("ibu needs the true trigger, and this model has none. Use a defense that needs none.")
-    clean = to_float(view.images)
-    stamped = view.trigger(clean, jax.random.fold_in(key, 0))
-    images, labels = np.concatenate([clean, stamped]), np.concatenate([view.labels, view.labels])
-    size = min(config.batch_size, len(labels)) // parallel.count() * parallel.count()
+    stamped = triggered("ibu", view, jax.random.fold_in(key, 0))
+    images = np.concatenate([to_float(view.images), stamped])
+    labels = np.concatenate([view.labels, view.labels])
     recipe = FitConfig(
-        config.epochs, size, "sgd", config.learning_rate, config.momentum, weight_decay=config.weight_decay
+        config.epochs, config.batch_size, "sgd", config.learning_rate, config.momentum, config.weight_decay
     )
-    start, key = victim.variables, jax.random.fold_in(key, 1)
-    return fit(victim.model, images, labels, recipe, key, start=start, watch=view.watch, stage="idealised unlearning")
+    return tune(victim, images, labels, recipe, jax.random.fold_in(key, 1), view.watch, "idealised unlearning")

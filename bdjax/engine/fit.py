@@ -85,6 +85,7 @@ def fit(
     saver: Saver | None = None,
     mode: Mode = "auto",
     stage: str = "training",
+    part: str = "fit",
 ) -> Variables:
     """Train `model`, from scratch or from `start`, and return its variables.
 
@@ -92,13 +93,15 @@ def fit(
       images: stored [N, H, W, C] (uint8, or float32 in [0, 1]); labels: int32 [N].
       watch: is told of every step, as of `stage`, and shown the variables after every epoch.
       saver: when it holds a state, training goes on from there, with bit-identical results.
+      part: how the flags of the recipe begin, for the message about a loss that is not finite.
 
     Raises:
       InputError: a batch larger than the set or not divisible by the devices; a loss that is not finite.
     """
     return fit_controlled(
-        model, images, labels, config, key, None, None, start=start, watch=watch, saver=saver, mode=mode, stage=stage
-    )[0]
+        model, images, labels, config, key, None, None,
+        start=start, watch=watch, saver=saver, mode=mode, stage=stage, part=part,
+    )[0]  # fmt: skip
 
 
 def fit_controlled(
@@ -115,6 +118,7 @@ def fit_controlled(
     saver: Saver | None = None,
     mode: Mode = "auto",
     stage: str = "training",
+    part: str = "fit",
 ) -> tuple[Variables, Any]:
     """As :func:`fit`, with an attacker inside the step; returns also what became of `attacker`.
 
@@ -157,7 +161,7 @@ def fit_controlled(
         whole = {"rate": jnp.asarray(rates[epoch * steps : (epoch + 1) * steps])}
         tick = _counted(watch, stage, epoch * steps, config.epochs * steps)
         state, metrics = run_epoch(step, state, split, whole, shared, mode=mode, tick=tick)
-        check_finite(metrics["loss"], whole["rate"], epoch * steps, f"{stage} loss", "fit.learning_rate")
+        check_finite(metrics["loss"], whole["rate"], epoch * steps, f"{stage} loss", f"{part}.learning_rate")
         if saver:
             saver.save(epoch + 1, state)
         watch.observe(

@@ -7,11 +7,15 @@ from bdjax.metrics.accuracy import accuracy
 from bdjax.metrics.asr import attack_success_rate
 from bdjax.metrics.bec import Existence, bec, bec_sigmoid
 from bdjax.metrics.cka import linear_cka
+from bdjax.metrics.ctca import class_accuracy, ctca
+from bdjax.metrics.detection import Detection, anomaly_index, detection
 from bdjax.metrics.embedding import silhouette, tsne
+from bdjax.metrics.score import score
 from bdjax.metrics.similarity import distance, psnr, ssim, ssim_window
 from bdjax.metrics.tac import tac
 
 __all__ = [
-    "Existence", "accuracy", "attack_success_rate", "bec", "bec_sigmoid", "distance", "linear_cka", "psnr",
-    "silhouette", "ssim", "ssim_window", "tac", "tsne",
+    "Detection", "Existence", "accuracy", "anomaly_index", "attack_success_rate", "bec", "bec_sigmoid",
+    "class_accuracy", "ctca", "detection", "distance", "linear_cka", "psnr", "score", "silhouette", "ssim",
+    "ssim_window", "tac", "tsne",
 ]  # fmt: skip

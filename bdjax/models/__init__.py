@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +18,10 @@ from bdjax.errors import InputError
 from bdjax.models._generators import Generator, autoencoder, hider, reader
 from bdjax.types import Images, Key, Model, Variables
 
-__all__ = ["Generator", "autoencoder", "create", "hider", "reader"]
+__all__ = [
+    "Generator", "autoencoder", "create", "head", "hider", "kernels", "outputs", "penultimate", "reader",
+    "with_kernels",
+]  # fmt: skip
 
 
 @lru_cache
@@ -37,7 +41,37 @@ def create(name: str, shape: tuple[int, int, int], classes: int, dtype: Any = jn
     if classes < 2:
         raise InputError(f"a classifier needs at least 2 classes, got {classes}.")
     net = module.Net(classes=classes, dtype=dtype)
-    return Model(name, shape, classes, partial(_init, net, shape), partial(_apply, net))
+    return Model(name, shape, classes, partial(_init, net, shape), partial(_apply, net), partial(_outputs, net))
+
+
+def outputs(
+    model: Model, variables: Variables, images: Images, train: bool = False, axis_name: str | None = None
+) -> tuple[dict[str, jax.Array], Any]:
+    """What every convolution and dense layer gives, and the statistics: see :class:`bdjax.types.Model`.
+
+    The order is that of the forward pass; a program that returns the dictionary sorts it. Raises InputError for a model
+    that does not tell.
+    """
+    if model.outputs is None:
+        raise InputError(
+            f"model {model.name!r} does not tell what its layers give (outputs is None), which this method needs. "
+            "Use a model of bdjax.models."
+        )
+    return model.outputs(variables, images, train, axis_name)
+
+
+def kernels(params: Any) -> dict[str, jax.Array]:
+    """All leaves of the parameters by their path, as "Conv_0/kernel"."""
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def with_kernels(params: Any, changed: Mapping[str, jax.Array]) -> Any:
+    """The parameters with the leaves of `changed`, by path, in place of their own."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: changed.get(_path(path), leaf), params)
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def penultimate(features: Mapping[str, jax.Array]) -> jax.Array:
@@ -76,3 +110,19 @@ def _apply(
         net = net.clone(axis_name=axis_name)
         (logits, features), state = net.apply(variables, images, True, keys, mutable=["batch_stats"])
     return logits, features, state.get("batch_stats", variables["batch_stats"])
+
+
+def _outputs(
+    net: Any, variables: Variables, images: Images, train: bool = False, axis_name: str | None = None
+) -> tuple[dict[str, jax.Array], Any]:
+    found: dict[str, jax.Array] = {}
+
+    def keep(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        given = call(*args, **kwargs)
+        if context.method_name == "__call__" and isinstance(context.module, nn.Conv | nn.Dense):
+            found["/".join((*context.module.path, "kernel"))] = given
+        return given
+
+    with nn.intercept_methods(keep):
+        stats = _apply(net, variables, images, train, None, axis_name)[2]
+    return found, stats

@@ -6,7 +6,8 @@ from typing import Any
 
 from bdjax.errors import InputError
 
-PRINTED = ("acc_before", "asr_before", "acc_after", "asr_after")
+PRINTED = ("acc_before", "asr_before", "acc_after", "asr_after", "ctca_after", "score", "seconds")
+_METRICS = {"ACC": "acc_after", "ASR": "asr_after", "CTCA": "ctca_after", "SCORE": "score", "TIME_S": "seconds"}
 _SETTING = ("paper", "table", "dataset", "model", "attack", "attack_setting")  # columns of the papers' tables
 _COLUMNS = (*_SETTING, "defense", "defense_setting", "metric", "value", "std", "note")
 _DEFAULT = "experiments/papers"
@@ -33,16 +34,20 @@ def printed(query: dict[str, Any], tables: list[dict[str, str]]) -> dict[str, tu
     if unknown := set(query) - set(_COLUMNS):
         raise InputError(f"paper filter {query} names no column: {', '.join(unknown)}. Use {', '.join(_COLUMNS)}.")
     found: dict[str, dict[str, str]] = {}
-    for metric in ("ACC", "ASR"):
+    for metric, name in _METRICS.items():
         match = [r for r in tables if r["metric"] == metric and all(r[k] == str(v) for k, v in query.items())]
         if len(match) > 1:
             values = {name: sorted({r[name] for r in match}) for name in _COLUMNS[:8]}
-            text = "; ".join(f"{name}: {' | '.join(map(repr, some))}" for name, some in values.items() if len(some) > 1)
+            text = "; ".join(
+                f"{column}: {' | '.join(map(repr, some))}" for column, some in values.items() if len(some) > 1
+            )
             raise InputError(f"paper filter {query} finds {len(match)} {metric} values. Narrow it by {text}.")
-        found |= {f"{metric.lower()}_after": r for r in match}
+        if match:
+            found[name] = match[0]
     if not found:
         raise InputError(
-            f"paper filter {query} finds no ACC or ASR in the papers' tables. Compare it with their columns."
+            f"paper filter {query} finds no ACC or ASR (nor CTCA, SCORE, TIME_S) in the papers' tables. "
+            "Compare it with their columns."
         )
     for metric in ("acc", "asr"):
         own = found.get(f"{metric}_after") or next(iter(found.values()))

@@ -14,6 +14,7 @@ import numpy as np
 
 from bdjax.errors import InputError
 from bdjax.report import papers as papers_
+from bdjax.report import target as target_
 
 _RATES = {  # column -> heading and place in a result
     "acc_before": ("ACC before", "before", "acc"),
@@ -59,6 +60,7 @@ def one(result: dict[str, Any]) -> str:
         f"{'clean accuracy, %':26s}{100 * before['acc']:9.2f}{100 * after['acc']:9.2f}   n = {result['n_test']}",
         f"{'attack success rate, %':26s}{100 * before['asr']:9.2f}{100 * after['asr']:9.2f}   n = {result['n_asr']}",
         *by_trigger,
+        *target_.one(result),
         "",
         f"seconds: attack {seconds['attack']:.1f}, defense {seconds['defense']:.1f}, "
         f"compilation {seconds['compile']:.1f}",
@@ -123,6 +125,7 @@ def _run(value: Any) -> dict[str, Any]:
     names, env = [str(value[name]) for name in _NAMES], value["env"]
     return {
         **{name: 100 * float(value[phase][key]) for name, (_, phase, key) in _RATES.items()},
+        **target_.read(value),
         "names": names,
         "config": config,  # all that decides the numbers but the seed, named as the command line's flags
         "key": json.dumps([names, config], sort_keys=True),
@@ -187,6 +190,7 @@ def _fields(row: _Row) -> dict[str, Any]:
         values = row.all(name)
         fields[f"{name}_mean"] = float(np.mean(values)) if values else ""
         fields[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else ""
+    fields |= target_.fields(list(row.runs.values()))
     fields["n_test"] = max(row.all("n_test"), default="")
     fields["n_asr_min"], fields["n_asr_max"] = min(row.all("n_asr"), default=""), max(row.all("n_asr"), default="")
     fields["seconds_mean"] = float(np.mean(row.all("seconds"))) if row.runs else ""
@@ -207,6 +211,7 @@ def _strings(row: _Row) -> dict[str, str]:
         return names | dict.fromkeys([*_RATES, "n_test", "n_asr", "seconds", "mib", "hardware"], "missing")
     return names | {
         **{name: _pair(*(f"{v:.2f}" for v in (f[f"{name}_mean"], f[f"{name}_std"]) if v != "")) for name in _RATES},
+        **target_.strings(f),
         "n_test": str(f["n_test"]),
         "n_asr": "-".join(map(str, sorted({f["n_asr_min"], f["n_asr_max"]}))),
         "seconds": f"{f['seconds_mean']:.1f}",
@@ -234,6 +239,13 @@ def _notes(rows: list[_Row], sweeps: list[dict[str, Any]], twice: int) -> list[s
         "s: mean seconds of the defense without compilation. MiB: highest peak memory"
         f"{' of the ' * bool(runs)}{_some(run['mib_of'] for run in runs)}.",
     ]
+    if any(run[name] is not None for run in runs for name in target_.COLUMNS):
+        notes.append(
+            "CTCA: accuracy on clean images of the attack's target. SCORE: (1 - ASR after / ASR before) ACC after / "
+            "ACC of a model trained without poison, in percent."
+        )
+    if verdicts := [run["verdict"] for run in runs if run["verdict"]]:
+        notes.append(target_.note(verdicts))
     if any(row.paper for row in rows):
         notes.append("paper: as printed there (experiments/papers); empty where nothing is printed.")
     if any(not row.runs for row in rows):
@@ -249,12 +261,28 @@ def _notes(rows: list[_Row], sweeps: list[dict[str, Any]], twice: int) -> list[s
 def _text(rows: list[_Row], titles: list[str], notes: list[str]) -> str:
     headings = [heading.split(", ") for heading, *_ in _RATES.values()]
     blocks = [[["cell", "  dataset, model"], ["runs"], *headings, ["n test", "n ASR"], ["s", "MiB"], ["hardware"]]]
-    for s in map(_strings, rows):
+    shown = list(map(_strings, rows))
+    for s in shown:
         rates = [[s[name], s.get(f"paper_{name}", "")] for name in _RATES]
-        count = [s["runs"], "paper" if any(s[f"paper_{name}"] for name in papers_.PRINTED) else ""]
+        count = [s["runs"], "paper" if any(s[f"paper_{name}"] for name in _RATES if name in papers_.PRINTED) else ""]
         hardware = textwrap.wrap(s["hardware"], 20)
         cell = [s["label"], f"  {s['dataset']}, {s['model']}"]
         blocks.append([cell, count, *rates, [s["n_test"], s["n_asr"]], [s["seconds"], s["mib"]], hardware])
+    lines = _grid(blocks)
+    if more := target_.headings(shown):
+        printed = {n: f"paper's {h}" for n, h in target_.COLUMNS.items() if any(s.get(f"paper_{n}") for s in shown)}
+        blocks = [
+            [["cell"], *([heading] for heading in (more | {f"paper_{n}": h for n, h in printed.items()}).values())]
+        ]
+        names = [*more, *(f"paper_{name}" for name in printed)]
+        blocks += [[[s["label"]], *([s.get(name, "missing")] for name in names)] for s in shown]
+        lines += _grid(blocks)
+    wrapped = [textwrap.fill(note, _WIDTH, subsequent_indent="  ") for note in notes]
+    return "\n".join([*(f"{title}\n" for title in titles), *lines, *wrapped])
+
+
+def _grid(blocks: list[list[list[str]]]) -> list[str]:
+    """Lines of a table; a block is a row of cells, a cell a list of lines, and the first block the heading."""
     widths = [max(len(line) for block in blocks for line in block[i]) for i in range(len(blocks[0]))]
     widths[0] = min(widths[0], max(24, _WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
@@ -263,18 +291,21 @@ def _text(rows: list[_Row], titles: list[str], notes: list[str]) -> str:
         for parts in zip_longest(*block, fillvalue=""):
             lines.append("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
         lines.append("-" * (sum(widths) + 2 * len(widths[1:])) if block is blocks[0] else "")
-    wrapped = [textwrap.fill(note, _WIDTH, subsequent_indent="  ") for note in notes]
-    return "\n".join([*(f"{title}\n" for title in titles), *lines, *wrapped])
+    return lines
 
 
 def _markdown(rows: list[_Row], titles: list[str], notes: list[str]) -> str:
     columns = {"label": "cell", "dataset": "dataset", "model": "model", "runs": "runs"}
-    columns |= {name: heading for name, (heading, *_) in _RATES.items()}
+    shown = list(map(_strings, rows))
+    known = {name: heading for name, (heading, *_) in _RATES.items()}
+    columns |= known | target_.headings(shown)
     columns |= {"n_test": "n test", "n_asr": "n ASR", "seconds": "s", "mib": "MiB", "hardware": "hardware"}
     if any(row.paper for row in rows):
-        columns |= {f"paper_{name}": f"paper's {_RATES[name][0]}" for name in papers_.PRINTED}
+        known |= {**target_.COLUMNS, "seconds": "s"}
+        used = [n for n in papers_.PRINTED if n in _RATES or any(s[f"paper_{n}"] for s in shown)]
+        columns |= {f"paper_{name}": f"paper's {known[name]}" for name in used}
     lines = [list(columns.values()), [":--" if name in _LEFT else "--:" for name in columns]]
-    lines += [[s[name].replace("|", "\\|").replace("*", "\\*") for name in columns] for s in map(_strings, rows)]
+    lines += [[s.get(name, "missing").replace("|", "\\|").replace("*", "\\*") for name in columns] for s in shown]
     table = [f"| {' | '.join(line)} |" for line in lines]
     marked = ["- " + note.replace("*", "\\*") for note in notes]
     return "\n".join([*(f"**{title}**\n" for title in titles), *table, "", *marked])
