@@ -7,49 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from quarters import SHAPE, clean_images, victim
 
 from bdjax.defenses import neural_cleanse as nc
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Model, Victim, Watch
 
 KEY = jax.random.key(0)
-SHAPE = (4, 4, 1)
-
-
-def _apply(variables, images, train=False, keys=None, axis_name=None):
-    """Class 1 has a back door: the top left pixel. The others ask for the mean of a quarter of the image."""
-    flat = images.reshape(len(images), -1)
-    logits = flat @ variables["params"]["head"]["kernel"]
-    return logits, {"flat": flat}, variables["batch_stats"]
-
-
-def victim(planted):
-    rows = np.zeros((16, 5), np.float32)
-    for label in range(5):
-        rows[3 * label + 1 : 3 * label + 4, label] = 4.0
-    if planted:
-        rows[0, 1] = 60.0
-    variables = {"params": {"head": {"kernel": jnp.asarray(rows)}}, "batch_stats": {}}
-    return Victim(Model("quarters", SHAPE, 5, None, _apply), variables)
-
-
-class Seen(Watch):
-    def __init__(self):
-        self.arrays = {}
-
-    def observe(self, step, variables, **arrays):
-        self.arrays.update(arrays)
 
 
 @pytest.fixture
 def view():
-    rng = np.random.default_rng(0)
-    labels = np.arange(80, dtype=np.int32) % 5
-    images = rng.integers(0, 60, (80, 16)).astype(np.uint8)
-    for i, label in enumerate(labels):
-        images[i, 3 * label + 1 : 3 * label + 4] = 230
-    images[:, 0] = 0
-    return DefenderView(images.reshape(80, *SHAPE), labels, Seen())
+    return clean_images()
 
 
 CONFIG = nc.Config(epochs=40, anomaly=4.0)  # five equal classes leave a small, noisy deviation

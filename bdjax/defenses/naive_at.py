@@ -19,13 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from bdjax.defenses._universal import loss_of, universal
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction
 from bdjax.errors import check_fields
-from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
+from bdjax.types import DefenderView, Key, Model, Variables, Victim
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     Args: view: clean images (stored [n, H, W, C]) and labels [n]; key: shuffles them.
     Returns: the variables; the watch is shown them and δ (float32 [1, H, W, C]) after each round.
     """
-    ascend, descend = _steps(victim.model)
+    descend = _step(victim.model)
     size = max(1, min(config.batch_size, len(view.labels)) // parallel.count()) * parallel.count()
     number = len(view.labels) // size
     shared = {
@@ -75,9 +75,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         tick = partial(view.watch.tick, f"adversarial training, round {round_ + 1} of {config.rounds}")
         keys = jax.random.split(jax.random.fold_in(key, round_), config.passes + 1)
         orders = [jax.random.permutation(k, len(view.labels))[: number * size].reshape(number, size) for k in keys]
-        start = {"delta": jnp.zeros((1, *victim.model.shape))}
         inner = {**shared, "params": state["params"]}
-        delta = run_epoch(ascend, start, {"index": jnp.concatenate(orders[1:])}, {}, inner, tick=tick)[0]["delta"]
+        delta = universal(victim.model, inner, jnp.concatenate(orders[1:]), tick)
         state, metrics = run_epoch(descend, state, {"index": orders[0]}, {}, {**shared, "delta": delta}, tick=tick)
         check_finite(metrics["loss"], config.learning_rate, round_ * number, "loss", "defense.learning_rate")
         variables = {"params": state["params"], "batch_stats": shared["batch_stats"]}
@@ -86,23 +85,12 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
 
 
 @lru_cache(maxsize=16)
-def _steps(model: Model) -> tuple[Callable, Callable]:
-    def loss(delta: jax.Array, params: Any, shared: Any, split: Any) -> jax.Array:
-        images, labels = to_float(shared["images"][split["index"]]) + delta, shared["labels"][split["index"]]
-        logits = model.logits({"params": params, "batch_stats": shared["batch_stats"]}, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    def ascend(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        gradient = parallel.average(jax.grad(loss)(state["delta"], shared["params"], shared, split), axis)
-        delta = state["delta"] + shared["hyper"]["step"] * gradient / jnp.maximum(jnp.linalg.norm(gradient), 1e-12)
-        bound = shared["hyper"]["norm_bound"]
-        return {"delta": delta * jnp.minimum(1, bound / jnp.maximum(jnp.linalg.norm(delta), 1e-12))}, {}
-
+def _step(model: Model) -> Callable:
     def descend(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        value, gradient = jax.value_and_grad(loss, 1)(shared["delta"], state["params"], shared, split)
+        value, gradient = jax.value_and_grad(loss_of, 2)(model, shared["delta"], state["params"], shared, split)
         value, gradient = parallel.average((value, gradient), axis)
         update, opt = direction("adam").update(gradient, state["opt"])
         params = jax.tree.map(lambda p, u: p - shared["hyper"]["learning_rate"] * u, state["params"], update)
         return {"params": params, "opt": opt}, {"loss": value}
 
-    return ascend, descend
+    return descend

@@ -1,0 +1,44 @@
+"""A toy that audits are tried on: five classes, each looking at three pixels of its own; one may have a back door."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.types import DefenderView, Model, Victim, Watch
+
+SHAPE = (4, 4, 1)
+
+
+def _apply(variables, images, train=False, keys=None, axis_name=None):
+    """Class 1 has a back door: the top left pixel. The others ask for the mean of a quarter of the image."""
+    flat = images.reshape(len(images), -1)
+    logits = flat @ variables["params"]["head"]["kernel"]
+    return logits, {"flat": flat}, variables["batch_stats"]
+
+
+def victim(planted):
+    rows = np.zeros((16, 5), np.float32)
+    for label in range(5):
+        rows[3 * label + 1 : 3 * label + 4, label] = 4.0
+    if planted:
+        rows[0, 1] = 60.0
+    variables = {"params": {"head": {"kernel": jnp.asarray(rows)}}, "batch_stats": {}}
+    return Victim(Model("quarters", SHAPE, 5, None, _apply), variables)
+
+
+class Seen(Watch):
+    def __init__(self):
+        self.arrays = {}
+
+    def observe(self, step, variables, **arrays):
+        self.arrays.update(arrays)
+
+
+def clean_images():
+    """80 images, each bright where its class looks, and the watch that they are shown with."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(80, dtype=np.int32) % 5
+    images = rng.integers(0, 60, (80, 16)).astype(np.uint8)
+    for i, label in enumerate(labels):
+        images[i, 3 * label + 1 : 3 * label + 4] = 230
+    images[:, 0] = 0
+    return DefenderView(images.reshape(80, *SHAPE), labels, Seen())
