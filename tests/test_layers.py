@@ -12,7 +12,7 @@ LAYERS = (
     {"engine", "checkpoint", "interop"},
     {"attacks", "defenses"},
     {
-        "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "reactivation", "recorder",
+        "audit", "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "reactivation", "recorder",
         "reference", "victim", "suspect", "run", "sweep", "report",
     },
     {"cli", "__main__"},

@@ -1,0 +1,113 @@
+"""Audit a model: is there a backdoor, and towards which class? Every method that can tell says what it finds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bdjax import checkpoint, registry
+from bdjax.engine import parallel
+from bdjax.engine.clock import Clock
+from bdjax.errors import InputError
+from bdjax.experiment import stream, to_json
+from bdjax.provenance import environment
+from bdjax.recorder import Recorder
+from bdjax.suspect import Suspect, read_recorded
+from bdjax.types import DefenderView
+from bdjax.victim import Context
+
+
+def methods() -> list[str]:
+    """The defenses that audit: those with `detect`."""
+    return [name for name in registry.names("defenses") if hasattr(registry.load("defenses", name), "detect")]
+
+
+def audit(
+    directory: Path,
+    clean: str | None = None,
+    names: Sequence[str] = (),
+    *,
+    size: int | None = None,
+    seed: int = 0,
+    configs: Mapping[str, Any] | None = None,
+    context: Context | None = None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Let the methods `names` (default all that can) judge the model in `directory`, a run's, a victim's or imported.
+
+    Args:
+      clean: data set whose test images are the auditor's; None: the model's own.
+      size: how many of them; default 1,000, or all if there are fewer. seed: draws them, and the methods' numbers.
+      configs: Configs by method, default their defaults.
+
+    Returns: JSON-able, per method {"poisoned", "target", "score", "classes", "seconds", ...}, and what :func:`verdict`
+      makes of them; and the arrays that the methods showed, as "METHOD/NAME".
+    Raises InputError for a method that cannot audit, and for classes without a clean image.
+    """
+    context, names = context or Context(), list(names) or methods()
+    if unable := [name for name in names if name not in methods()]:
+        raise InputError(f"{', '.join(unable)} cannot audit. Choose from {', '.join(methods())}.")
+    directory = checkpoint.model_directory(Path(directory))
+    suspect = read_recorded(directory, dataset=clean)
+    images, labels = _chosen(suspect, size, seed)
+    found, arrays = {}, {}
+    with parallel.using(context.devices):
+        for name in names:
+            module, clock, watch = registry.load("defenses", name), Clock(), Recorder(context.tick)
+            config, key = (configs or {}).get(name) or module.Config(), stream(seed, "defense")
+            scores = module.detect(config, suspect.victim, DefenderView(images, labels, watch), key)
+            seconds, compiling = clock.read()
+            shown = {k: v for row in watch.rows for k, v in row.items() if isinstance(v, float)}
+            found[name] = {
+                "poisoned": scores.poisoned,
+                "target": scores.target,
+                "score": scores.score if np.isfinite(scores.score) else None,
+                "classes": [float(value) if np.isfinite(value) else None for value in scores.classes],
+                **{k: value if np.isfinite(value) else None for k, value in shown.items()},
+                "seconds": seconds,
+                "compile": compiling,
+                "config": to_json(config),
+            }
+            arrays |= {f"{name}/{k}": v for k, v in watch.arrays.items() if not k.endswith("_first")}
+    attack = suspect.experiment.attack if suspect.manifest["kind"] == "victim" else None
+    result = {
+        "kind": "audit",
+        "directory": str(directory),
+        **{name: suspect.manifest[name] for name in ("model", "hash")},
+        "dataset": suspect.data.name,
+        "classes": list(suspect.data.classes),
+        "n": len(labels),
+        "seed": seed,
+        "methods": found,
+        **verdict(found),
+        "truth": None if attack is None else {"poisoned": attack != "clean", "attack": attack},
+        "env": environment(context.devices),
+    }
+    return result, {"clean": np.asarray(images[:8]), **arrays}
+
+
+def verdict(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """{"poisoned", "target", "accused_by"}: poisoned when a method says so; the target is what most of those name.
+
+    One accuser is enough, for each method is blind to some triggers; what that costs in false alarms is measured in
+    experiments/results/audit. Ties go to the method that stands first.
+    """
+    accusers = [name for name, own in found.items() if own["poisoned"]]
+    named = [found[name]["target"] for name in accusers]
+    target = max(named, key=named.count) if named else None
+    return {"poisoned": bool(accusers), "target": target, "accused_by": accusers}
+
+
+def _chosen(suspect: Suspect, size: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = suspect.data.x_test, suspect.data.y_test
+    if size is not None and not 1 <= size <= len(labels):
+        raise InputError(f"--size must be from 1 to {len(labels)}, the test images of {suspect.data.name}; got {size}.")
+    order = np.asarray(jax.random.permutation(stream(seed, "split"), len(labels)))[: size or 1000]
+    missing = sorted(set(range(len(suspect.data.classes))) - set(labels[order].tolist()))
+    if missing:
+        raise InputError(
+            f"no clean image of class {', '.join(map(str, missing))} among the {len(order)} of the audit: it cannot be "
+            "judged. Use a larger --size or a data set with images of every class."
+        )
+    return images[order], labels[order]
