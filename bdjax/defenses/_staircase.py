@@ -118,7 +118,7 @@ def recover(config: RecoveryConfig, victim: Victim, view: DefenderView, key: Key
         ids = np.arange(begin * each, (begin + count) * each)
         real = ids[ids < model.classes * each]
         ids = np.minimum(ids, ids[len(real) - 1])  # a last, smaller group is filled up: one program for all
-        pairs = {"id": ids, "label": ids // each, "threshold": np.float32(config.thresholds)[ids % each]}
+        pairs = {"id": ids, "label": ids // each, "threshold": np.asarray(config.thresholds, np.float32)[ids % each]}
         shared["pairs"] = jax.tree.map(jnp.asarray, pairs)
         what = f"triggers of labels {begin} to {real[-1] // each} of {model.classes}"
         state = _learn(config, model, (split, whole, shared), key, partial(view.watch.tick, what))

@@ -58,15 +58,16 @@ def _recovered(axes: Any, clean: np.ndarray, triggered: np.ndarray, found: np.nd
     """
     change = triggered - clean
     if found.shape[1:] == clean.shape:
-        true, *found = (0.5 + image / (2 * (float(np.abs(image).max()) or 1.0)) for image in (change, *found))
+        shown = [0.5 + image / (2 * (float(np.abs(image).max()) or 1.0)) for image in (change, *found)]
     else:
-        rows, columns = (np.flatnonzero(np.abs(change).max((2, other)) > 0) for other in (1, 0))
-        cut = (slice(at.min(), at.max() + 1) if len(at) else slice(None) for at in (rows, columns))
-        true = triggered[tuple(cut)]
-    _show(axes[0], true)
+        touched = (change != 0).any(2)
+        rows, columns = (np.flatnonzero(touched.any(axis)) for axis in (1, 0))
+        cut = [slice(at[0], at[-1] + 1) if len(at) else slice(None) for at in (rows, columns)]
+        shown = [triggered[cut[0], cut[1]], *found]
+    _show(axes[0], shown[0])
     axes[0].set_title("true", fontsize=8)
     axes[0].set_ylabel("recovered", fontsize=9)
-    for place, (axis, image) in enumerate(zip(axes[1:], found, strict=False)):
+    for place, (axis, image) in enumerate(zip(axes[1:], shown[1:], strict=False)):
         _show(axis, np.clip(image, 0, 1))
         if labels is not None:
             axis.set_title(f"→ {labels[place]}", fontsize=8)
