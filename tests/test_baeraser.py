@@ -99,7 +99,7 @@ def quarters(backdoor=0.0, scale=0.2):
 
 @pytest.mark.parametrize("beta", [0.0, 5.0])
 def test_unlearning_is_descent_on_equation_four(recovered, view, beta):
-    victim = quarters(1.0)
+    victim = quarters(0.3)
     config = dataclasses.replace(ONE, epochs=4, alpha=0.7, beta=beta, ascent_margin=100.0)
     out = baeraser.purify(config, victim, view, KEY)
     kernel = np.asarray(victim.variables["params"]["kernel"], np.float64)
@@ -217,7 +217,7 @@ def test_without_a_suspect_the_model_is_given_back_as_it_is(nothing, view, modul
 
 @pytest.mark.parametrize("module", [baeraser, mesa_finetune])
 def test_two_devices_do_what_one_does(recovered, view, module):
-    changes = {"epochs": 2, "batch_size": 20, "learning_rate": 0.05, "form": "additive"}
+    changes = {"epochs": 2, "batch_size": 6, "learning_rate": 0.05, "form": "additive"}
     config = module.Config(**changes | ({"enough": 0.0, "largest_drop": 1.0} if module is baeraser else {}))
     one = module.purify(config, Victim(MODEL, MODEL.init(KEY)), view, KEY)
     with parallel.using(2):
