@@ -255,6 +255,12 @@ def test_fine_tuning_is_on_triggered_images_with_true_labels(recovered, view, fr
     assert "train_loss" in arrays
 
 
+def test_fine_tuning_that_diverges_names_its_own_learning_rate(recovered, view):
+    config = mesa_finetune.Config(form="additive", epochs=4, batch_size=40, learning_rate=3e38)
+    with pytest.raises(InputError, match="fine-tuning loss became .*Use a smaller defense.learning_rate"):
+        mesa_finetune.purify(config, quarters(), view, KEY)
+
+
 @pytest.mark.parametrize(
     ("module", "change", "message"),
     [

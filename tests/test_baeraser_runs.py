@@ -81,7 +81,7 @@ def test_a_table_of_one_run_names_suspects_only_where_there_is_a_verdict(finishe
     ("name", "count", "without"),
     [("table1", 36, 0), ("table2", 36, 0), ("table3", 54, 0), ("figure_holding", 21, 21), ("figure_curve", 3, 3)],
 )
-def test_every_cell_finds_its_published_row(name, count, without, published):
+def test_every_cell_is_of_its_defense_and_finds_its_published_row(name, count, without, published):
     module = load_file(EXPERIMENTS / f"baeraser_{name}.py")
     assert module.TITLE and module.SEEDS
     assert len(module.CELLS) == count and sum(cell.paper is None for cell in module.CELLS) == without

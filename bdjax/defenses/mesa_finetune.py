@@ -74,7 +74,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     )
     return fit_controlled(
         victim.model, view.images, view.labels, recipe, jax.random.fold_in(key, 1), control, {"fixed": {"pool": pool}},
-        start=victim.variables, watch=watch, stage="fine-tuning",
+        start=victim.variables, watch=watch, stage="fine-tuning", part="defense",
     )[0]  # fmt: skip
 
 
