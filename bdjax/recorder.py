@@ -35,7 +35,9 @@ class Recorder(Watch):
         with self._clock or Clock():
             row: dict[str, Any] = {"step": step}
             for name, value in arrays.items():
-                if jnp.ndim(value) == 0:
+                if name == "suspected":
+                    row[name] = np.asarray(value).tolist()
+                elif jnp.ndim(value) == 0:
                     row[name] = float(value)
                 else:
                     self.arrays.setdefault(f"{name}_first", np.asarray(value))

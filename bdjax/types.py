@@ -101,6 +101,9 @@ class Watch:
     def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
         """`variables` as they are after round or epoch `step`, with any arrays worth showing.
 
+        Some names are known. To the picture of a run: `perturbation` [n, H, W, C], which is added to images, and
+        `recovered` [n, h, w, C], triggers that were found (patches in [0, 1], or added where h x w is H x W), with
+        `recovered_labels` int32 [n]. To its table: `suspected` int32 [k], labels that the method takes for targets.
         They are donated to the next step when the call returns: copy what is to be kept.
         """
 

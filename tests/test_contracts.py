@@ -49,14 +49,22 @@ def arrays_of(name, config, task):
 
 QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1, "images": 3}
 """Fields by which methods say how long they optimise, and on how many images; here two steps must do."""
-SMALL = {"multi_target": {"parts": ("badnets:0", "blended:3", "l0_inv:4")}}
+RECOVERY = {"hidden": 8, "noise_size": 8, "samples": 2, "asr_threshold": 0.0}  # every trigger is kept
+SMALL = {
+    "multi_target": {"parts": ("badnets:0", "blended:3", "l0_inv:4")},
+    "baeraser": {"largest_drop": 1.0, **RECOVERY},
+    "mesa_finetune": RECOVERY,
+}
 """What else a method's contract is tested with, where its defaults take long."""
 
 
+def quick_changes(name, config):
+    return {field: value for field, value in QUICK.items() if hasattr(config, field)} | SMALL.get(name, {})
+
+
 def config_of(name, **changes):
-    changes = SMALL.get(name, {}) | changes
     config = registry.load("attacks", name).Config()
-    quick = {field: value for field, value in QUICK.items() if hasattr(config, field)}
+    quick = quick_changes(name, config)
     if config.ratio * 60 < 1:  # of 60 images, three
         quick["ratio"] = 0.05
     return dataclasses.replace(config, **{**quick, **changes})
@@ -178,8 +186,9 @@ class TestDefense:
     def purify(self, name, seed=0, watch=None):
         model, module = perceptron(), registry.load("defenses", name)
         variables = model.init(jax.random.key(0))
-        view = view_of(module, watch)
-        return variables, module.purify(module.Config(), Victim(model, variables), view, jax.random.key(seed))
+        view, config = view_of(module, watch), module.Config()
+        config = dataclasses.replace(config, **quick_changes(name, config))
+        return variables, module.purify(config, Victim(model, variables), view, jax.random.key(seed))
 
     def test_returns_finite_variables_of_the_same_structure_and_leaves_the_victim_alone(self, name):
         variables, cleaned = self.purify(name)

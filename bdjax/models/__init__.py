@@ -2,7 +2,8 @@
 
 A model module holds one Linen class `Net(classes, dtype, axis_name)` whose call
 `(images, train, keys) -> (logits, features)` takes any H, W, C, and `SMALLEST`, the least side in
-pixels that its down-sampling allows. `autoencoder`, `hider` and `reader` are networks that attacks train.
+pixels that its down-sampling allows. `autoencoder`, `hider`, `reader` and `sampler` are networks that
+methods train.
 """
 
 from collections.abc import Mapping
@@ -15,12 +16,12 @@ import jax.numpy as jnp
 
 from bdjax import registry
 from bdjax.errors import InputError
-from bdjax.models._generators import Generator, autoencoder, hider, reader
+from bdjax.models._generators import Generator, autoencoder, hider, reader, sampler
 from bdjax.types import Images, Key, Model, Variables
 
 __all__ = [
     "Generator", "autoencoder", "create", "head", "hider", "kernels", "outputs", "penultimate", "reader",
-    "with_kernels",
+    "sampler", "with_kernels",
 ]  # fmt: skip
 
 

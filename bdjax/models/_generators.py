@@ -1,5 +1,6 @@
-"""Networks that attacks train: they make images or read them, and classify nothing. For any H, W and C."""
+"""Networks that attacks and defenses train: they make images or read them, and classify nothing. For any H, W and C."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -52,6 +53,17 @@ def reader(shape: tuple[int, int, int], bits: int) -> Generator:
     return _generator(_Reader(bits), (shape,))
 
 
+@lru_cache
+def sampler(values: int, noise: int, hidden: int) -> Generator:
+    """Noise [N, noise] -> values in [0, 1], [N, values]; the network that MESA draws its triggers with.
+
+    Four dense layers; the noise is cut into four pieces, of which each layer gets the next beside what came before.
+    After the first three, of `hidden` units without biases, batch normalisation (decay 0.95) and LeakyReLU 0.2; a
+    sigmoid in the end.
+    """
+    return _generator(_Sampler(values, hidden), ((noise,),))
+
+
 def _generator(net: Any, shapes: tuple[tuple[int, ...], ...]) -> Generator:
     return Generator(jax.jit(partial(_init, net, shapes)), partial(_apply, net))
 
@@ -71,7 +83,8 @@ def _apply(
 
 
 class _Norm(nn.Module):
-    """Batch normalisation over the images of weight 1; with none of them on any device, statistics stay as they are."""
+    """Batch normalisation of [N, ..., C] over the images (or vectors) of weight 1; with none of them on any device,
+    statistics stay as they are."""
 
     axis_name: str | None
 
@@ -85,8 +98,8 @@ class _Norm(nn.Module):
         if weight is None:
             now = mean.value, var.value
         else:
-            counted = weight[:, None, None, None]
-            sums = (x * counted).sum((0, 1, 2)), (x**2 * counted).sum((0, 1, 2)), weight.sum() * x.shape[1] * x.shape[2]
+            counted, axes = weight.reshape(-1, *(1,) * (x.ndim - 1)), tuple(range(x.ndim - 1))
+            sums = (x * counted).sum(axes), (x**2 * counted).sum(axes), weight.sum() * math.prod(x.shape[1:-1])
             first, second, count = sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
             first, second = first / jnp.maximum(count, 1), second / jnp.maximum(count, 1)
             now = first, jnp.maximum(second - first**2, 0)
@@ -152,6 +165,20 @@ class _Reader(nn.Module):
             x = nn.relu(_layers.conv(features, jnp.float32, stride=stride, bias=True)(x))
         x = nn.relu(nn.Dense(512, kernel_init=nn.initializers.he_normal())(x.reshape(len(x), -1)))
         return nn.Dense(self.bits)(x)
+
+
+class _Sampler(nn.Module):
+    values: int
+    hidden: int
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, noise: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+        x, *later = jnp.split(noise, 4, -1)
+        for piece in later:
+            x = nn.leaky_relu(_Norm(self.axis_name)(nn.Dense(self.hidden, use_bias=False)(x), weight), 0.2)
+            x = jnp.concatenate([x, piece], -1)
+        return nn.sigmoid(nn.Dense(self.values)(x))
 
 
 def _enlarged(x: jax.Array, size: tuple[int, ...]) -> jax.Array:

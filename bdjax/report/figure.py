@@ -7,10 +7,10 @@ import numpy as np
 
 
 def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> Path:
-    """Write a PNG: clean and triggered images, the learned perturbation, ACC and ASR by round.
+    """Write a PNG: clean and triggered images, what the defense found, ACC and ASR by round.
 
     Args: result: a result.json; arrays: its arrays.npz ("clean", "triggered" [n, H, W, C]; "perturbation_first"
-    [1, H, W, C] where the defense has one).
+    [1, H, W, C] and "recovered" [n, h, w, C] where the defense has them).
     """
     import matplotlib
 
@@ -20,7 +20,8 @@ def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> P
     clean, triggered = _unit(arrays["clean"]), _unit(arrays["triggered"])
     labels, count = arrays["labels"], len(clean)
     perturbation = arrays.get("perturbation_first")
-    rows = 2 + (perturbation is not None)
+    recovered = arrays.get("recovered", np.zeros(0))
+    rows = 2 + (perturbation is not None) + (len(recovered) > 0)
     figure = plt.figure(figsize=(11, 1.45 * rows + 0.5), layout="constrained")
     left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1.25, 1)))
     axes = left.subplots(rows, count, squeeze=False)
@@ -42,10 +43,36 @@ def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> P
         for column in range(1, count):
             _show(axes[2, column], np.clip(clean[column] + delta, 0, 1))
             axes[2, column].set_title("image + δ", fontsize=8)
+    if len(recovered):
+        _recovered(axes[-1], clean[0], triggered[0], recovered, arrays.get("recovered_labels"))
     _curve(right.subplots(), result)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def _recovered(axes: Any, clean: np.ndarray, triggered: np.ndarray, found: np.ndarray, labels: Any) -> None:
+    """A row: what the true trigger changes, then the triggers that were found; differences on grey, scaled to fit.
+
+    Beside patches the true one is cut out of the image, for it is as small.
+    """
+    change = triggered - clean
+    if found.shape[1:] == clean.shape:
+        shown = [0.5 + image / (2 * (float(np.abs(image).max()) or 1.0)) for image in (change, *found)]
+    else:
+        touched = (change != 0).any(2)
+        rows, columns = (np.flatnonzero(touched.any(axis)) for axis in (1, 0))
+        cut = [slice(at[0], at[-1] + 1) if len(at) else slice(None) for at in (rows, columns)]
+        shown = [triggered[cut[0], cut[1]], *found]
+    _show(axes[0], shown[0])
+    axes[0].set_title("true", fontsize=8)
+    axes[0].set_ylabel("recovered", fontsize=9)
+    for place, (axis, image) in enumerate(zip(axes[1:], shown[1:], strict=False)):
+        _show(axis, np.clip(image, 0, 1))
+        if labels is not None:
+            axis.set_title(f"→ {labels[place]}", fontsize=8)
+    for axis in axes[1 + len(found) :]:
+        axis.set_visible(False)
 
 
 def _curve(axis: Any, result: dict[str, Any]) -> None:

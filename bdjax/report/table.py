@@ -67,8 +67,16 @@ def one(result: dict[str, Any]) -> str:
         f"peak memory: {result['peak_memory_bytes'] / 2**20:.0f} MiB ({result['peak_memory_of']}), "
         f"{result['env']['device']} x {result['env']['devices']}",
         f"defender's clean images: {result['n_defender']}",
+        *_suspects(result.get("rounds", [])),
     ]
     return "\n".join(rows)
+
+
+def _suspects(rounds: list[dict[str, Any]]) -> list[str]:
+    """A line on the labels that the defense took for targets in the end, if it says."""
+    if not rounds or "suspected" not in rounds[-1]:
+        return []
+    return [f"suspected target labels: {', '.join(map(str, rounds[-1]['suspected'])) or 'none'}"]
 
 
 def report(directory: Path, form: Literal["text", "csv", "markdown"] = "text", papers: Path | None = None) -> str:

@@ -1,0 +1,123 @@
+"""Recovered triggers: which are kept, how they are put on images, what is shown of them, and batches for their use."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.engine import parallel
+from bdjax.errors import InputError
+from bdjax.types import Images, Key, Variables, Watch
+
+
+class Pool(NamedTuple):
+    """The triggers drawn, always as many, and which of them are kept: only those are ever used."""
+
+    triggers: jax.Array
+    """float32 [m, h, w, C]: patches in [0, 1], or what is added to an image [m, H, W, C]."""
+    labels: jax.Array
+    """int32 [m], the label that each was made for."""
+    asr: jax.Array
+    """float32 [m], on clean images of other classes; in [0, 1]."""
+    kept: jax.Array
+    """bool [m]."""
+
+    def suspected(self) -> np.ndarray:
+        """The labels of what is kept, int32, ascending."""
+        return np.unique(np.asarray(self.labels)[np.asarray(self.kept)]).astype(np.int32)
+
+    def shown(self) -> dict[str, np.ndarray]:
+        """For the watch: "suspected", and of at most 64 kept triggers, labels in turn and the best first, "recovered"
+        [k, h, w, C], "recovered_labels" and "recovered_asr"; "label_asr" is the mean ASR of each label's triggers."""
+        triggers, labels, asr, kept = map(np.asarray, self)
+        best = np.flatnonzero(kept)[np.argsort(-asr[kept], kind="stable")]
+        turn = np.array([(labels[best[:i]] == labels[at]).sum() for i, at in enumerate(best)], int)
+        chosen = best[np.argsort(turn, kind="stable")][:64]
+        return {
+            "suspected": self.suspected(),
+            "recovered": triggers[chosen],
+            "recovered_labels": labels[chosen],
+            "recovered_asr": asr[chosen],
+            "label_asr": np.array([asr[labels == label].mean() for label in range(labels.max() + 1)]),
+        }
+
+
+class Showing(Watch):
+    """A watch that shows a pool beside whatever it is shown."""
+
+    def __init__(self, watch: Watch, pool: Pool) -> None:
+        self._watch, self._shown = watch, pool.shown()
+
+    def tick(self, stage: str, done: int, total: int) -> None:
+        """Pass progress on."""
+        self._watch.tick(stage, done, total)
+
+    def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
+        """Pass it on with the pool."""
+        self._watch.observe(step, variables, **arrays, **self._shown)
+
+
+def draw(pool: Pool, keys: Key) -> tuple[jax.Array, jax.Array]:
+    """A kept trigger for each of the keys [N], all alike likely: [N, h, w, C], and their labels [N]; jittable."""
+    chances = jnp.where(pool.kept, jnp.float32(0), -jnp.inf)
+    which = jax.vmap(lambda key: jax.random.categorical(jax.random.fold_in(key, 0), chances))(keys)
+    return pool.triggers[which], pool.labels[which]
+
+
+def stamp_one(form: str, image: jax.Array, trigger: jax.Array, key: Key) -> jax.Array:
+    """One image [H, W, C] with a trigger; a patch stands at a place drawn by the key."""
+    if form == "additive":
+        return jnp.clip(image + trigger, 0, 1)
+    sides = trigger.shape[:2]
+    corner = jax.random.randint(key, (2,), 0, jnp.array(image.shape[:2]) - jnp.array(sides) + 1)
+    # by products with rows and columns of ones: their derivative is a product again, and no scatter
+    down, right = (
+        (jnp.arange(length)[:, None] == corner[axis] + jnp.arange(side)).astype(jnp.float32)
+        for axis, (length, side) in enumerate(zip(image.shape, sides, strict=False))
+    )
+    exact = jax.lax.Precision.HIGHEST
+    moved = jnp.einsum("ha,abc,wb->hwc", down, jnp.clip(trigger, 0, 1), right, precision=exact)
+    inside = down.sum(1)[:, None, None] * right.sum(1)[:, None]
+    return image * (1 - inside) + moved
+
+
+def stamp(form: str, images: Images, triggers: jax.Array, keys: Key) -> Images:
+    """Images [N, H, W, C] each with its trigger [N, h, w, C], patches at a place drawn by its key [N]; jittable."""
+    return jax.vmap(lambda image, trigger, key: stamp_one(form, image, trigger, jax.random.fold_in(key, 1)))(
+        images, triggers, keys
+    )
+
+
+@lru_cache(maxsize=8)
+def stamper(form: str) -> Callable:
+    """(pool, images [N, H, W, C], keys [N]) -> (the images, each with a kept trigger, and the triggers' labels)."""
+
+    def run(pool: Pool, images: Images, keys: Key) -> tuple[Images, jax.Array]:
+        triggers, labels = draw(pool, keys)
+        return stamp(form, images, triggers, keys), labels
+
+    return jax.jit(run)
+
+
+def batch_of(wanted: int, total: int) -> int:
+    """Images a step: `wanted`, or all there are, that the devices divide. Raises InputError when that is none."""
+    size = min(wanted, total) // parallel.count() * parallel.count()
+    if size == 0:
+        raise InputError(
+            f"{min(wanted, total)} clean images a step cannot be split over {parallel.count()} devices. "
+            "Use --devices 1 or a larger --defense.batch-size."
+        )
+    return size
+
+
+def batches(key: Key, total: int, size: int, steps: int) -> jax.Array:
+    """Which of `total` images each of `steps` batches has, shuffled pass after pass: int32 [steps, size]."""
+    number = total // size
+    passes = [
+        jax.random.permutation(jax.random.fold_in(key, again), total)[: number * size]
+        for again in range(-(-steps // number))
+    ]
+    return jnp.concatenate(passes).reshape(-1, size)[:steps]

@@ -1,0 +1,115 @@
+"""BAERASER from the command line: its verdict, its triggers in the picture; its experiments and the papers' rows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import bdjax
+from PIL import Image
+
+from bdjax import checkpoint
+from bdjax.experiment import config_of
+from bdjax.registry import load_file
+from bdjax.report import figure, papers, table
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+SMALL = [
+    f"--defense.{flag}" for flag in (
+        "hidden=8", "noise-size=8", "iterations=2", "samples=2", "batch-size=8", "epochs=2", "asr-threshold=0.0"
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published():
+    return papers.read(EXPERIMENTS / "papers")
+
+
+def test_a_run_tells_its_suspects_and_shows_its_triggers(finished, capsys, tmp_path):
+    argv = ["defend", finished[0] / "victim", "baeraser", "--devices", "1", "--out", tmp_path / "d", *SMALL]
+    out = bdjax(capsys, *argv, "--defense.largest-drop", "1", "--defense.size", "2")
+    assert "suspected target labels: 0, 1, 2, 3\n" in out  # with τ = 0 all of them
+    result = json.loads((tmp_path / "d/result.json").read_text())
+    assert result["rounds"][-1]["suspected"] == [0, 1, 2, 3]
+    assert result["defense_config"]["thresholds"] == [0.5, 0.8, 0.9]
+    arrays = checkpoint.read_arrays(tmp_path / "d", "arrays")
+    assert arrays["recovered"].shape == (24, 2, 2, 1) and arrays["label_asr"].shape == (4,)
+    assert set(arrays["recovered_labels"][:4]) == {0, 1, 2, 3}
+    plain = checkpoint.read_arrays(finished[0], "arrays")
+    with_perturbation = {**arrays, **{k: v for k, v in plain.items() if k.startswith("perturbation")}}
+    heights = []
+    for some in ({k: v for k, v in arrays.items() if not k.startswith("recovered")}, arrays, with_perturbation):
+        with Image.open(figure.draw(result, some, tmp_path / "f.png")) as picture:
+            heights.append(picture.height)
+    assert heights[0] < heights[1] < heights[2]  # a row for each thing that was found
+    assert (tmp_path / "d/figure.png").exists()
+
+
+def test_the_row_of_triggers_begins_with_the_true_one(tmp_path, monkeypatch):
+    clean = np.zeros((2, 6, 6, 1), np.float32)
+    triggered = clean.copy()
+    triggered[:, 3:5, 1:4] = 0.5
+    triggered[:, 3, 1] = 1.0
+    seen = []
+    monkeypatch.setattr(figure, "_show", lambda axis, image: seen.append(np.asarray(image)))
+    result = {
+        "before": {"acc": 1, "asr": 1}, "rounds": [], "attack": "a", "defense": "d", "dataset": "x", "model": "m",
+        "n_test": 1, "seed": 0,
+    }  # fmt: skip
+    base = {"clean": clean, "triggered": triggered, "labels": np.zeros(2, int)}
+    patches = np.full((3, 3, 3, 1), 0.25, np.float32)
+    figure.draw(result, {**base, "recovered": patches, "recovered_labels": np.arange(3)}, tmp_path / "f.png")
+    np.testing.assert_array_equal(seen[4][..., 0], [[1.0, 0.5, 0.5], [0.5, 0.5, 0.5]])
+    np.testing.assert_array_equal(seen[5], patches[0])
+    assert len(seen) == 6  # as many as there are columns
+    seen.clear()
+    added = np.full((1, 6, 6, 1), -0.1, np.float32)
+    figure.draw(result, {**base, "recovered": added}, tmp_path / "f.png")
+    np.testing.assert_array_equal(seen[4], 0.5 + triggered[0] / 2)
+    np.testing.assert_array_equal(seen[5], 0)
+
+
+def test_a_table_of_one_run_names_suspects_only_where_there_is_a_verdict(finished):
+    result = finished[1]
+    assert "suspected" not in table.one(result)
+    assert "suspected target labels: none" in table.one({**result, "rounds": [{"step": 1, "suspected": []}]})
+    assert "suspected target labels: 4, 7" in table.one({**result, "rounds": [{"step": 1, "suspected": [4, 7]}]})
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "without"),
+    [("table1", 36, 0), ("table2", 36, 0), ("table3", 54, 0), ("figure_holding", 21, 21), ("figure_curve", 3, 3)],
+)
+def test_every_cell_is_of_its_defense_and_finds_its_published_row(name, count, without, published):
+    module = load_file(EXPERIMENTS / f"baeraser_{name}.py")
+    assert module.TITLE and module.SEEDS
+    assert len(module.CELLS) == count and sum(cell.paper is None for cell in module.CELLS) == without
+    assert len({cell.label for cell in module.CELLS}) == count
+    for cell in module.CELLS:
+        own = cell.experiment
+        assert isinstance(own.defense_config, config_of("defenses", own.defense))
+        assert own.split.source == "test" and cell.scale == ""
+        if cell.paper:
+            found = papers.printed(cell.paper, published)
+            assert found["acc_after"][0] or found["asr_after"][0]
+
+
+def test_the_sweep_of_the_trade_off_keeps_the_ratio():
+    module = load_file(EXPERIMENTS / "baeraser_table3.py")
+    for cell in module.CELLS:
+        config = cell.experiment.defense_config
+        ratio = float(cell.paper["defense_setting"].split(";")[0].removeprefix("beta/alpha="))
+        assert config.beta / config.alpha == pytest.approx(ratio) and max(config.alpha, config.beta) == 1
+
+
+def test_the_figure_of_clean_images_is_drawn_from_results(tmp_path):
+    module = load_file(EXPERIMENTS / "baeraser_figure_holding.py")
+    for place, (attack, size) in enumerate([("badnets", 500), ("badnets", 2500), ("imc", 500)]):
+        run = tmp_path / f"runs/{place}"
+        run.mkdir(parents=True)
+        result = {"attack": attack, "n_defender": size, "after": {"acc": 0.5, "asr": 0.1}}
+        (run / "result.json").write_text(json.dumps(result))
+    module.draw(tmp_path / "runs", tmp_path / "h.png")
+    with Image.open(tmp_path / "h.png") as picture:
+        assert picture.width > 1000
