@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bdjax import checkpoint, datasets, registry
+from bdjax import checkpoint, datasets
 from bdjax import victim as victims
-from bdjax.defenses import needs_trigger
+from bdjax.defenses import needs_trigger, purifier
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
@@ -55,6 +55,7 @@ def defend(
       extra: goes into the result as it is (which cell of which paper this is).
     """
     context, victim, directory = context or Context(), Path(victim), Path(directory)
+    module = purifier(defense)
     suspect = read_suspect(victim, defense, defense_config, split=split, seed=seed, dataset=dataset, data=data)
     manifest, experiment = suspect.manifest, suspect.experiment
     record = run_record(experiment, manifest["hash"])
@@ -79,7 +80,6 @@ def defend(
 
     clock = Clock()
     watch = Recorder(context.tick, clock, evaluation.measure, lines)
-    module = registry.load("defenses", defense)
     with parallel.using(context.devices):
         key = stream(experiment.seed, "defense")
         view = suspect.view(watch, needs_trigger(module, experiment.defense_config))
@@ -210,6 +210,7 @@ def run(
       out: put this run's result into that directory instead, and its victim into out/victim.
       clean: train the same model without poison, too, for the score; it is kept beside the victim.
     """
+    purifier(experiment.defense or "")
     data = datasets.load(experiment.dataset)
     directory = out or directory_of(experiment, root, data.fingerprint)
     victim = out / "victim" if out else victim_directory_of(experiment, root, data.fingerprint)

@@ -19,9 +19,9 @@ from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
 from bdjax.types import DefenderView, Victim, Watch
 
-DEFENSES = registry.names("defenses")
+DEFENSES = [name for name in registry.names("defenses") if hasattr(registry.load("defenses", name), "purify")]
 METHODS = [(kind, name) for kind in ("attacks", "defenses") for name in registry.names(kind)]
-DETECTORS = [name for name in DEFENSES if hasattr(registry.load("defenses", name), "detect")]
+DETECTORS = [name for name in registry.names("defenses") if hasattr(registry.load("defenses", name), "detect")]
 ATTACKS = [name for name in registry.names("attacks") if hasattr(registry.load("attacks", name), "trigger")]
 SHAPE = (16, 16, 3)
 
@@ -54,6 +54,7 @@ SMALL = {
     "multi_target": {"parts": ("badnets:0", "blended:3", "l0_inv:4")},
     "baeraser": {"largest_drop": 1.0, **RECOVERY},
     "mesa_finetune": RECOVERY,
+    "neural_cleanse": {"threshold": 0.01, "anomaly": 1e-6, "unlearning_epochs": 1},  # somebody is suspected
 }
 """What else a method's contract is tested with, where its defaults take long."""
 

@@ -106,7 +106,7 @@ def test_settings_out_of_range_are_refused(changes, match):
 def test_unlearning_shows_the_patches_and_stamps_only_a_share(view, monkeypatch):
     seen = {}
 
-    def tune(subject, images, labels, recipe, key, watch, stage):
+    def tune(subject, images, labels, recipe, key, watch, stage, before):
         seen.update(images=images, labels=labels, recipe=recipe)
         return "tuned"
 

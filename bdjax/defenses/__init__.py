@@ -9,11 +9,22 @@ attack aims at, adds an audit:
     detect(config, victim, view, key) -> Scores
 
 A method that is given the true trigger as well says NEEDS_TRIGGER = True; where that is the user's choice, it is the
-name of the Config's field that says so.
+name of the Config's field that says so. A method may audit alone.
 """
 
 from types import ModuleType
 from typing import Any
+
+from bdjax import registry
+from bdjax.errors import InputError
+
+
+def purifier(name: str) -> ModuleType:
+    """The module of a defense that gives back a model. Raises InputError for one that only audits."""
+    module = registry.load("defenses", name)
+    if not hasattr(module, "purify"):
+        raise InputError(f"{name} audits a model and repairs none. Use `bdjax audit DIR --methods {name}`.")
+    return module
 
 
 def needs_trigger(module: ModuleType, config: Any) -> bool:

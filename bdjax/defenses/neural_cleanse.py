@@ -96,7 +96,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     patches = search(config, victim, view, jax.random.fold_in(key, 0))
     suspected = np.flatnonzero(_scores(config, patches).classes > config.anomaly)
     shown = {"suspected": suspected, "recovered": patches.masks * patches.patterns}
-    view.watch.observe(0, victim.variables, recovered_labels=np.arange(len(patches.norms)), **shown)
+    view.watch.observe(1, victim.variables, recovered_labels=np.arange(len(patches.norms)), **shown)
     if len(suspected) == 0:
         return victim.variables
     images, labels = np.array(to_float(view.images)), np.asarray(view.labels)
@@ -105,7 +105,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     which = suspected[np.arange(len(chosen)) % len(suspected)]
     images[chosen] = stamp(images[chosen], patches.masks[which], patches.patterns[which])
     recipe = FitConfig(config.unlearning_epochs, config.batch_size, "sgd", config.learning_rate, 0.9)
-    return tune(victim, images, labels, recipe, jax.random.fold_in(key, 2), view.watch, "unlearning")
+    return tune(victim, images, labels, recipe, jax.random.fold_in(key, 2), view.watch, "unlearning", before=1)
 
 
 def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scores:
