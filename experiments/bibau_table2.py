@@ -71,7 +71,7 @@ def main(names: list[str]) -> None:
     for seed in SEEDS:
         for name in names:
             for row in ROWS:
-                path = OUT / f"{name}-{seed}-{row.replace(' ', '').strip('()')}.json"
+                path = OUT / f"{name}-{seed}-{''.join(c for c in row if c.isalnum() or c == '-')}.json"
                 if not path.exists():
                     found = one(name, row, seed, source)
                     checkpoint.write_text(path, json.dumps(found, indent=1) + "\n")
