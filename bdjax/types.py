@@ -82,6 +82,8 @@ class Model:
     classes: int
     init: Callable[[Key], Variables]
     apply: Callable[..., tuple[jax.Array, dict[str, jax.Array], Any]]
+    options: tuple[tuple[str, Any], ...] = ()
+    """What `models.create` was given beside name, shape, classes and dtype."""
 
     def logits(self, variables: Variables, images: Images) -> jax.Array:
         """Evaluation-mode logits, float32 [N, classes]."""

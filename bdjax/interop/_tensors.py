@@ -1,0 +1,95 @@
+"""What a weight file is read into: tensors that are checked before a byte of them is read, and nothing that runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int64": np.dtype(np.int64),
+    "int32": np.dtype(np.int32),
+    "int16": np.dtype(np.int16),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
+}
+"""Of the elements of a tensor, by their name in PyTorch."""
+
+
+class Refused(Exception):
+    """What a file holds is not taken; the message says what, in one line without the file's name."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: checked, not yet read."""
+
+    dtype: str
+    """One of DTYPES."""
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    """`read() -> array` of that dtype and shape; it may be a view of the mapped file."""
+
+
+@dataclass
+class Storage:
+    """A run of elements that tensors look into; its bytes may be found later than the tensors."""
+
+    key: str
+    dtype: str
+    count: int
+    """Elements that the pickle claims."""
+    data: Any = None
+    """uint8 [bytes], in the order of the machine that wrote it; set by whoever finds it."""
+    big_endian: bool = False
+
+    def bind(self, data: np.ndarray) -> None:
+        """Give it its bytes. Raises Refused when they are fewer than were claimed."""
+        need = self.count * DTYPES[self.dtype].itemsize
+        if len(data) < need:
+            raise Refused(f"storage {shown(self.key)} claims {need} bytes and has {len(data)}: the file is cut off")
+        self.data = data[:need]
+
+    def tensor(self, offset: Any, shape: Any, stride: Any) -> Tensor:
+        """The tensor that begins at element `offset`. Raises Refused when it does not lie inside without overlaps."""
+        for name, value in (("shape", shape), ("stride", stride)):
+            if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 2**48 for size in value):
+                raise Refused(f"a tensor's {name} is {shown(value)}, not sizes")
+        if type(offset) is not int or offset < 0 or len(shape) != len(stride) or len(shape) > 16:
+            raise Refused(f"a tensor begins at {shown(offset)} with shape {shown(shape)} and stride {shown(stride)}")
+        last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        if prod(shape) and (last >= self.count or prod(shape) > self.count):
+            raise Refused(f"a tensor of shape {shown(shape)} does not fit into its storage of {self.count} elements")
+        reach = 1
+        for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
+            if step < reach:
+                raise Refused(f"a tensor of shape {shown(shape)} and stride {shown(stride)} overlaps itself")
+            reach = step * (size - 1) + reach
+
+        def read() -> np.ndarray:
+            dtype = DTYPES[self.dtype]
+            if not prod(shape):
+                return np.zeros(shape, dtype)
+            elements = np.frombuffer(self.data, f"{'>' if self.big_endian else '<'}u{dtype.itemsize}", self.count)
+            elements = elements[offset : last + 1].astype(f"=u{dtype.itemsize}", copy=False).view(dtype)
+            steps = [step * dtype.itemsize for step in stride]
+            return np.lib.stride_tricks.as_strided(elements, shape, steps, writeable=False)
+
+        return Tensor(self.dtype, shape, read)
+
+
+def shown(value: Any) -> str:
+    """A stranger's value for a message: one line, short, nothing that moves the cursor."""
+    if isinstance(value, tuple | list):
+        parts = [type(part).__name__ if isinstance(part, tuple | list) else shown(part) for part in value[:6]]
+        return "[" + ", ".join(parts) + (", ..." if len(value) > 6 else "") + "]"
+    if isinstance(value, str | bytes):
+        return repr(value[:80]) + ("..." if len(value) > 80 else "")
+    return repr(value) if isinstance(value, int | float) or value is None else type(value).__name__
