@@ -38,6 +38,8 @@ def defend(
     context: Context | None = None,
     extra: dict[str, Any] | None = None,
     data: Data | None = None,
+    attack: str | None = None,
+    attack_config: Any = None,
 ) -> dict[str, Any]:
     """Defend the model in a victim directory, write the cleaned model and the numbers, return the result.
 
@@ -47,9 +49,13 @@ def defend(
       seed: of the defense; default the victim's.
       dataset: where the data set lies now, when it has moved.
       extra: goes into the result as it is (which cell of which paper this is).
+      attack, attack_config: what an imported model is measured with, on `dataset`; None: images are left as they are.
     """
     context, victim, directory = context or Context(), Path(victim), Path(directory)
-    suspect = read_suspect(victim, defense, defense_config, split=split, seed=seed, dataset=dataset, data=data)
+    suspect = read_suspect(
+        victim, defense, defense_config, split=split, seed=seed, dataset=dataset, data=data, attack=attack,
+        attack_config=attack_config,
+    )  # fmt: skip
     manifest, experiment = suspect.manifest, suspect.experiment
     record = run_record(experiment, manifest["hash"])
     hashed = digest(record)
@@ -121,18 +127,28 @@ def defend(
         purified,
         cleaned,
         {
-            "trigger": checkpoint.read_arrays(victim, "trigger"),
+            "trigger": suspect.trigger_arrays,
             "split": {"indices": evaluation.clean_indices},
+            **({"original": checkpoint.read_arrays(victim, "original")} if (victim / "original.npz").exists() else {}),
         },
     )
     _write_json(directory / "result.json", result)
     return result
 
 
-def evaluate(directory: Path, dataset: str | None = None) -> dict[str, Any]:
-    """Accuracy and ASR of a victim or purified directory, on its own data set or another of its shape."""
+def evaluate(
+    directory: Path, dataset: str | None = None, attack: str | None = None, attack_config: Any = None
+) -> dict[str, Any]:
+    """Accuracy and ASR of a victim or purified directory, on its own data set or another of its shape.
+
+    An imported model needs `dataset`, and for an ASR the attack that it is measured with.
+    """
     directory = checkpoint.model_directory(directory)
-    suspect = read_recorded(directory, dataset=dataset)
+    suspect = read_recorded(directory, dataset=dataset, attack=attack, attack_config=attack_config)
+    if suspect.manifest["kind"] == "imported" and attack is None:
+        evaluation = suspect.evaluation
+        found = {"directory": str(directory), "kind": "imported", "dataset": suspect.data.name}
+        return {**found, "n_test": len(evaluation.images), "acc": evaluation.measure(suspect.victim.variables)["acc"]}
     if dataset is None:
         check_fingerprint(suspect.manifest, suspect.data, directory)
     else:
@@ -200,11 +216,24 @@ def _victim_hash(experiment: Experiment, fingerprint: str | None) -> str:
 
 
 def defense_directory_of(
-    victim: Path, defense: str, defense_config: Any, split: SplitConfig, seed: int | None, root: Path
+    victim: Path,
+    defense: str,
+    defense_config: Any,
+    split: SplitConfig,
+    seed: int | None,
+    root: Path,
+    **imported: Any,
 ) -> Path:
-    """Where a defense of the model in `victim` belongs: root/HASH, the same as that of the whole run."""
+    """Where a defense of the model in `victim` belongs: root/HASH, the same as that of the whole run.
+
+    `imported`: dataset, attack and attack_config, as :func:`defend` takes them.
+    """
     manifest = checkpoint.read_manifest(victim)
-    experiment = experiment_of(manifest, defense, defense_config, split, seed)
+    if manifest["kind"] == "imported":
+        suspect = read_suspect(victim, defense, defense_config, split=split, seed=seed, **imported)
+        manifest, experiment = suspect.manifest, suspect.experiment
+    else:
+        experiment = experiment_of(manifest, defense, defense_config, split, seed)
     return Path(root) / digest(run_record(experiment, manifest["hash"]))[:16]
 
 

@@ -56,7 +56,10 @@ def test_each_is_answered_in_one_line_that_names_the_file(tried):
     wrong = [
         one
         for one in tried[1]["results"]
-        if one["said"] is None or "\n" in one["said"] or not one["said"].startswith(one["path"]) or len(one["said"]) > 500
+        if one["said"] is None
+        or "\n" in one["said"]
+        or not one["said"].startswith(one["path"])
+        or len(one["said"]) > 500
     ]
     assert not wrong
 
@@ -153,8 +156,10 @@ OPCODES = st.one_of(
                      b"b", b"\x88", b"\x89", b"q\x00", b"h\x00", b"\x94", b"0", b"2", b"1", b"o", b"\x81", b"\x93"]),
     st.integers(-(2**70), 2**70).map(hostile.number),
     st.text(max_size=6).map(lambda text: hostile.text(text.encode("utf-8", "surrogatepass"))),
-    st.sampled_from(["collections\nOrderedDict", "torch\nFloatStorage", "torch._utils\n_rebuild_tensor_v2", "os\nsystem",
-                     "numpy\nndarray", "torch._utils\n_rebuild_parameter"]).map(lambda name: f"c{name}\n".encode()),
+    st.sampled_from(["collections\nOrderedDict", "torch\nFloatStorage", "torch._utils\n_rebuild_tensor_v2",
+                     "os\nsystem", "numpy\nndarray", "torch._utils\n_rebuild_parameter"]).map(
+        lambda name: f"c{name}\n".encode()
+    ),
     st.sampled_from([hostile.storage(), hostile.tensor(), hostile.tensor((4,), (1,))]),
 )  # fmt: skip
 

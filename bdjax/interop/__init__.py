@@ -109,7 +109,8 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
     """Write the model in `directory` as a weight file: under the names it was imported with, else the usual ones.
 
     Args: form: one of FORMATS; out: a file that stands there is replaced.
-    Returns {"tensors": number, "names": whose, "bytes": of the file}. Raises InputError for a damaged directory.
+    Returns {"tensors": number, "names": whose, "bytes": of the file, "input": what the manifest says is done first}.
+    Raises InputError for a damaged directory.
     """
     if form not in FORMATS:
         raise InputError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}.")
@@ -130,7 +131,8 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
             writer.write_torch(file, tensors)
         else:
             file.write(writer.safetensors_bytes(tensors))
-    return {"tensors": len(tensors), "names": naming.label, "bytes": Path(out).stat().st_size}
+    size = Path(out).stat().st_size
+    return {"tensors": len(tensors), "names": naming.label, "bytes": size, "input": manifest.get("input")}
 
 
 def model_of(manifest: Mapping[str, Any], dtype: Any = np.float32) -> models.Model:

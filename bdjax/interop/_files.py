@@ -1,7 +1,7 @@
 """The containers of weights, opened without trusting a number in them: safetensors, torch's zip and what came before.
 
-Every size is compared with the size of the file before anything of that size is read; what a file holds is mapped, not
-loaded. torch.save compresses nothing, so nothing is decompressed here.
+Every size is compared with the size of the file before anything of that size is read, and a tensor's elements are read
+when they are asked for, one tensor at a time. torch.save compresses nothing, so nothing is decompressed here.
 """
 
 import io
@@ -33,21 +33,26 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     if len(head) < 8 or length > min(path.stat().st_size - 8, MOST_BYTES // 4):
         raise Refused(f"it claims a header of {length} bytes: it is cut off, or no safetensors file")
     try:
-        file = safetensors.safe_open(path, framework="numpy")
-        names = file.keys()
-        if len(names) > _MOST_ENTRIES:
-            raise Refused(f"it holds {len(names)} tensors, more than any model that can be read")
-        return {name: _safe_tensor(file, name) for name in names}
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            if len(names) > _MOST_ENTRIES:
+                raise Refused(f"it holds {len(names)} tensors, more than any model that can be read")
+            return {name: _safe_tensor(path, file, name) for name in names}
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
         raise Refused(f"it is damaged ({shown(str(error))})") from None
 
 
-def _safe_tensor(file: Any, name: str) -> Tensor:
+def _safe_tensor(path: Path, file: Any, name: str) -> Tensor:
     part = file.get_slice(name)
     dtype = part.get_dtype()
     if dtype not in _SAFE:
         raise Refused(f"tensor {shown(name)} is of type {shown(dtype)}; read are {', '.join(_SAFE)}")
-    return Tensor(_SAFE[dtype], tuple(part.get_shape()), lambda: file.get_tensor(name))
+
+    def read() -> np.ndarray:
+        with safetensors.safe_open(path, framework="numpy") as again:  # closed at once: it maps the whole file
+            return again.get_tensor(name)
+
+    return Tensor(_SAFE[dtype], tuple(part.get_shape()), read)
 
 
 def open_zip(path: Path) -> Any:
@@ -59,24 +64,22 @@ def open_zip(path: Path) -> Any:
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}constants.pkl" in entries:
         raise Refused("it is a TorchScript program. Save the weights alone: torch.save(model.state_dict(), FILE)")
-    mapped = np.memmap(path, np.uint8, "r")
-
-    def content(name: str) -> np.ndarray:
-        start, size = entries[name]
-        return mapped[start : start + size]
-
-    if len(content(pickles[0])) > MOST_BYTES:
+    if entries[pickles[0]][1] > MOST_BYTES:
         raise Refused(f"its data.pkl has more than {MOST_BYTES >> 20} MiB, which no description of weights needs")
-    order = content(f"{folder}byteorder").tobytes() if f"{folder}byteorder" in entries else b"little"
+    with open(path, "rb") as file:
+        start, size = entries.get(f"{folder}byteorder", (0, 0))
+        file.seek(start)
+        order = file.read(min(size, 9)) or b"little"
+        file.seek(entries[pickles[0]][0])
+        stream = io.BytesIO(file.read(entries[pickles[0]][1]))
     if order not in (b"little", b"big"):
         raise Refused(f"its byteorder is {shown(order)}, not little or big")
     known: dict[str, Storage] = {}
-    value = _pickle.load(io.BytesIO(content(pickles[0]).tobytes()), lambda reference: _pickle.storage(reference, known))
+    value = _pickle.load(stream, lambda reference: _pickle.storage(reference, known))
     for key, storage in known.items():
         if f"{folder}data/{key}" not in entries:
             raise Refused(f"it refers to storage {shown(key)}, which is not in it")
-        storage.big_endian = order == b"big"
-        storage.bind(content(f"{folder}data/{key}"))
+        storage.bind(path, *entries[f"{folder}data/{key}"], order == b"big")
     return value
 
 
@@ -148,26 +151,35 @@ def open_legacy(path: Path) -> Any:
     keys = _pickle.load(stream, _no_storage)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
         raise Refused("its list of storages is damaged")
-    mapped, place = np.memmap(path, np.uint8, "r"), stream.tell()
-    roots: dict[str, np.ndarray] = {}
-    sizes = {views.get(key, (key, 0))[0]: DTYPES[storage.dtype].itemsize for key, storage in known.items()}
-    for key in keys:
-        count = int.from_bytes(mapped[place : place + 8].tobytes(), "little", signed=True)
-        place += 8
-        if key not in sizes:
-            raise Refused(f"it holds storage {shown(key)}, which no tensor refers to")
-        end = place + count * sizes[key]
-        if count < 0 or end > len(mapped):
-            raise Refused(f"storage {shown(key)} claims {shown(count)} elements: the file is cut off")
-        roots[key] = mapped[place:end]
-        place = end
+    roots = _legacy_roots(path, stream.tell(), keys, known, views)
     for key, storage in known.items():
         root, offset = views.get(key, (key, 0))
         if root not in roots:
             raise Refused(f"it refers to storage {shown(root)}, which is not in it")
-        storage.big_endian = system.get("little_endian") is False
-        storage.bind(roots[root][offset * DTYPES[storage.dtype].itemsize :])
+        start, size = roots[root]
+        skipped = offset * DTYPES[storage.dtype].itemsize
+        storage.bind(path, start + skipped, size - skipped, system.get("little_endian") is False)
     return value
+
+
+def _legacy_roots(
+    path: Path, place: int, keys: list[str], known: dict[str, Storage], views: dict[str, tuple[str, int]]
+) -> dict[str, tuple[int, int]]:
+    """Where each storage lies, one behind the other from `place` on: key -> (first byte, bytes)."""
+    roots: dict[str, tuple[int, int]] = {}
+    whole = path.stat().st_size
+    sizes = {views.get(key, (key, 0))[0]: DTYPES[storage.dtype].itemsize for key, storage in known.items()}
+    with open(path, "rb") as file:
+        for key in keys:
+            file.seek(place)
+            count = int.from_bytes(file.read(8), "little", signed=True)
+            if key not in sizes:
+                raise Refused(f"it holds storage {shown(key)}, which no tensor refers to")
+            roots[key] = (place + 8, count * sizes[key])
+            place += 8 + count * sizes[key]
+            if count < 0 or place > whole:
+                raise Refused(f"storage {shown(key)} claims {shown(count)} elements: the file is cut off")
+    return roots
 
 
 def _no_storage(reference: Any) -> Any:

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
     "float16": np.dtype(np.float16),
@@ -35,7 +36,7 @@ class Tensor:
     """One of DTYPES."""
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    """`read() -> array` of that dtype and shape; it may be a view of the mapped file."""
+    """`read() -> array` of that dtype and shape, from the file."""
 
 
 @dataclass
@@ -46,16 +47,17 @@ class Storage:
     dtype: str
     count: int
     """Elements that the pickle claims."""
-    data: Any = None
-    """uint8 [bytes], in the order of the machine that wrote it; set by whoever finds it."""
+    path: Path = Path()
+    start: int = 0
+    """First byte in the file; with `path` and the order of bytes set by whoever finds it."""
     big_endian: bool = False
 
-    def bind(self, data: np.ndarray) -> None:
-        """Give it its bytes. Raises Refused when they are fewer than were claimed."""
+    def bind(self, path: Path, start: int, size: int, big_endian: bool) -> None:
+        """Say where its bytes lie: `size` of them are there. Raises Refused when more were claimed."""
         need = self.count * DTYPES[self.dtype].itemsize
-        if len(data) < need:
-            raise Refused(f"storage {shown(self.key)} claims {need} bytes and has {len(data)}: the file is cut off")
-        self.data = data[:need]
+        if size < need:
+            raise Refused(f"storage {shown(self.key)} claims {need} bytes and has {max(size, 0)}: the file is cut off")
+        self.path, self.start, self.big_endian = path, start, big_endian
 
     def tensor(self, offset: Any, shape: Any, stride: Any) -> Tensor:
         """The tensor that begins at element `offset`. Raises Refused when it does not lie inside without overlaps."""
@@ -77,8 +79,9 @@ class Storage:
             dtype = DTYPES[self.dtype]
             if not prod(shape):
                 return np.zeros(shape, dtype)
-            elements = np.frombuffer(self.data, f"{'>' if self.big_endian else '<'}u{dtype.itemsize}", self.count)
-            elements = elements[offset : last + 1].astype(f"=u{dtype.itemsize}", copy=False).view(dtype)
+            order, place = ">" if self.big_endian else "<", self.start + offset * dtype.itemsize
+            raw = np.fromfile(self.path, f"{order}u{dtype.itemsize}", last + 1 - offset, offset=place)
+            elements = raw.astype(f"=u{dtype.itemsize}", copy=False).view(dtype)
             steps = [step * dtype.itemsize for step in stride]
             return np.lib.stride_tricks.as_strided(elements, shape, steps, writeable=False)
 

@@ -79,7 +79,9 @@ def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:
     found = []
     for naming in names.namings(wanted.model):
         first = naming.first_weight
-        places = [name.removesuffix(first) for name in tensors if name.endswith(first) and len(tensors[name].shape) == 4]
+        places = [
+            name.removesuffix(first) for name in tensors if name.endswith(first) and len(tensors[name].shape) == 4
+        ]
         prefixes = [place for place in places if not place or place.endswith(".")]
         outer = [one for one in prefixes if not any(one != other and one.startswith(other) for other in prefixes)]
         found += [_fit(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
