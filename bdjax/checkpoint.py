@@ -51,7 +51,10 @@ def write_model(
     partial = _partial(directory)
     try:
         partial.mkdir(parents=True)
-        ocp.save(partial.absolute() / "variables", jax.tree.map(np.asarray, variables))
+        context = ocp.Context()
+        context.array.saving.use_compression = False  # weights hardly compress, and trying takes as much memory again
+        with context:
+            ocp.save(partial.absolute() / "variables", jax.tree.map(np.asarray, variables))
         for name, group in arrays.items():
             write_arrays(partial / f"{name}.npz", group)
         whole = {"format": FORMAT, **manifest, "files": _hashes(partial)}

@@ -178,7 +178,7 @@ def _variables(file: Path, fit: matching.Fit) -> tuple[dict[str, Any], dict[str,
         tensor = fit.tensors[name]
         found = tensor.read()
         with np.errstate(over="ignore"):
-            array = found.astype(np.float32)
+            array = found.astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             raise InputError(
                 f"{file} is not read: tensor {shown(name)} holds values that are no finite float32 numbers."

@@ -251,4 +251,4 @@ def namings(model: str) -> tuple[Naming, ...]:
 def usual(model: str) -> Naming:
     """The names that a model is exported with when it did not come from a file."""
     found = [naming for naming in namings(model) if naming.model == model]
-    return next((naming for naming in found if naming.label == "torchvision" and "resnet" not in model), found[0])
+    return next((naming for naming in found if naming.label == "torchvision" and model != "resnet18"), found[0])

@@ -46,9 +46,7 @@ class Input:
         for name in ("mean", "std"):
             given = getattr(self, name)
             if len(given) not in (0, 1, channels):
-                raise InputError(
-                    f"--input-{name} has {len(given)} numbers, the network {channels} channels. Give as many."
-                )
+                raise InputError(f"--input-{name} has {len(given)} numbers; the network takes {channels} channels.")
         if self.channels == "bgr" and channels != 3:
             raise InputError(f"--channels bgr is for 3 channels; the network takes {channels}.")
 
