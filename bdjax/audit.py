@@ -51,7 +51,8 @@ def audit(
     directory = checkpoint.model_directory(Path(directory))
     suspect = read_recorded(directory, dataset=clean)
     images, labels = _chosen(suspect, size, seed)
-    found, arrays = {}, {}
+    found: dict[str, dict[str, Any]] = {}
+    arrays: dict[str, np.ndarray] = {}
     with parallel.using(context.devices):
         for name in names:
             module, clock, watch = registry.load("defenses", name), Clock(), Recorder(context.tick)

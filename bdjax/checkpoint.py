@@ -51,7 +51,10 @@ def write_model(
     partial = _partial(directory)
     try:
         partial.mkdir(parents=True)
-        ocp.save(partial.absolute() / "variables", jax.tree.map(np.asarray, variables))
+        context = ocp.Context()
+        context.array.saving.use_compression = False  # weights hardly compress, and trying takes as much memory again
+        with context:
+            ocp.save(partial.absolute() / "variables", jax.tree.map(np.asarray, variables))
         for name, group in arrays.items():
             write_arrays(partial / f"{name}.npz", group)
         whole = {"format": FORMAT, **manifest, "files": _hashes(partial)}
@@ -93,7 +96,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         file = directory / name
         if not file.is_file():
             raise InputError(f"{file} is missing, though {MANIFEST} lists it. Restore the directory or train it anew.")
-        if _sha256(file) != expected:
+        if sha256(file) != expected:
             raise InputError(f"{file} is damaged: its sha256 is not the one in {MANIFEST}. Restore it or train anew.")
     return manifest
 
@@ -108,7 +111,7 @@ def read_variables(directory: Path, like: Any) -> Any:
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Named arrays as an .npz file, which is there whole or not at all."""
-    with _whole(path) as file:
+    with whole_file(path) as file:
         np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
 
 
@@ -166,12 +169,12 @@ def locked(target: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
-    with _whole(path) as file:
+    with whole_file(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that gets the name `path` when all of it is on the disk."""
     partial = _partial(path)
     try:
@@ -227,10 +230,11 @@ def _bytes(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {str(f.relative_to(folder)): _sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}

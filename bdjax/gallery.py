@@ -4,21 +4,19 @@ A row comes from a victim directory, whose stored arrays are used, or from an at
 as `bdjax train NAME --seed S` would make it with the default Config, which needs no training for most attacks.
 """
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from bdjax import attacks, checkpoint, datasets, metrics, registry
-from bdjax.datasets._files import read_array
 from bdjax.errors import InputError
 from bdjax.experiment import config_of, stream, to_json
 from bdjax.provenance import environment
-from bdjax.types import Arrays, Data, Key, Model, NeedsTraining, Task, to_float
+from bdjax.suspect import trigger_arrays
+from bdjax.types import Arrays, Data, Key, NeedsTraining, to_float
 from bdjax.victim import experiment_of
 
 SHOWN, MOST_SHOWN = 3, 6
@@ -147,31 +145,8 @@ def _from_victim(source: str, directory: Path, manifest: dict[str, Any], data: D
 
 
 def _from_name(attack: str, data: Data, seed: int) -> _Planted:
-    module, config = registry.load("attacks", attack), config_of("attacks", attack)()
-    if not hasattr(module, "trigger"):
-        raise InputError(f"{attack} attacks a purified model and has no trigger")
-    if _training_makes_arrays(module):
-        raise NeedsTraining
-    return _Planted(attack, None, config, _prepared(module, config, data, seed))
-
-
-def _training_makes_arrays(module: ModuleType) -> bool:
-    """Whether the trigger takes arrays that only `train` or `edit` gives back."""
-    learned = any(hasattr(module, name) for name in ("train", "edit")) and not hasattr(module, "prepare")
-    return learned and len(inspect.signature(module.trigger).parameters) > 3
-
-
-def _prepared(module: ModuleType, config: Any, data: Data, seed: int) -> Arrays:
-    """What `prepare` makes for this data, with the key that `attacks.plant` gives it; NeedsTraining if it trains."""
-    if not hasattr(module, "prepare"):
-        return {}
-
-    def needs_training(*_: Any, **__: Any) -> Any:
-        raise NeedsTraining
-
-    model = Model("untrained", data.shape, len(data.classes), init=needs_training, apply=needs_training)
-    task = Task(data.x_train, data.y_train, model, read_array)
-    return module.prepare(config, task, attacks.keys_of(stream(seed, "attack")).prepare)
+    config = config_of("attacks", attack)()
+    return _Planted(attack, None, config, trigger_arrays(attack, config, data, seed))
 
 
 def _is_directory(source: str) -> bool:

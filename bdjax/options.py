@@ -54,3 +54,11 @@ def whole_numbers(flag: str, text: str, example: str) -> tuple[int, ...]:
         raise InputError(
             f"{flag} must be whole numbers with commas between, such as {example}; got {text!r}."
         ) from None
+
+
+def numbers(flag: str, text: str, example: str) -> tuple[float, ...]:
+    """The numbers in "0.5,0.4", "" for none. Raises InputError for anything else, as :func:`whole_numbers`."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise InputError(f"{flag} must be numbers with commas between, such as {example}; got {text!r}.") from None

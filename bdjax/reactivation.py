@@ -102,6 +102,8 @@ def reactivate(
 def _read(directory: Path, dataset: str | None) -> Suspect:
     found = read_recorded(checkpoint.model_directory(directory), dataset=dataset)
     check_fingerprint(found.manifest, found.data, found.directory)
+    if found.manifest.get("source"):
+        raise InputError(f"{directory} goes back to an imported model, and how that was trained is not known.")
     return found
 
 

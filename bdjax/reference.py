@@ -135,7 +135,7 @@ def _in_double(victim: Victim, problem: ibau.Problem) -> _Precision:
     def cast(tree: Any) -> Any:
         return jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), tree)
 
-    model = models.create(victim.model.name, victim.model.shape, victim.model.classes, jnp.float64)
+    model = models.as_dtype(victim.model, jnp.float64)
     shared = {**problem.arrays["shared"], "batch_stats": cast(victim.variables["batch_stats"])}
     arrays = {**problem.arrays, "shared": shared}
     return _Precision(

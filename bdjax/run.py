@@ -42,6 +42,8 @@ def defend(
     context: Context | None = None,
     extra: dict[str, Any] | None = None,
     data: Data | None = None,
+    attack: str | None = None,
+    attack_config: Any = None,
 ) -> dict[str, Any]:
     """Defend the model in a victim directory, write the cleaned model and the numbers, return the result.
 
@@ -53,10 +55,14 @@ def defend(
       clean: directory of a model trained alike without poison, for the score; default the victim's neighbour, by its
         hash, if it is there. A finished result without a score gets it.
       extra: goes into the result as it is (which cell of which paper this is).
+      attack, attack_config: what an imported model is measured with, on `dataset`; None: images are left as they are.
     """
     context, victim, directory = context or Context(), Path(victim), Path(directory)
     module = purifier(defense)
-    suspect = read_suspect(victim, defense, defense_config, split=split, seed=seed, dataset=dataset, data=data)
+    suspect = read_suspect(
+        victim, defense, defense_config, split=split, seed=seed, dataset=dataset, data=data, attack=attack,
+        attack_config=attack_config,
+    )  # fmt: skip
     manifest, experiment = suspect.manifest, suspect.experiment
     record = run_record(experiment, manifest["hash"])
     hashed = digest(record)
@@ -93,7 +99,8 @@ def defend(
         clock = Clock()
         with parallel.using(context.devices):
             found = module.detect(experiment.defense_config, suspect.victim, suspect.view(), key)
-        verdict = {**_verdict(found, experiment.attack, evaluation), "seconds": clock.read()[0]}
+        known = None if manifest["kind"] == "imported" else experiment.attack
+        verdict = {**_verdict(found, known, evaluation), "seconds": clock.read()[0]}
     result = {
         "attack": experiment.attack,
         "defense": defense,
@@ -141,8 +148,9 @@ def defend(
         purified,
         cleaned,
         {
-            "trigger": checkpoint.read_arrays(victim, "trigger"),
+            "trigger": suspect.trigger_arrays,
             "split": {"indices": evaluation.clean_indices},
+            **({"original": checkpoint.read_arrays(victim, "original")} if (victim / "original.npz").exists() else {}),
         },
     )
     _write_json(directory / "result.json", result)
@@ -151,6 +159,8 @@ def defend(
 
 def _neighbour(victim: Path, manifest: dict[str, Any]) -> Path | None:
     """The clean model that `run` keeps beside this victim, or None."""
+    if manifest["kind"] == "imported":
+        return None
     alike = victims.clean_of(experiment_of(manifest, None, None, None, None))
     found = victims.directory_of(alike, victim.parent, manifest["dataset"]["fingerprint"])
     return found if (found / "manifest.json").is_file() else None
@@ -164,21 +174,31 @@ def _beside(clean: dict[str, Any] | None, before: dict[str, Any], after: dict[st
     return {"clean": clean, "score": value if value == value else None}
 
 
-def _verdict(found: Scores, attack: str, evaluation: Evaluation) -> dict[str, Any]:
-    """What an audit found, and the truth."""
+def _verdict(found: Scores, attack: str | None, evaluation: Evaluation) -> dict[str, Any]:
+    """What an audit found, and the truth; None where that is not known."""
+    truth = {"poisoned": attack != "clean", "targets": [] if attack == "clean" else evaluation.targets}
     return {
         "poisoned": found.poisoned,
         "target": found.target,
         "score": found.score,
         "classes": [value if value == value else None for value in map(float, found.classes)],
-        "truth": {"poisoned": attack != "clean", "targets": [] if attack == "clean" else evaluation.targets},
+        "truth": None if attack is None else truth,
     }
 
 
-def evaluate(directory: Path, dataset: str | None = None) -> dict[str, Any]:
-    """Accuracy and ASR of a victim or purified directory, on its own data set or another of its shape."""
+def evaluate(
+    directory: Path, dataset: str | None = None, attack: str | None = None, attack_config: Any = None
+) -> dict[str, Any]:
+    """Accuracy and ASR of a victim or purified directory, on its own data set or another of its shape.
+
+    An imported model needs `dataset`, and for an ASR the attack that it is measured with.
+    """
     directory = checkpoint.model_directory(directory)
-    suspect = read_recorded(directory, dataset=dataset)
+    suspect = read_recorded(directory, dataset=dataset, attack=attack, attack_config=attack_config)
+    if suspect.manifest["kind"] == "imported" and attack is None:
+        evaluation = suspect.evaluation
+        found = {"directory": str(directory), "kind": "imported", "dataset": suspect.data.name}
+        return {**found, "n_test": len(evaluation.images), "acc": evaluation.measure(suspect.victim.variables)["acc"]}
     if dataset is None:
         check_fingerprint(suspect.manifest, suspect.data, directory)
     else:
@@ -257,11 +277,24 @@ def _victim_hash(experiment: Experiment, fingerprint: str | None) -> str:
 
 
 def defense_directory_of(
-    victim: Path, defense: str, defense_config: Any, split: SplitConfig, seed: int | None, root: Path
+    victim: Path,
+    defense: str,
+    defense_config: Any,
+    split: SplitConfig,
+    seed: int | None,
+    root: Path,
+    **imported: Any,
 ) -> Path:
-    """Where a defense of the model in `victim` belongs: root/HASH, the same as that of the whole run."""
+    """Where a defense of the model in `victim` belongs: root/HASH, the same as that of the whole run.
+
+    `imported`: dataset, attack and attack_config, as :func:`defend` takes them.
+    """
     manifest = checkpoint.read_manifest(victim)
-    experiment = experiment_of(manifest, defense, defense_config, split, seed)
+    if manifest["kind"] == "imported":
+        suspect = read_suspect(victim, defense, defense_config, split=split, seed=seed, **imported)
+        manifest, experiment = suspect.manifest, suspect.experiment
+    else:
+        experiment = experiment_of(manifest, defense, defense_config, split, seed)
     return Path(root) / digest(run_record(experiment, manifest["hash"]))[:16]
 
 

@@ -1,16 +1,18 @@
 """A model directory read again as a suspect: the model, what it is measured on, and what a defender sees of it."""
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bdjax import checkpoint, datasets
+from bdjax import attacks, checkpoint, datasets, registry
+from bdjax.datasets._files import read_array
 from bdjax.errors import InputError
 from bdjax.evaluation import Evaluation
-from bdjax.experiment import Experiment, SplitConfig, from_json
-from bdjax.types import Data, DefenderView, Victim, Watch
-from bdjax.victim import check_fingerprint, experiment_of, load_model
+from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, from_json, stream
+from bdjax.types import Arrays, Data, DefenderView, Model, NeedsTraining, Task, Victim, Watch
+from bdjax.victim import check_fingerprint, check_fits, describe, experiment_of, load_model, portraits
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,17 @@ class Suspect:
     data: Data
     held_out: bool = True
     """Leave the defender's images out of the test set."""
+    given: Arrays | None = None
+    """Arrays of the trigger that an imported model is measured with; None: those in the directory."""
+
+    @cached_property
+    def trigger_arrays(self) -> Arrays:
+        """What is stored of the model's own trigger. Raises InputError when that is not there."""
+        if self.given is not None:
+            return self.given
+        if not (self.directory / "trigger.npz").is_file():
+            raise InputError(f"{self.directory} holds no trigger: trigger.npz is missing. Train the victim anew.")
+        return checkpoint.read_arrays(self.directory, "trigger")
 
     @cached_property
     def victim(self) -> Victim:
@@ -32,15 +45,7 @@ class Suspect:
     @cached_property
     def evaluation(self) -> Evaluation:
         """Held-out images, clean and with the model's own trigger. Raises InputError when that is not stored."""
-        if not (self.directory / "trigger.npz").is_file():
-            raise InputError(f"{self.directory} holds no trigger: trigger.npz is missing. Train the victim anew.")
-        return Evaluation(
-            self.victim.model,
-            self.data,
-            self.experiment,
-            checkpoint.read_arrays(self.directory, "trigger"),
-            self.held_out,
-        )
+        return Evaluation(self.victim.model, self.data, self.experiment, dict(self.trigger_arrays), self.held_out)
 
     def view(self, watch: Watch | None = None, trigger: bool = False) -> DefenderView:
         """The defender's clean images; `watch` is shown the defense at work; `trigger`: with the true trigger."""
@@ -59,29 +64,111 @@ def read_suspect(
     seed: int | None = None,
     dataset: str | None = None,
     data: Data | None = None,
+    attack: str | None = None,
+    attack_config: Any = None,
 ) -> Suspect:
     """The suspect in `directory`, on the data set that it was trained on.
 
     Args:
       split: the defender's images; seed: of the defense, default the victim's.
       dataset: where the data set lies now, when it has moved; data: the set itself, when it is loaded already.
+      attack, attack_config: what an imported model, which has none of its own, is measured with; it needs `dataset`.
 
     Raises InputError for a damaged directory and for another data set.
     """
     manifest = checkpoint.read_manifest(directory)
+    if manifest["kind"] == "imported":
+        return _imported(directory, manifest, defense, defense_config, split, seed, dataset, attack, attack_config)
+    _refuse_attack(directory, manifest, attack)
     experiment = experiment_of(manifest, defense, defense_config, split, seed)
     data = data or datasets.load(dataset or experiment.dataset)
     check_fingerprint(manifest, data, directory)
     return Suspect(directory, manifest, experiment, data)
 
 
-def read_recorded(directory: Path, *, dataset: str | None = None, data: Data | None = None) -> Suspect:
+def _imported(
+    directory: Path, manifest: dict[str, Any], defense: str | None, defense_config: Any, split: SplitConfig | None,
+    seed: int | None, dataset: str | None, attack: str | None, attack_config: Any,
+) -> Suspect:  # fmt: skip
+    """An imported model on a data set, with the trigger of an attack; without one, images are left as they are."""
+    if dataset is None:
+        raise InputError(f"{directory} was imported and has no data set of its own. Give one by --data or --dataset.")
+    data = datasets.load(dataset)
+    check_fits(manifest, directory, data)
+    whole, arrays = _adopted(manifest, dataset, data, attack, attack_config, seed or 0)
+    experiment = experiment_of(whole, defense, defense_config, split, seed)
+    return Suspect(directory, whole, experiment, data, held_out=defense is not None, given=arrays)
+
+
+def _adopted(
+    manifest: dict[str, Any], spec: str, data: Data, attack: str | None, config: Any, seed: int
+) -> tuple[dict[str, Any], Arrays]:
+    """The manifest of an imported model with an attack and a data set, as if it had been planted here; and its arrays.
+
+    Args: spec: of `data`; attack: what is measured, with its Config (None: the defaults); None: nothing but accuracy.
+    Raises InputError for an attack whose trigger is learned, and for one that does not fit the classes.
+    """
+    experiment = Experiment(attack or "clean", None, spec, manifest["model"], seed, config)
+    attacks.check_target(experiment.attack_config, len(data.classes))
+    try:
+        arrays = trigger_arrays(experiment.attack, experiment.attack_config, data, seed)
+    except NeedsTraining:
+        raise InputError(
+            f"the trigger of {attack} is learned with its victim, so it cannot be put on images for another model. "
+            "Give its picture to image_trigger: --attack image_trigger --attack.pattern FILE."
+        ) from None
+    record = {"imported": manifest["hash"], **attack_record(experiment, data.fingerprint)}
+    whole = {**manifest, **describe(experiment, data), "fit": None, "hash": digest(record)}
+    return whole, {**arrays, **portraits(experiment, data, arrays)}
+
+
+def trigger_arrays(attack: str, config: Any, data: Data, seed: int) -> Arrays:
+    """What `prepare` makes for this data, with the key that `attacks.plant` gives it.
+
+    Raises NeedsTraining when the trigger takes more than that, InputError when the attack has none.
+    """
+    module = registry.load("attacks", attack)
+    if not hasattr(module, "trigger"):
+        raise InputError(f"{attack} attacks a purified model and has no trigger")
+    if not hasattr(module, "prepare"):
+        learned = any(hasattr(module, name) for name in ("train", "edit"))
+        if learned and len(inspect.signature(module.trigger).parameters) > 3:
+            raise NeedsTraining
+        return {}
+
+    def needs_training(*_: Any, **__: Any) -> Any:
+        raise NeedsTraining
+
+    model = Model("untrained", data.shape, len(data.classes), init=needs_training, apply=needs_training)
+    task = Task(data.x_train, data.y_train, model, read_array)
+    return module.prepare(config, task, attacks.keys_of(stream(seed, "attack")).prepare)
+
+
+def _refuse_attack(directory: Path, manifest: dict[str, Any], attack: str | None) -> None:
+    if attack is not None:
+        raise InputError(
+            f"{directory} records its own attack ({manifest['attack']['name']}). --attack is for imported models."
+        )
+
+
+def read_recorded(
+    directory: Path,
+    *,
+    dataset: str | None = None,
+    data: Data | None = None,
+    attack: str | None = None,
+    attack_config: Any = None,
+) -> Suspect:
     """A victim or purified directory as it was recorded: the defender's images of a purified model are left out.
 
     Args: dataset: where the data set lies; data: the set itself, when it is loaded already. Any set of the model's
-    shape will do: whether it is the recorded one (`check_fingerprint`) is for the caller to ask.
+    shape will do: whether it is the recorded one (`check_fingerprint`) is for the caller to ask. attack,
+    attack_config: as for :func:`read_suspect`.
     """
     manifest = checkpoint.read_manifest(directory)
+    if manifest["kind"] == "imported":
+        return _imported(directory, manifest, None, None, None, None, dataset, attack, attack_config)
+    _refuse_attack(directory, manifest, attack)
     defense = manifest.get("defense")
     split = from_json(SplitConfig, manifest["split"]) if defense else None
     experiment = experiment_of(manifest, None, None, split, defense["seed"] if defense else None)

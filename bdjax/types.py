@@ -86,6 +86,8 @@ class Model:
     """`outputs(variables, images, train=False, axis_name=None) -> (outputs, batch_stats)`: what each convolution and
     dense layer gives, bias included and before normalisation, [N, ..., O], in forward order, by the path of its kernel
     in the parameters ("Conv_0/kernel"). None: the model does not tell. Call it by :func:`bdjax.models.outputs`."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """What `models.create` was given beside name, shape, classes and dtype."""
 
     def logits(self, variables: Variables, images: Images) -> jax.Array:
         """Evaluation-mode logits, float32 [N, classes]."""

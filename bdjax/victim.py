@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bdjax import attacks, checkpoint, datasets, models
+from bdjax import attacks, checkpoint, datasets, interop, models
 from bdjax.datasets._files import read_array
 from bdjax.engine import FitConfig, fit_controlled, parallel
 from bdjax.engine.clock import Clock
@@ -67,7 +67,7 @@ def _train(experiment: Experiment, directory: Path, context: Context, data: Data
         task = task_of(experiment, data, context, watch, unfinished, clock)
         planted = attacks.plant(experiment.attack, experiment.attack_config, task, stream(experiment.seed, "attack"))
     seconds, compiling = clock.read()
-    arrays = {"trigger": {**planted.arrays, **_portraits(experiment, data, planted.arrays)}}
+    arrays = {"trigger": {**planted.arrays, **portraits(experiment, data, planted.arrays)}}
     if planted.poison is not None:
         indices = planted.poison.indices
         arrays["poison"] = {
@@ -78,7 +78,7 @@ def _train(experiment: Experiment, directory: Path, context: Context, data: Data
     manifest = {
         "kind": "victim",
         "hash": hashed,
-        **_describe(experiment, data),
+        **describe(experiment, data),
         "poison": None if planted.poison is None else _facts(planted.poison),
         "seconds": {"attack": seconds, "compile": compiling},
         "curve": watch.rows,
@@ -97,12 +97,12 @@ def poisoned_set(directory: Path, dataset: str | None = None) -> tuple[Data, np.
     when the poison is not what the manifest's sha256 says.
     """
     manifest = checkpoint.read_manifest(directory)
+    experiment = experiment_of(manifest, None, None, None, None)
     if not manifest.get("poison"):
         raise InputError(
             f"{directory} has no poisoned training set: {manifest['attack']['name']} changes images in every training "
             "step, drawn anew each time, or none at all."
         )
-    experiment = experiment_of(manifest, None, None, None, None)
     data = datasets.load(dataset or experiment.dataset)
     check_fingerprint(manifest, data, directory)
     model = models.create(experiment.model, data.shape, len(data.classes))
@@ -202,7 +202,8 @@ def directory_of(experiment: Experiment, store: Path, fingerprint: str) -> Path:
     return Path(store) / digest(attack_record(experiment, fingerprint))[:16]
 
 
-def _describe(experiment: Experiment, data: Data) -> dict[str, Any]:
+def describe(experiment: Experiment, data: Data) -> dict[str, Any]:
+    """What a manifest says of the model, its training, its attack and its data set."""
     return {
         "model": experiment.model,
         "shape": data.shape,
@@ -223,8 +224,16 @@ def _describe(experiment: Experiment, data: Data) -> dict[str, Any]:
 def experiment_of(
     manifest: dict[str, Any], defense: str | None, defense_config: Any, split: SplitConfig | None, seed: int | None
 ) -> Experiment:
-    """The experiment that a manifest records, with the defense that is asked for now."""
+    """The experiment that a manifest records, with the defense that is asked for now.
+
+    Raises InputError for a model that was imported, of which no attack and no data set are known.
+    """
     attack = manifest["attack"]
+    if attack is None:
+        raise InputError(
+            f"{manifest['source']['file']} was imported: no attack and no data set belong to it. `bdjax evaluate` and "
+            "`bdjax defend` take them by --attack and --data or --dataset."
+        )
     return Experiment(
         attack=attack["name"],
         defense=defense,
@@ -233,25 +242,30 @@ def experiment_of(
         seed=manifest["seed"] if seed is None else seed,
         attack_config=from_json(config_of("attacks", attack["name"]), attack["config"]),
         defense_config=defense_config,
-        fit=from_json(FitConfig, manifest["fit"]),
+        fit=from_json(FitConfig, manifest["fit"] or {}),
         split=split or SplitConfig(),
     )
 
 
 def load_model(manifest: dict[str, Any], directory: Path, data: Data) -> tuple[Model, Variables]:
     """The model of a directory and its variables. Raises InputError when `data` is of another shape or class count."""
+    check_fits(manifest, directory, data)
+    model = interop.model_of(manifest, from_json(FitConfig, manifest["fit"] or {}).dtype)
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    return model, checkpoint.read_variables(directory, like)
+
+
+def check_fits(manifest: dict[str, Any], directory: Path, data: Data) -> None:
+    """Raise InputError when `data` is of another shape or class count than the model in `directory`."""
     shape, classes = tuple(manifest["shape"]), len(manifest["classes"])
     if data.shape != shape or len(data.classes) != classes:
         raise InputError(
             f"{directory} holds a model for {shape} images of {classes} classes; "
             f"{data.name} has {data.shape} and {len(data.classes)}. Give data of the model's shape."
         )
-    model = models.create(manifest["model"], data.shape, classes, from_json(FitConfig, manifest["fit"]).dtype)
-    like = jax.eval_shape(model.init, jax.random.key(0))
-    return model, checkpoint.read_variables(directory, like)
 
 
-def _portraits(experiment: Experiment, data: Data, arrays: Any) -> dict[str, np.ndarray]:
+def portraits(experiment: Experiment, data: Data, arrays: Any) -> dict[str, np.ndarray]:
     """The trigger (each part's) on a black and on a white image: enough to recognise it without this library."""
     key, found = stream(experiment.seed, "evaluate"), {}
     for part, stored in attacks.parts_of(experiment.attack, experiment.attack_config, arrays):

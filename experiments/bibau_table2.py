@@ -41,7 +41,7 @@ COUNTS = {"BadNets": 5, "WaNet": 5, "IAD": 5, "ISSBA": 5, "Blended": 1}  # poiso
 
 
 # Where the paper's constants are lost and the defaults are the sheet's guesses: chosen on the validation images.
-CHOSEN = {"likelihood": 0.1, "ewc": 1e-5, "clip": 100.0, "batch_size": 64}
+CHOSEN: dict[str, Any] = {"likelihood": 0.1, "ewc": 1e-5, "clip": 100.0, "batch_size": 64}
 
 
 def _bibau(variant: Any) -> Callable[[str], Any]:

@@ -1,8 +1,7 @@
-"""Every model is the pair of pure functions that `bdjax.types.Model` promises; with its layers, and augmentation."""
+"""Every model is the pair of pure functions that `bdjax.types.Model` promises; and augmentation."""
 
 from functools import lru_cache, partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +9,25 @@ import pytest
 
 from bdjax import augment, models, registry
 from bdjax.errors import InputError
-from bdjax.models import _layers
 from bdjax.types import Model
 
 NAMES = registry.names("models")
 SHAPE, CLASSES = (8, 8, 1), 4
+NARROW = {
+    "densenet121": 4, "efficientnet_v2_s": 4, "googlenet": 8, "mobilenet_v3_small": 4, "preact_resnet18": 4,
+    "resnet18": 4, "resnet18_imagenet": 4, "vgg16": 1, "vgg16_bn": 1, "vgg19": 1, "vgg19_bn": 1, "vit_b_16": 12,
+    "vit_b_32": 12,
+}  # fmt: skip
+"""Channels that compile and compute in no time; the rest are small anyway."""
 
 
-def shapes_of(name, shape=SHAPE, classes=CLASSES, dtype=jnp.float32):
-    model = models.create(name, shape, classes, dtype)
+def large_enough(name, shape=SHAPE):
+    least = registry.load("models", name).SMALLEST
+    return (max(shape[0], least), max(shape[1], least), shape[2])
+
+
+def shapes_of(name, shape=None, classes=CLASSES, dtype=jnp.float32, narrow=True):
+    model = models.create(name, shape or large_enough(name), classes, dtype, NARROW.get(name) if narrow else None)
     with jax.numpy_dtype_promotion("standard"):  # flax's BatchNorm needs it for bfloat16
         return model, jax.eval_shape(model.init, jax.random.key(0))
 
@@ -27,7 +36,7 @@ def count(variables):
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
-SMALL = [name for name in NAMES if count(shapes_of(name)[1]) < 1_000_000]
+SMALL = [name for name in NAMES if name not in NARROW]
 
 
 @lru_cache
@@ -41,7 +50,7 @@ def ready(name) -> tuple[Model, dict]:
         if kind == "kernel":
             fan_in = leaf.size // leaf.shape[-1]
             return jnp.asarray(rng.normal(0, (2 / fan_in) ** 0.5, leaf.shape), jnp.float32)
-        return jnp.full(leaf.shape, {"scale": 1, "var": 1, "bias": 0, "mean": 0}[kind], jnp.float32)
+        return jnp.full(leaf.shape, {"scale": 1, "var": 1}.get(kind, 0), jnp.float32)
 
     return model, jax.tree_util.tree_map_with_path(draw, like)
 
@@ -67,7 +76,7 @@ def same(a, b):
 def test_evaluation_is_finite_deterministic_and_one_image_at_a_time(name):
     model, variables = ready(name)
     apply = jax.jit(model.apply)
-    images = pictures(3)
+    images = pictures(3, model.shape)
     logits, features, stats = apply(variables, images)
     assert logits.shape == (3, CLASSES) and logits.dtype == jnp.float32
     assert "flat" in features and all(len(feature) == 3 for feature in features.values())
@@ -80,7 +89,7 @@ def test_evaluation_is_finite_deterministic_and_one_image_at_a_time(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_training_moves_the_running_statistics_a_tenth_of_the_way(name):
     model, variables = ready(name)
-    start, images = jax.tree.map(np.array, variables), pictures(4)
+    start, images = jax.tree.map(np.array, variables), pictures(4, model.shape)
     update = jax.jit(lambda stats: model.apply({**variables, "batch_stats": stats}, images, True)[2])
     once = update(variables["batch_stats"])
     assert jax.tree.structure(once) == jax.tree.structure(start["batch_stats"]) and finite(once)
@@ -95,6 +104,7 @@ def test_training_moves_the_running_statistics_a_tenth_of_the_way(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("shape", "classes"), [((9, 13, 3), 2), ((32, 32, 3), 43), ((28, 28, 1), 10)])
 def test_any_height_width_channels_and_classes(name, shape, classes):
+    shape = large_enough(name, shape)
     model, variables = shapes_of(name, shape, classes)
     logits, features, _ = jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((5, *shape), jnp.float32))
     assert logits.shape == (5, classes) and logits.dtype == jnp.float32
@@ -104,7 +114,7 @@ def test_any_height_width_channels_and_classes(name, shape, classes):
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_for_activations_only(name):
     model, variables = shapes_of(name, dtype=jnp.bfloat16)
-    images = jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, *model.shape), jnp.float32)
     for train in (False, True):
         with jax.numpy_dtype_promotion("standard"):  # flax's BatchNorm needs it for bfloat16
             logits, features, stats = jax.eval_shape(partial(model.apply, train=train), variables, images)
@@ -124,8 +134,8 @@ def test_the_smallest_side_works_and_the_error_names_it(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_arguments_give_the_same_object(name):
-    assert models.create(name, (16, 16, 3), 7) is models.create(name, (16, 16, 3), 7)
-    assert models.create(name, (16, 16, 3), 7) is not models.create(name, (16, 16, 3), 8)
+    assert models.create(name, (32, 32, 3), 7) is models.create(name, (32, 32, 3), 7)
+    assert models.create(name, (32, 32, 3), 7) is not models.create(name, (32, 32, 3), 8)
 
 
 def test_initialisation_follows_the_key_and_is_finite():
@@ -176,41 +186,6 @@ def test_small_vgg_is_that_of_table_9():
     ]
     assert [features[f"block{block}"].shape[1:] for block in (1, 2, 3)] == [(16, 16, 32), (8, 8, 64), (4, 4, 128)]
     assert features["flat"].shape == (1, 2048)
-
-
-# --- layers
-
-
-@pytest.mark.parametrize("size", [(8, 8), (7, 5), (2, 3)])
-def test_max_pool_is_that_of_flax(size):
-    x = pictures(2, (*size, 3)) - 0.5
-    np.testing.assert_array_equal(_layers.max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
-
-
-@pytest.mark.parametrize(
-    ("window", "first"),
-    [([5, 5, 5, 5], 0), ([0, 5, 5, 5], 1), ([0, 0, 5, 5], 2), ([0, 5, 0, 5], 1), ([5, 0, 5, 0], 0), ([0, 0, 0, 5], 3)],
-)
-def test_max_pool_sends_the_gradient_of_a_tie_to_the_first(window, first):
-    x = jnp.array(window, jnp.float32).reshape(1, 2, 2, 1)
-    gradient = jax.grad(lambda x: _layers.max_pool(x).sum())(x)
-    np.testing.assert_array_equal(gradient.ravel(), np.eye(4)[first])
-
-
-def test_dropout_keeps_its_share_and_the_mean():
-    x = jnp.ones((8, 1000))
-    kept = _layers.dropout(x, 0.3, jax.random.split(jax.random.key(0), 8), 1)
-    assert set(np.unique(kept)) == {0, np.float32(1 / 0.7)}
-    assert float((kept == 0).mean()) == pytest.approx(0.3, abs=0.02)
-    assert _layers.dropout(x, 0.3, None, 1) is x
-
-
-def test_dropout_draws_by_image_and_layer_not_by_batch():
-    x, keys = jnp.ones((4, 6, 6, 2)), jax.random.split(jax.random.key(0), 4)
-    whole = _layers.dropout(x, 0.5, keys, 1)
-    parts = [_layers.dropout(x[i : i + 2], 0.5, keys[i : i + 2], 1) for i in (0, 2)]
-    assert same(whole, jnp.concatenate(parts)) and same(whole, _layers.dropout(x, 0.5, keys, 1))
-    assert not same(whole[0], whole[1]) and not same(whole, _layers.dropout(x, 0.5, keys, 2))
 
 
 # --- augmentation

@@ -2,7 +2,7 @@
 
 A module holds ORDER (its place in the help), USAGE (what follows its name), SUMMARY (one line), `main(argv)`, and
 the dataclass of its flags unless `bdjax.options` has it. `_common` is the helpers; another name that begins with `_`
-is a command that the help leaves out.
+is a command that the help leaves out. A command that is a word of Python's has a `_` behind its module's name.
 
 Method names come first (`bdjax run ATTACK DEFENSE`), because they decide which flags there are: the fields
 of the methods' own Config classes, as `--attack.FIELD` and `--defense.FIELD`.
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _names() -> set[str]:
-    return {module.name for module in pkgutil.iter_modules(__path__)} - {"_common"}
+    return {module.name.removesuffix("_") for module in pkgutil.iter_modules(__path__)} - {"_common"}
 
 
 def _place(name: str) -> tuple[bool, int, str]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import keyword
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from bdjax.errors import InputError
 
 def command(name: str) -> ModuleType:
     """The module of a command."""
-    return importlib.import_module(f"bdjax.cli.{name}")
+    return importlib.import_module(f"bdjax.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
 
 
 def usage(name: str, argv: list[str], more: str = "") -> None:
@@ -37,6 +38,17 @@ def first(name: str, argv: list[str], more: str = "") -> str:
     if not argv or argv[0].startswith("-"):
         usage(name, argv, more)
     return argv[0]
+
+
+def chosen_attack(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The attack that `--attack NAME` names, checked, and the other arguments: it decides which flags there are."""
+    if "--attack" not in argv:
+        return None, argv
+    place = argv.index("--attack")
+    if place + 1 == len(argv):
+        raise InputError(f"--attack needs the name of an attack: {', '.join(registry.names('attacks'))}.")
+    registry.check("attacks", argv[place + 1])
+    return argv[place + 1], [*argv[:place], *argv[place + 2 :]]
 
 
 def methods(argv: list[str], name: str, kinds: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -112,10 +124,11 @@ def remove_run(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def check_file(path: Path, suffix: str, what: str) -> None:
-    """Raise InputError, before any computing, when a file of that suffix cannot be written there."""
-    if path.suffix.lower() != suffix:
-        raise InputError(f"--out {path} does not end in {suffix}. Give the name of a {what} file.")
+def check_file(path: Path, suffix: str | tuple[str, ...], what: str) -> None:
+    """Raise InputError, before any computing, when a file of that suffix (or one of these) cannot be written there."""
+    if not path.name.lower().endswith(suffix):
+        ends = suffix if isinstance(suffix, str) else " or ".join(suffix)
+        raise InputError(f"--out {path} does not end in {ends}. Give the name of a {what} file.")
     if path.is_dir():
         raise InputError(f"--out {path} is a directory. Give the name of a {what} file.")
     if not path.parent.is_dir():

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax import registry
-from bdjax.cli._common import finish, first, methods, parse, ready, remove_run
+from bdjax.cli._common import chosen_attack, finish, first, methods, parse, ready, remove_run, say
 from bdjax.options import Place
 
 ORDER = 40
@@ -17,7 +17,8 @@ class Flags(Place):
     """Flags of `bdjax defend`."""
 
     dataset: str | None = None
-    """Where the victim's data set lies now, if it has moved."""
+    """Where the victim's data set lies now, if it has moved. An imported model needs one; `--attack ATTACK
+    --attack.FIELD ..` says which trigger it is measured with."""
     seed: int | None = None
     """Of the defense; default the victim's."""
     clean: Path | None = None
@@ -28,18 +29,22 @@ def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     victim = Path(first("defend", argv, f"defenses: {', '.join(registry.names('defenses'))}"))
     (defense,), rest = methods(argv[1:], "defend", ("defenses",))
-    options = parse("defend", (str(victim), defense), rest, Flags, defense=defense, split=True)
+    attack, rest = chosen_attack(rest)
+    parts = {"attack": attack} if attack else {}
+    options = parse("defend", (str(victim), defense), rest, Flags, defense=defense, split=True, **parts)
     from bdjax import run
 
+    own = {"dataset": options.dataset, "attack": attack, "attack_config": getattr(options, "attack", None)}
     with ready(options) as context:
         directory = options.out or run.defense_directory_of(
-            victim, defense, options.defense, options.split, options.seed, options.root
+            victim, defense, options.defense, options.split, options.seed, options.root, **own
         )
         if options.force:
             remove_run(directory)
         result = run.defend(
             victim, defense, options.defense, directory,
-            split=options.split, seed=options.seed, dataset=options.dataset, clean=options.clean,
-            context=context,
+            split=options.split, seed=options.seed, clean=options.clean, context=context, **own,
         )  # fmt: skip
+    if result["attack"] == "clean":
+        say("No trigger is put on images: the attack success rate is that of others taken for the target.")
     finish(result, directory, options.json)

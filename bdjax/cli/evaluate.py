@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdjax.cli._common import first, parse, ready, say
+from bdjax.cli._common import chosen_attack, first, parse, ready, say
 from bdjax.options import Common
 
 ORDER = 50
-USAGE = "DIR [--data D]"
+USAGE = "DIR [--data D] [--attack ATTACK --attack.FIELD ..]"
 SUMMARY = "accuracy and attack success rate of a model directory"
 
 
@@ -17,17 +17,19 @@ class Flags(Common):
     """Flags of `bdjax evaluate`."""
 
     data: str | None = None
-    """Another data set of the model's shape: digits, npz:PATH, folder:PATH or tfds:NAME."""
+    """Another data set of the model's shape: digits, npz:PATH, folder:PATH or tfds:NAME. An imported model needs one,
+    and `--attack ATTACK --attack.FIELD ..` says which trigger it is tried with; without, its accuracy is measured."""
 
 
 def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     directory = Path(first("evaluate", argv))
-    options = parse("evaluate", (argv[0],), argv[1:], Flags)
+    attack, rest = chosen_attack(argv[1:])
+    options = parse("evaluate", (argv[0],), rest, Flags, **({"attack": attack} if attack else {}))
     from bdjax import run
 
     with ready(options):
-        found = run.evaluate(directory, options.data)
+        found = run.evaluate(directory, options.data, attack, getattr(options, "attack", None))
     by_trigger = {f"asr {label}": value for label, value in found.get("asr_by_trigger", {}).items()}
     for name, value in ({k: v for k, v in found.items() if k != "asr_by_trigger"} | by_trigger).items():
         value = "-" if value is None else value

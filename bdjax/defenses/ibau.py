@@ -233,7 +233,7 @@ def _bilevel(model: Model, static: _Static, shared: Any, split: Any, axis: str |
     """g(δ, θ) and E(δ, θ) of one θ step."""
     entropy = _losses(model, static)[0]
     if static.products != "float32":
-        model = models.create(model.name, model.shape, model.classes, jnp.dtype(static.products))
+        model = models.as_dtype(model, jnp.dtype(static.products))
     g = _losses(model, static)[1]
     inner_split = split
     if static.hessian_data == "first_batch":

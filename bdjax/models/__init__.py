@@ -2,8 +2,9 @@
 
 A model module holds one Linen class `Net(classes, dtype, axis_name)` whose call
 `(images, train, keys) -> (logits, features)` takes any H, W, C, and `SMALLEST`, the least side in
-pixels that its down-sampling allows. `autoencoder`, `hider`, `reader` and `sampler` are networks that
-methods train.
+pixels that its down-sampling allows. A `Net` with the field `width` can be had narrower or wider: it is the number of
+channels that its first convolution makes, and the others keep their ratio to it.
+`autoencoder`, `hider`, `reader` and `sampler` are networks that methods train.
 """
 
 from collections.abc import Mapping
@@ -17,32 +18,53 @@ import jax.numpy as jnp
 from bdjax import registry
 from bdjax.errors import InputError
 from bdjax.models._generators import Generator, autoencoder, hider, reader, sampler
+from bdjax.models._input import Input
 from bdjax.types import Images, Key, Model, Variables
 
 __all__ = [
-    "Generator", "autoencoder", "create", "head", "hider", "kernels", "outputs", "penultimate", "reader",
-    "sampler", "with_kernels",
+    "Generator", "Input", "as_dtype", "autoencoder", "create", "head", "hider", "kernels", "outputs",
+    "penultimate", "reader", "sampler", "with_kernels",
 ]  # fmt: skip
 
 
 @lru_cache
-def create(name: str, shape: tuple[int, int, int], classes: int, dtype: Any = jnp.float32) -> Model:
+def create(
+    name: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    dtype: Any = jnp.float32,
+    width: int | None = None,
+    input: Input | None = None,
+) -> Model:
     """The model `name` for images of `shape` (H, W, C) and `classes` outputs.
 
-    `dtype` is what activations are computed in (float32 or bfloat16); parameters and logits stay float32.
+    `dtype` is what activations are computed in (float32 or bfloat16); parameters and logits stay float32. `width`:
+    channels of the first convolution, default the model's own; `input`: what is done to images first.
     Raises InputError for an unknown name, for images too small, and for fewer than two classes.
     """
     module = registry.load("models", name)
-    if min(shape[:2]) < module.SMALLEST:
+    seen = shape if input is None else input.seen(shape)
+    if min(seen[:2]) < module.SMALLEST:
         raise InputError(
             f"model {name!r} needs images of at least {module.SMALLEST}x{module.SMALLEST} pixels, "
-            f"got {shape[0]}x{shape[1]}. Enlarge the images or choose another model "
+            f"got {seen[0]}x{seen[1]}. Enlarge the images or choose another model "
             f"({', '.join(registry.names('models'))})."
         )
     if classes < 2:
         raise InputError(f"a classifier needs at least 2 classes, got {classes}.")
-    net = module.Net(classes=classes, dtype=dtype)
-    return Model(name, shape, classes, partial(_init, net, shape), partial(_apply, net), partial(_outputs, net))
+    if input is not None:
+        input.check(shape[2])
+    if width is not None and not (hasattr(module.Net, "width") and width >= 1):
+        raise InputError(f"model {name!r} cannot be had {width} channels wide.")
+    net = module.Net(classes=classes, dtype=dtype, **({} if width is None else {"width": width}))
+    init, apply = partial(_init, net, seen), partial(_apply, net, input)
+    init, apply, outputs = partial(_init, net, seen), partial(_apply, net, input), partial(_outputs, net, input)
+    return Model(name, shape, classes, init, apply, outputs, (("width", width), ("input", input)))
+
+
+def as_dtype(model: Model, dtype: Any) -> Model:
+    """A model of :func:`create` that computes in another type."""
+    return create(model.name, model.shape, model.classes, dtype, **dict(model.options))
 
 
 def outputs(
@@ -98,12 +120,15 @@ def _init(net: Any, shape: tuple[int, int, int], key: Key) -> Variables:
 
 def _apply(
     net: Any,
+    input: Input | None,
     variables: Variables,
     images: Images,
     train: bool = False,
     keys: Key | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    if input is not None:
+        images = input(images)
     with jax.numpy_dtype_promotion("standard"):  # BatchNorm mixes bfloat16 activations with float32 statistics
         if not train:
             logits, features = net.apply(variables, images)
@@ -114,7 +139,12 @@ def _apply(
 
 
 def _outputs(
-    net: Any, variables: Variables, images: Images, train: bool = False, axis_name: str | None = None
+    net: Any,
+    input: Input | None,
+    variables: Variables,
+    images: Images,
+    train: bool = False,
+    axis_name: str | None = None,
 ) -> tuple[dict[str, jax.Array], Any]:
     found: dict[str, jax.Array] = {}
 
@@ -125,5 +155,5 @@ def _outputs(
         return given
 
     with nn.intercept_methods(keep):
-        stats = _apply(net, variables, images, train, None, axis_name)[2]
+        stats = _apply(net, input, variables, images, train, None, axis_name)[2]
     return found, stats

@@ -1,26 +1,38 @@
 """Layers that the models share, with PyTorch's conventions where the papers' releases depend on them."""
 
+from functools import reduce
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bdjax.models import _conv
 from bdjax.types import Key
 
 
-def conv(features: int, dtype: Any, kernel: int = 3, stride: int = 1, bias: bool = False) -> nn.Conv:
+def conv(
+    features: int,
+    dtype: Any,
+    kernel: int = 3,
+    stride: int = 1,
+    bias: bool = False,
+    groups: int = 1,
+    name: str | None = None,
+) -> nn.Conv:
     """Square convolution, zero-padded by kernel // 2 on every side ("SAME" would pad stride 2 unevenly)."""
-    plain = stride == 1 and kernel % 2 == 1 and jax.default_backend() == "cpu"
+    plain = stride == 1 and kernel % 2 == 1 and groups == 1 and jax.default_backend() == "cpu"
     return nn.Conv(
         features,
         (kernel, kernel),
         strides=stride,
         padding=kernel // 2,
         use_bias=bias,
+        feature_group_count=groups,
         dtype=dtype,
         kernel_init=nn.initializers.he_normal(),
+        name=name,
         conv_general_dilated=_plain if plain else None,
     )
 
@@ -29,13 +41,16 @@ def _plain(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
     return _conv.conv(x, kernel)
 
 
-def norm(train: bool, dtype: Any, axis_name: str | None) -> nn.BatchNorm:
+def norm(
+    train: bool, dtype: Any, axis_name: str | None, epsilon: float = 1e-5, name: str | None = None
+) -> nn.BatchNorm:
     """Batch normalisation with PyTorch's momentum 0.1 (decay 0.9); `axis_name` averages over devices."""
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
-        epsilon=1e-5,
+        epsilon=epsilon,
         dtype=dtype,
+        name=name,
         axis_name=axis_name if train else None,
     )
 
@@ -64,6 +79,45 @@ def max_pool(x: jax.Array) -> jax.Array:
     return _first_max(top, bottom)
 
 
+def window_max(x: jax.Array, window: int, stride: int, padding: int = 0, ceil: bool = False) -> jax.Array:
+    """Square max-pooling of [N, H, W, C] as PyTorch's, of any window; ties as in :func:`max_pool`.
+
+    `padding` on every side never wins. `ceil`: a last window may hang over the edge, if it begins inside.
+    """
+    sides, wanted = [], []
+    for size in x.shape[1:3]:
+        room = size + 2 * padding - window
+        count = (-(-room // stride) if ceil else room // stride) + 1
+        if ceil and (count - 1) * stride >= size + padding:
+            count -= 1
+        sides.append((padding, max(padding, (count - 1) * stride + window - size - padding)))
+        wanted.append(count)
+    x = jnp.pad(x, ((0, 0), *sides, (0, 0)), constant_values=-jnp.inf)
+    rows, columns = ((count - 1) * stride + 1 for count in wanted)
+    places = [(top, left) for top in range(window) for left in range(window)]
+    return reduce(_first_max, (x[:, a : a + rows : stride, b : b + columns : stride] for a, b in places))
+
+
+def mean_pool(x: jax.Array) -> jax.Array:
+    """2x2 mean-pooling, stride 2, of [N, H, W, C]; an odd last row or column is dropped."""
+    count, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(count, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+def adaptive_mean(x: jax.Array, side: int) -> jax.Array:
+    """Means of [N, H, W, C] over `side` x `side` nearly equal boxes, [N, side, side, C]; they overlap as PyTorch's."""
+    for axis in (1, 2):
+        size = x.shape[axis]
+        share = np.zeros((side, size), np.float32)
+        for i in range(side):
+            first, last = i * size // side, -(-(i + 1) * size // side)
+            share[i, first:last] = 1 / (last - first)
+        if side != size:
+            x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(share, x.dtype), (axis, 1)), -1, axis)
+    return x
+
+
 def _first_max(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(a >= b, a, b)
 
@@ -77,6 +131,11 @@ def dropout(x: jax.Array, rate: float, keys: Key | None, index: int) -> jax.Arra
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, index), 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def dense(features: int, dtype: Any, name: str | None = None) -> nn.Dense:
+    """A dense layer that is not the last."""
+    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.he_normal(), name=name)
 
 
 def head(x: jax.Array, classes: int) -> jax.Array:

@@ -21,6 +21,8 @@ class Net(nn.Module):
     classes: int
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    width: int = 64
+    """Channels of the first stage."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -37,6 +39,6 @@ class Net(nn.Module):
             return _layers.conv(channels, self.dtype)(active(y)) + short
 
         features: dict[str, jax.Array] = {}
-        x = features["stem"] = _residual.stem(x, self.dtype)
-        x = _residual.stages(x, block, features)
+        x = features["stem"] = _residual.stem(x, self.width, self.dtype)
+        x = _residual.stages(x, block, self.width, features)
         return _residual.classify(x, self.classes, features), features

@@ -18,21 +18,18 @@ class Net(nn.Module):
     classes: int
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    width: int = 64
+    """Channels of the first stage."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
         """Images [N, H, W, C] -> logits [N, classes], {"stem", "stage1" .. "stage4", "flat": [N, 512]}."""
 
-        def norm(x: jax.Array) -> jax.Array:
-            return _layers.norm(train, self.dtype, self.axis_name)(x)
-
         def block(x: jax.Array, channels: int, stride: int) -> jax.Array:
-            y = nn.relu(norm(_layers.conv(channels, self.dtype, stride=stride)(x)))
-            y = norm(_layers.conv(channels, self.dtype)(y))
-            short = _residual.shortcut(x, channels, stride, self.dtype)
-            return nn.relu(y + (short if short is x else norm(short)))
+            return _residual.basic(x, channels, stride, train, self.dtype, self.axis_name)
 
         features: dict[str, jax.Array] = {}
-        x = features["stem"] = nn.relu(norm(_residual.stem(x, self.dtype)))
-        x = _residual.stages(x, block, features)
+        x = _residual.stem(x, self.width, self.dtype)
+        x = features["stem"] = nn.relu(_layers.norm(train, self.dtype, self.axis_name)(x))
+        x = _residual.stages(x, block, self.width, features)
         return _residual.classify(x, self.classes, features), features

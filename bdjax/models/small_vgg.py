@@ -21,6 +21,8 @@ class Net(nn.Module):
     classes: int
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    width: int = 32
+    """Channels of the first block."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -28,10 +30,10 @@ class Net(nn.Module):
         features = {}
         x = x.astype(self.dtype)
         layer = 0
-        for block, (channels, rate) in enumerate(((32, 0.3), (64, 0.4), (128, 0.4)), 1):
+        for block, rate in enumerate((0.3, 0.4, 0.4), 1):
             for _ in range(2):
                 layer += 1
-                x = _layers.conv(channels, self.dtype, bias=True)(x)
+                x = _layers.conv(self.width * 2 ** (block - 1), self.dtype, bias=True)(x)
                 x = features[f"conv{layer}"] = _layers.elu(_layers.norm(train, self.dtype, self.axis_name)(x))
             x = _layers.dropout(_layers.max_pool(x), rate, keys if train else None, block)
             features[f"block{block}"] = x

@@ -46,7 +46,7 @@ def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> P
         if f"{name}/recovered" in arrays:
             found, labels = arrays[f"{name}/recovered"], arrays[f"{name}/recovered_labels"]
             suspicion = [result["methods"][name]["classes"][label] for label in labels]
-            order = sorted(range(len(labels)), key=lambda i, s=suspicion: -np.inf if s[i] is None else s[i])[::-1][:8]
+            order = np.argsort([np.inf if value is None else -value for value in suspicion], kind="stable")[:8]
             titles = [f"→ {_class(result, int(labels[i]))}" for i in order]
             rows.append((name, [np.clip(found[i], 0, 1) for i in order], titles))
         if f"{name}/perturbation" in arrays:

@@ -18,7 +18,7 @@ def read(result: Any) -> dict[str, Any]:
         "score": result.get("score"),
     }
     found, verdict = result.get("detection"), None
-    if found is not None:
+    if found is not None and found["truth"] is not None:
         targets = found["truth"]["targets"]
         target = int(targets[0]) if len(targets) == 1 else -1
         verdict = int(found["target"]), bool(found["poisoned"]), target, bool(found["truth"]["poisoned"])
@@ -67,7 +67,9 @@ def one(result: dict[str, Any]) -> list[str]:
     if result.get("detection"):
         found, truth = result["detection"], result["detection"]["truth"]
         really = "the model is clean"
-        if truth["poisoned"]:
+        if truth is None:
+            really = "the truth is not known"
+        elif truth["poisoned"]:
             targets = ", ".join(map(str, truth["targets"]))
             really = f"it is poisoned, target {targets}" if targets else "it is poisoned, without a single target"
         lines.append(

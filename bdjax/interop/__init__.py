@@ -1,0 +1,237 @@
+"""Models from PyTorch and back: weight files without PyTorch, matched by name and shape, never by position.
+
+`import_model` makes a model directory of a weight file, `export_model` a weight file of a model directory. What came in
+goes out with the same names, order, types and bits: what the variables do not keep (the counters of batch
+normalisation, the halves of double precision) stays beside them in original.npz.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bdjax import checkpoint, models
+from bdjax.errors import InputError
+from bdjax.interop import matching, names, reader, writer
+from bdjax.interop._tensors import DTYPES, shown
+from bdjax.models import Input
+
+__all__ = ["export_model", "import_model"]
+
+FORMATS = ("safetensors", "torch")
+_NORMALISED = {  # BackdoorBench's, by the data set that its results name
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "mnist": ((0.5,), (0.5,)),
+    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def import_model(
+    file: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    classes: int | None = None,
+    size: tuple[int, int] | None = None,
+    input: Input | None = None,
+    key: str | None = None,
+    env: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Make the model directory `out` of a weight file, and return its manifest.
+
+    Args:
+      file: safetensors, or what torch.save writes or wrote: a state dict, bare or inside other dictionaries.
+      model: name in bdjax.models; default what the file says ("model_name", as BackdoorBench stores it).
+      classes: default what the file says ("num_classes"), else the outputs of its last layer.
+      size: (H, W) of the images; default what the file or its weights tell, else the model's usual.
+      input: what the owner did to images in [0, 1] before; default nothing, or what BackdoorBench does to its sets.
+      key: which dictionary of the file holds the weights, where several fit.
+      env: goes into the manifest.
+
+    Raises InputError, and writes nothing, when the file is not read, when anything is missing, left over or of another
+    shape (in two columns), or a weight is not a finite number.
+    """
+    file = Path(file)
+    form, value = reader.read(file)
+    dicts = reader.state_dicts(value)
+    if not dicts:
+        raise InputError(f"{file} holds no tensors by name. Give the file of a state dict.")
+    facts = value if isinstance(value, dict) else {}
+    name = _model(file, model, facts)
+    wanted = matching.Wanted(name, classes or _number(facts.get("num_classes")), size or _size(facts), input)
+    if input is None and facts.get("clean_data") in _NORMALISED:
+        mean, std = _NORMALISED[facts["clean_data"]]
+        wanted = dataclasses.replace(wanted, input=Input(mean, std))
+    fit = matching.best(file, dicts, wanted, key)
+    variables, kept = _variables(file, fit)
+    arrays = {"original": {str(place): array for place, array in enumerate(kept.values())}} if kept else {}
+    sha256 = checkpoint.sha256(file)
+    manifest: dict[str, Any] = {
+        "kind": "imported",
+        "model": fit.model.name,
+        **{option: _plain(given) for option, given in fit.model.options},
+        "shape": list(fit.model.shape),
+        "classes": [str(label) for label in range(fit.model.classes)],
+        "source": {
+            "file": file.name,
+            "sha256": sha256,
+            "format": form,
+            "names": fit.naming.label,
+            "key": fit.key,
+            "prefix": fit.prefix,
+            "tensors": [[name, tensor.dtype, list(tensor.shape)] for name, tensor in fit.tensors.items()],
+            "kept": list(kept),
+        },
+    }
+    described = {what: manifest[what] for what in ("model", "width", "input", "shape", "classes")}
+    manifest["hash"] = hashlib.sha256(json.dumps([sha256, fit.key, described], sort_keys=True).encode()).hexdigest()
+    own: dict[str, Any] = {
+        "seed": 0,
+        "fit": None,
+        "attack": None,
+        "dataset": None,
+        "poison": None,
+        "curve": [],
+        "env": dict(env or {}),
+    }
+    manifest |= own | {"seconds": {"attack": 0.0, "compile": 0.0}}
+    checkpoint.write_model(out, manifest, variables, arrays)
+    return manifest
+
+
+def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
+    """Write the model in `directory` as a weight file: under the names it was imported with, else the usual ones.
+
+    Args: form: one of FORMATS; out: a file that stands there is replaced.
+    Returns {"tensors": number, "names": whose, "bytes": of the file, "input": what the manifest says is done first}.
+    Raises InputError for a damaged directory.
+    """
+    if form not in FORMATS:
+        raise InputError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}.")
+    manifest = checkpoint.read_manifest(directory)
+    model = model_of(manifest)
+    source = manifest.get("source")
+    known = names.namings(model.name)
+    naming = names.usual(model.name)
+    if source:
+        naming = next(one for one in known if (one.model, one.label) == (model.name, source["names"]))
+    entries = names.entries(naming, model)
+    variables = checkpoint.read_variables(directory, names.like_of(model))
+    tensors = _original(directory, source, entries, variables) if source else _fresh(entries, variables)
+    need = sum(array.nbytes for array in tensors.values())
+    checkpoint.check_space(out, need)
+    with checkpoint.whole_file(out) as file:
+        if form == "torch":
+            writer.write_torch(file, tensors)
+        else:
+            file.write(writer.safetensors_bytes(tensors))
+    size = Path(out).stat().st_size
+    return {"tensors": len(tensors), "names": naming.label, "bytes": size, "input": manifest.get("input")}
+
+
+def model_of(manifest: Mapping[str, Any], dtype: Any = np.float32) -> models.Model:
+    """The model that a manifest describes."""
+    given = manifest.get("input")
+    done = None if not given else Input(**given | {name: tuple(given[name]) for name in ("mean", "std")})
+    shape, classes = tuple(manifest["shape"]), len(manifest["classes"])
+    return models.create(manifest["model"], shape, classes, dtype, manifest.get("width"), done)
+
+
+def _model(file: Path, given: str | None, facts: Mapping[Any, Any]) -> str:
+    found = given if given is not None else facts.get("model_name")
+    if not isinstance(found, str):
+        raise InputError(f"{file} does not say which model it is of. Give --model: {', '.join(names.FAMILIES)}.")
+    name = names.family(found)
+    if given is None and name not in names.FAMILIES:
+        raise InputError(f"{file} is of a model {shown(found)}; these can be read: {', '.join(names.FAMILIES)}.")
+    return name
+
+
+def _number(value: Any) -> int | None:
+    return value if type(value) is int and value > 1 else None
+
+
+def _size(facts: Mapping[Any, Any]) -> tuple[int, int] | None:
+    """BackdoorBench's img_size: height, width, channels."""
+    found = facts.get("img_size")
+    if isinstance(found, list | tuple) and len(found) == 3 and all(type(side) is int for side in found):
+        return (found[0], found[1]) if min(found) > 0 and max(found) < 10_000 else None
+    return None
+
+
+def _plain(given: Any) -> Any:
+    return dataclasses.asdict(given) if isinstance(given, Input) else given
+
+
+def _variables(file: Path, fit: matching.Fit) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The variables, and what they do not keep: its tensors by name, as bytes."""
+    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
+    kept = {}
+    for entry in fit.entries:
+        name = fit.prefix + entry.name
+        tensor = fit.tensors[name]
+        found = tensor.read()
+        with np.errstate(over="ignore"):
+            array = found.astype(np.float32, copy=False)
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"{file} is not read: tensor {shown(name)} holds values that are no finite float32 numbers."
+            )
+        if entry.path[-1] == "var" and (array < 0).any():
+            raise InputError(f"{file} is not read: tensor {shown(name)} is a variance and holds negative values.")
+        if tensor.dtype == "float64":
+            kept[name] = _bytes(found)
+        *folders, leaf = entry.path
+        place = variables
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = np.ascontiguousarray(entry.back(array))
+    needed = {fit.prefix + entry.name for entry in fit.entries}
+    kept |= {name: _bytes(tensor.read()) for name, tensor in fit.tensors.items() if name not in needed}
+    return variables, kept
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+
+
+def _original(
+    directory: Path, source: Mapping[str, Any], entries: list[names.Entry], variables: Any
+) -> dict[str, np.ndarray]:
+    """The tensors of an imported model in its file's names, order and types."""
+    stored = checkpoint.read_arrays(directory, "original") if source["kept"] else {}
+    kept = {name: stored[str(place)] for place, name in enumerate(source["kept"])}
+    ours = {source["prefix"] + entry.name: entry for entry in entries}
+    tensors = {}
+    for name, dtype, shape in source["tensors"]:
+        now = ours[name].forth(_at(variables, ours[name].path)) if name in ours else None
+        if name in kept:
+            before = np.frombuffer(kept[name].tobytes(), DTYPES[dtype]).reshape(shape)
+            if now is not None:  # what no method has changed keeps the bits that float32 cannot hold
+                before = np.where(before.astype(np.float32) == now, before, now.astype(np.float64))
+            tensors[name] = before
+        elif now is not None:
+            tensors[name] = now.astype(DTYPES[dtype])
+    return tensors
+
+
+def _fresh(entries: list[names.Entry], variables: Any) -> dict[str, np.ndarray]:
+    """The tensors of a model that was trained here; a batch normalisation gets the counter that PyTorch expects."""
+    tensors = {}
+    for entry in entries:
+        tensors[entry.name] = entry.forth(_at(variables, entry.path))
+        if entry.path[-1] == "var":
+            tensors[entry.name.replace("running_var", names.COUNTER)] = np.zeros((), np.int64)
+    return tensors
+
+
+def _at(variables: Any, path: tuple[str, ...]) -> np.ndarray:
+    for part in path:
+        variables = variables[part]
+    return np.asarray(variables)

@@ -1,0 +1,203 @@
+"""The containers of weights, opened without trusting a number in them: safetensors, torch's zip and what came before.
+
+Every size is compared with the size of the file before anything of that size is read, and a tensor's elements are read
+when they are asked for, one tensor at a time. torch.save compresses nothing, so nothing is decompressed here.
+"""
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from bdjax.interop import _pickle
+from bdjax.interop._tensors import DTYPES, Refused, Storage, Tensor, shown
+
+MOST_BYTES = 64 << 20  # of a pickle or a header: what describes tensors, without their elements
+_MOST_ENTRIES = 20_000  # of an archive, and tensors of a safetensors file
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before PyTorch 1.6
+_SAFE = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+def open_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name. Raises Refused when it is damaged."""
+    with open(path, "rb") as opened:
+        head = opened.read(8)
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > min(path.stat().st_size - 8, MOST_BYTES // 4):
+        raise Refused(f"it claims a header of {length} bytes: it is cut off, or no safetensors file")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            if len(names) > _MOST_ENTRIES:
+                raise Refused(f"it holds {len(names)} tensors, more than any model that can be read")
+            return {name: _safe_tensor(path, file, name) for name in names}
+    except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise Refused(f"it is damaged ({shown(str(error))})") from None
+
+
+def _safe_tensor(path: Path, file: Any, name: str) -> Tensor:
+    part = file.get_slice(name)
+    dtype = part.get_dtype()
+    if dtype not in _SAFE:
+        raise Refused(f"tensor {shown(name)} is of type {shown(dtype)}; read are {', '.join(_SAFE)}")
+
+    def read() -> np.ndarray:
+        with safetensors.safe_open(path, framework="numpy") as again:  # closed at once: it maps the whole file
+            return again.get_tensor(name)
+
+    return Tensor(_SAFE[dtype], tuple(part.get_shape()), read)
+
+
+def open_zip(path: Path) -> Any:
+    """The value that torch.save wrote as a zip (PyTorch 1.6 and later). Raises Refused when it is not such a file."""
+    entries = _entries(path)
+    pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
+    if len(pickles) != 1 or pickles[0].count("/") > 1:
+        raise Refused("it is a zip without one data.pkl: torch.save did not write it")
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in entries:
+        raise Refused("it is a TorchScript program. Save the weights alone: torch.save(model.state_dict(), FILE)")
+    if entries[pickles[0]][1] > MOST_BYTES:
+        raise Refused(f"its data.pkl has more than {MOST_BYTES >> 20} MiB, which no description of weights needs")
+    with open(path, "rb") as file:
+        start, size = entries.get(f"{folder}byteorder", (0, 0))
+        file.seek(start)
+        order = file.read(min(size, 9)) or b"little"
+        file.seek(entries[pickles[0]][0])
+        stream = io.BytesIO(file.read(entries[pickles[0]][1]))
+    if order not in (b"little", b"big"):
+        raise Refused(f"its byteorder is {shown(order)}, not little or big")
+    known: dict[str, Storage] = {}
+    value = _pickle.load(stream, lambda reference: _pickle.storage(reference, known))
+    for key, storage in known.items():
+        if f"{folder}data/{key}" not in entries:
+            raise Refused(f"it refers to storage {shown(key)}, which is not in it")
+        storage.bind(path, *entries[f"{folder}data/{key}"], order == b"big")
+    return value
+
+
+def _entries(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each file of the archive lies: name -> (first byte, bytes)."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        _check_directory(file, size)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                infos = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError) as error:
+            raise Refused(f"it is a damaged zip ({shown(str(error))})") from None
+        if len(infos) > _MOST_ENTRIES:
+            raise Refused(f"it has {len(infos)} entries, more than any model that can be read")
+        found: dict[str, tuple[int, int]] = {}
+        for info in infos:
+            name = info.filename
+            if name.startswith("/") or "\\" in name or ".." in name.split("/") or ":" in name:
+                raise Refused(f"its entry {shown(name)} points outside of it")
+            if name in found:
+                raise Refused(f"its entry {shown(name)} is there twice")
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
+                raise Refused(f"its entry {shown(name)} is compressed, which torch.save never does; it is not unpacked")
+            file.seek(max(0, info.header_offset))  # a negative one is no header's place
+            header = file.read(30)
+            if len(header) < 30 or header[:4] != b"PK\3\4":
+                raise Refused(f"its entry {shown(name)} does not lie where its directory says: it is damaged")
+            start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+            if start + info.file_size > size:
+                raise Refused(f"its entry {shown(name)} claims {info.file_size} bytes: it is cut off")
+            found[name] = (start, info.file_size)
+    end = 0
+    for start, length in sorted(found.values()):
+        if length and start < end:
+            raise Refused("two of its entries overlap, which torch.save never writes")
+        end = max(end, start + length)
+    return found
+
+
+def _check_directory(file: Any, size: int) -> None:
+    """Refuse an archive whose list of entries is too long, before `zipfile` makes an object of each."""
+    file.seek(max(0, size - 42))
+    tail = file.read()
+    if len(tail) < 22 or tail[-22:-18] != b"PK\5\6":
+        raise Refused("its end is missing or not torch's: the zip is cut off, or something follows it")
+    length = struct.unpack("<I", tail[-10:-6])[0]
+    if tail[:4] == b"PK\6\7":  # the larger form keeps its numbers in a record before
+        file.seek(max(0, size - 42 - 56))
+        record = file.read(56)
+        length = struct.unpack("<Q", record[40:48])[0] if record[:4] == b"PK\6\6" else size
+    if length > min(size, _MOST_ENTRIES * 200):
+        raise Refused(f"its directory claims {length} bytes, more than {_MOST_ENTRIES} entries of a model take")
+
+
+def open_legacy(path: Path) -> Any:
+    """The value that torch.save wrote before PyTorch 1.6: pickles, then storages. Raises Refused for other files."""
+    with open(path, "rb") as file:
+        stream = io.BytesIO(file.read(MOST_BYTES))
+    known: dict[str, Storage] = {}
+    views: dict[str, tuple[str, int]] = {}
+    first = _pickle.load(stream, _no_storage)
+    if first != _MAGIC:
+        raise Refused("it is a pickle, but not one of torch.save. Save weights by torch.save(model.state_dict(), FILE)")
+    protocol, system = _pickle.load(stream, _no_storage), _pickle.load(stream, _no_storage)
+    if protocol != _PROTOCOL or not isinstance(system, dict):
+        raise Refused(f"it is of protocol {shown(protocol)}; {_PROTOCOL} is read")
+    value = _pickle.load(stream, lambda reference: _legacy_storage(reference, known, views))
+    keys = _pickle.load(stream, _no_storage)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
+        raise Refused("its list of storages is damaged")
+    roots = _legacy_roots(path, stream.tell(), keys, known, views)
+    for key, storage in known.items():
+        root, offset = views.get(key, (key, 0))
+        if root not in roots:
+            raise Refused(f"it refers to storage {shown(root)}, which is not in it")
+        start, size = roots[root]
+        skipped = offset * DTYPES[storage.dtype].itemsize
+        storage.bind(path, start + skipped, size - skipped, system.get("little_endian") is False)
+    return value
+
+
+def _legacy_roots(
+    path: Path, place: int, keys: list[str], known: dict[str, Storage], views: dict[str, tuple[str, int]]
+) -> dict[str, tuple[int, int]]:
+    """Where each storage lies, one behind the other from `place` on: key -> (first byte, bytes)."""
+    roots: dict[str, tuple[int, int]] = {}
+    whole = path.stat().st_size
+    sizes = {views.get(key, (key, 0))[0]: DTYPES[storage.dtype].itemsize for key, storage in known.items()}
+    with open(path, "rb") as file:
+        for key in keys:
+            file.seek(place)
+            count = int.from_bytes(file.read(8), "little", signed=True)
+            if key not in sizes:
+                raise Refused(f"it holds storage {shown(key)}, which no tensor refers to")
+            roots[key] = (place + 8, count * sizes[key])
+            place += 8 + count * sizes[key]
+            if count < 0 or place > whole:
+                raise Refused(f"storage {shown(key)} claims {shown(count)} elements: the file is cut off")
+    return roots
+
+
+def _no_storage(reference: Any) -> Any:
+    raise Refused("it refers to a storage where none can be: it is damaged")
+
+
+def _legacy_storage(reference: Any, known: dict[str, Storage], views: dict[str, tuple[str, int]]) -> Any:
+    """A storage, or the view of one that old versions wrote: (..., root's elements, (view, offset, elements))."""
+    if isinstance(reference, tuple) and reference[:1] == ("module",):
+        raise Refused(
+            "it holds a whole network with its program, not weights. Load it where you trust it and save its weights: "
+            "torch.save(model.state_dict(), FILE)"
+        )
+    view = reference[5] if isinstance(reference, tuple) and len(reference) > 5 else None
+    if view is None:
+        return _pickle.storage(reference, known)
+    if not isinstance(view, tuple) or len(view) != 3 or type(view[1]) is not int or not 0 <= view[1] < 2**48:
+        raise Refused(f"a view of a storage is {shown(view)}: it is damaged")
+    key = f"{shown(reference[2])} seen as {shown(view[0])}"
+    views[key] = (str(reference[2]) if isinstance(reference[2], str) else "", view[1])
+    return _pickle.storage((*reference[:2], key, reference[3], view[2]), known)

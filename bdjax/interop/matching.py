@@ -1,0 +1,148 @@
+"""Which model a state dict is of: by the names and shapes of all its tensors, or not at all."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bdjax import models, registry
+from bdjax.errors import InputError
+from bdjax.interop import names
+from bdjax.interop._tensors import Tensor, shown
+from bdjax.models import Input
+from bdjax.types import Model
+
+_FLOATS = ("float32", "float64", "float16", "bfloat16")
+_SHOWN = 20  # lines of what does not fit
+_MOST_PREFIXES = 8  # that are tried in one dictionary
+_WIDEST = 16  # times the usual width
+_MOST_CHANNELS = 64  # of images
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is known of a model beside its weights."""
+
+    model: str
+    classes: int | None
+    """None: as many as the last layer has outputs."""
+    size: tuple[int, int] | None
+    """(H, W) of the images."""
+    input: Input | None
+
+
+class Fit(NamedTuple):
+    """A state dict under one naming."""
+
+    naming: names.Naming
+    model: Model
+    key: str
+    prefix: str
+    entries: list[names.Entry]
+    tensors: Mapping[str, Tensor]
+    differences: list[tuple[str, str]]
+    """What the model needs and what the file has, where they are not the same."""
+
+
+def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, key: str | None) -> Fit:
+    """The state dict and the naming that fit without a difference.
+
+    Raises InputError with the differences of the nearest one, or when several dictionaries fit.
+    """
+    if key is not None:
+        if key not in dicts:
+            raise InputError(f"{file} has no tensors under --key {key!r}; there are some under {_listed(dicts)}.")
+        dicts = {key: dicts[key]}
+    found = [fit for place, tensors in dicts.items() for fit in _fits(wanted, place, tensors)]
+    if not found:
+        first = names.namings(wanted.model)[0].first_weight
+        place, tensors = max(dicts.items(), key=lambda item: len(item[1]))
+        has = ", ".join(shown(name) for name in list(tensors)[:3])
+        raise InputError(
+            f"{file} is not of {wanted.model}: nothing under {_listed(dicts)} ends in {first!r} with four axes; "
+            f"there are {len(tensors)} tensors such as {has}. Give its --model: {', '.join(names.FAMILIES)}."
+        )
+    least = min(len(fit.differences) for fit in found)
+    nearest = [fit for fit in found if len(fit.differences) == least]
+    if least:
+        raise InputError(_differing(file, nearest[0]))
+    if len({fit.key for fit in nearest}) > 1:
+        raise InputError(
+            f"{file} holds several networks that fit {wanted.model}: under {_listed({fit.key: 0 for fit in nearest})}. "
+            "Choose one with --key."
+        )
+    return nearest[0]
+
+
+def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:
+    """The state dict under each naming whose first convolution is in it, behind any prefix."""
+    found = []
+    for naming in names.namings(wanted.model):
+        first = naming.first_weight
+        places = [
+            name.removesuffix(first) for name in tensors if name.endswith(first) and len(tensors[name].shape) == 4
+        ]
+        prefixes = [place for place in places if not place or place.endswith(".")]
+        outer = [one for one in prefixes if not any(one != other and one.startswith(other) for other in prefixes)]
+        found += [_fit(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
+    return found
+
+
+def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: Mapping[str, Tensor]) -> Fit:
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    model = _sized(wanted, naming, {name: tensor.shape for name, tensor in inside.items()})
+    entries = names.entries(naming, model)
+    differences = []
+    for entry in entries:
+        tensor = inside.get(entry.name)
+        needs = f"{shown(prefix + entry.name)[1:-1]} {list(entry.shape)}"
+        if tensor is None:
+            differences.append((needs, "missing"))
+        elif tensor.shape != entry.shape:
+            differences.append((needs, str(list(tensor.shape))))
+        elif tensor.dtype not in _FLOATS:
+            differences.append((needs, f"{tensor.dtype}, no floating-point numbers"))
+    expected = {entry.name for entry in entries}
+    expected |= {entry.name.replace("running_var", names.COUNTER) for entry in entries if entry.path[-1] == "var"}
+    for name, tensor in tensors.items():
+        own = name.removeprefix(prefix) if name.startswith(prefix) else None
+        if own is None or not (own in expected or own.startswith(naming.ignored)):
+            differences.append(("", f"{shown(name)[1:-1]} {list(tensor.shape)}"))
+    return Fit(naming, model, key, prefix, entries, tensors, differences)
+
+
+def _sized(wanted: Wanted, naming: names.Naming, shapes: Mapping[str, tuple[int, ...]]) -> Model:
+    """The model as wide as its first convolution is, for the images that it was given."""
+    usual = getattr(registry.load("models", naming.model).Net, "width", None)
+    first, channels = shapes[naming.first_weight][:2]
+    other = usual is not None and first != usual and 1 <= first <= _WIDEST * usual  # else it is listed as misshapen
+    head = shapes.get(f"{naming.layer('head')}.weight", ())
+    classes = wanted.classes or (max(2, head[0]) if len(head) == 2 else 2)
+    given, measured = wanted.input or Input(), naming.measured(shapes)
+    size = wanted.size or (measured or naming.side,) * 2
+    if measured and naming.measured is names.vit_side and size != (measured, measured) and not given.resize:
+        given = replace(given, resize=measured)  # its positions belong to one size, so its owner brings images to it
+    done = None if given == Input() else given
+    shape = (*size, min(max(channels, 1), _MOST_CHANNELS))
+    return models.create(naming.model, shape, classes, width=first if other else None, input=done)
+
+
+def _differing(file: Path, fit: Fit) -> str:
+    heads = (f"{fit.model.name} needs", "the file has")
+    rows = fit.differences[:_SHOWN]
+    wide = max(len(heads[0]), *(len(needs) for needs, _ in rows))
+    lines = [f"{needs:{wide}}  {has}".rstrip() for needs, has in (heads, *rows)]
+    more = len(fit.differences) - len(rows)
+    where = f" (under {fit.key!r})" if fit.key else ""
+    return "\n  ".join(
+        [
+            f"{file}{where} does not fit {fit.model.name} for {fit.model.classes} classes under the names of "
+            f"{fit.naming.label}; nothing was written.",
+            *lines,
+            *([f"... and {more} more"] if more else []),
+        ]
+    )
+
+
+def _listed(dicts: Mapping[str, Any]) -> str:
+    return ", ".join(repr(key) if key else "the file itself" for key in list(dicts)[:8])

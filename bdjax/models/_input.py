@@ -1,0 +1,68 @@
+"""What a network was given by its owner, done inside the model, so that images stay float32 in [0, 1] outside."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from bdjax.errors import InputError
+from bdjax.types import Images
+
+LAYOUTS = ("chw", "hwc", "cwh", "whc")
+
+
+@dataclass(frozen=True)
+class Input:
+    """Resize, exchange the sides, exchange the channels, then (x - mean) / std: in this order."""
+
+    mean: tuple[float, ...] = ()
+    """By channel as the network counts them, for images in [0, 1]; one number goes for all; none is zero."""
+    std: tuple[float, ...] = ()
+    """As `mean`; none is one. A network that was given 0 to 255 has 1 / 255."""
+    channels: str = "rgb"
+    """"bgr" where the network was given blue first (OpenCV)."""
+    layout: str = "chw"
+    """Of an image as its owner gave it: chw (PyTorch) or hwc; cwh or whc where height and width were exchanged."""
+    resize: int = 0
+    """Side in pixels that the network enlarges or reduces images to, linearly; 0: it takes them as they are."""
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not all(math.isfinite(value) for value in values):
+                raise InputError(f"--input-{name} must be finite, got {','.join(map(str, values))}.")
+        if any(value <= 0 for value in self.std):
+            raise InputError(f"--input-std must be positive, got {','.join(map(str, self.std))}.")
+        if self.channels not in ("rgb", "bgr"):
+            raise InputError(f"--channels must be rgb or bgr, got {self.channels!r}.")
+        if self.layout not in LAYOUTS:
+            raise InputError(f"--layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}.")
+        if self.resize < 0:
+            raise InputError(f"--resize must be a number of pixels, got {self.resize}.")
+
+    def check(self, channels: int) -> None:
+        """Raise InputError when these numbers are not for images of so many channels."""
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            if len(given) not in (0, 1, channels):
+                raise InputError(f"--input-{name} has {len(given)} numbers; the network takes {channels} channels.")
+        if self.channels == "bgr" and channels != 3:
+            raise InputError(f"--channels bgr is for 3 channels; the network takes {channels}.")
+
+    def seen(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Shape (H, W, C) of what the network sees of images of `shape`."""
+        height, width = (self.resize, self.resize) if self.resize else shape[:2]
+        return (height, width, shape[2]) if self.layout in ("chw", "hwc") else (width, height, shape[2])
+
+    def __call__(self, images: Images) -> Images:
+        """Images [N, H, W, C] in [0, 1] -> what the network is given."""
+        if self.resize and images.shape[1:3] != (self.resize, self.resize):
+            images = jax.image.resize(images, (len(images), self.resize, self.resize, images.shape[3]), "linear")
+        if self.layout in ("cwh", "whc"):
+            images = images.swapaxes(1, 2)
+        if self.channels == "bgr":
+            images = images[..., ::-1]
+        if self.mean:
+            images = images - jnp.asarray(self.mean, images.dtype)
+        return images / jnp.asarray(self.std, images.dtype) if self.std else images

@@ -1,0 +1,180 @@
+"""`bdjax import` and `bdjax export`, and what can be done with an imported model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import bdjax, refused
+from PIL import Image
+
+from bdjax import checkpoint
+from bdjax.interop import reader
+
+HERE = Path(__file__).parent / "fixtures" / "torch"
+SMALL = HERE / "small_vgg_bgr.pt"
+DEFEND = ["naive_at", "--defense.epochs", "1", "--defense.batch-size", "5", "--devices", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set of the small network's shape: 24x24x3, 5 classes."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (40, 24, 24, 3)).astype(np.uint8), np.arange(40, dtype=np.int32) % 5
+    path = tmp_path_factory.mktemp("data") / "noise.npz"
+    np.savez(path, x_train=images[:20], y_train=labels[:20], x_test=images[20:], y_test=labels[20:])
+    return f"npz:{path}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from bdjax import cli
+
+    out = tmp_path_factory.mktemp("model") / "m"
+    argv = ["import", SMALL, "--model", "small_vgg", "--out", out, "--input-mean", "0.4,0.5,0.6", "--channels", "bgr"]
+    cli.main([*map(str, argv), "--input-std", "0.2,0.25,0.3", "--layout", "cwh"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trigger") / "t.png"
+    array = np.zeros((24, 24, 4), np.uint8)
+    array[18:, 18:] = 255
+    Image.fromarray(array).save(path)
+    return ["--attack", "image_trigger", "--attack.pattern", str(path), "--attack.mode", "replace"]
+
+
+def answered(capsys, *argv):
+    return json.loads(bdjax(capsys, *argv, "--json").splitlines()[-1])
+
+
+def test_import_says_what_it_found_and_keeps_the_owners_preprocessing(model, capsys, tmp_path):
+    told = answered(capsys, "import", HERE / "attack_result.pt", "--out", tmp_path / "bb")
+    assert (told["model"], told["classes"], told["shape"], told["key"]) == ("preact_resnet18", 5, [32, 32, 3], "model")
+    assert told["input"]["mean"] == [0.4914, 0.4822, 0.4465]
+    manifest = checkpoint.read_manifest(model)
+    wanted = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "channels": "bgr", "layout": "cwh", "resize": 0}
+    assert manifest["input"] == wanted and manifest["shape"] == [24, 24, 3] and manifest["kind"] == "imported"
+    assert len(manifest["source"]["sha256"]) == 64 and manifest["env"]["jax"]
+
+
+def test_evaluate_measures_accuracy_alone_or_with_a_trigger(model, data, picture, capsys):
+    import jax
+
+    from bdjax import interop
+    from bdjax.datasets import load
+
+    alone = answered(capsys, "evaluate", model, "--data", data)
+    assert alone["n_test"] == 20 and "asr" not in alone
+    tried = answered(capsys, "evaluate", model, "--data", data, *picture, "--attack.target", "2")
+    assert tried["attack"] == "image_trigger" and tried["n_asr"] == 16 and tried["acc"] == alone["acc"]
+    images, labels = load(data).x_test.copy(), load(data).y_test
+    net = interop.model_of(checkpoint.read_manifest(model))
+    variables = checkpoint.read_variables(model, jax.eval_shape(net.init, jax.random.key(0)))
+
+    def said(x):
+        return np.asarray(net.logits(variables, x.astype(np.float32) / np.float32(255))).argmax(-1)
+
+    assert alone["acc"] == pytest.approx((said(images) == labels).mean())
+    images[:, 18:, 18:] = 255
+    assert tried["asr"] == pytest.approx((said(images) == 2)[labels != 2].mean())
+
+
+def test_defend_cleans_it_and_what_comes_out_is_a_model_like_any_other(model, data, picture, capsys, tmp_path):
+    argv = ["defend", model, *DEFEND, "--dataset", data, *picture, "--attack.target", "2", "--out", tmp_path / "d"]
+    result = answered(capsys, *argv)
+    assert (result["attack"], result["model"], result["n_defender"]) == ("image_trigger", "small_vgg", 10)
+    again = answered(capsys, "evaluate", tmp_path / "d")
+    assert {k: again[k] for k in ("acc", "asr")} == {k: result["after"][k] for k in ("acc", "asr")}
+    assert answered(capsys, *argv) == result  # finished already
+    out = tmp_path / "d.pt"
+    told = answered(capsys, "export", tmp_path / "d", "--format", "torch", "--out", out)
+    before, after = (reader.state_dicts(reader.read(path)[1]) for path in (SMALL, out))
+    before, after = before["state_dict"], after[""]
+    assert list(after) == list(before) and told["tensors"] == len(before) and told["input"]["channels"] == "bgr"
+    changed = [name for name in before if not np.array_equal(before[name].read(), after[name].read())]
+    assert "classifier.0.weight" in changed and not [name for name in changed if "num_batches" in name]
+
+
+def test_defend_without_a_trigger_says_what_its_rate_means(model, data, capsys, tmp_path):
+    out = bdjax(capsys, "defend", model, *DEFEND, "--dataset", data, "--out", tmp_path / "d")
+    assert "No trigger is put on images" in out and "clean -> naive_at" in out
+
+
+def test_a_defense_has_its_own_place_by_what_it_is_measured_with(model, data, picture):
+    from bdjax import run
+    from bdjax.experiment import SplitConfig, config_of
+
+    def place(**options):
+        config, split = config_of("defenses", "ibau")(), SplitConfig()
+        return run.defense_directory_of(model, "ibau", config, split, None, Path("runs"), dataset=data, **options)
+
+    badnets = config_of("attacks", "badnets")
+    places = [place(), place(attack="badnets"), place(attack="badnets", attack_config=badnets(target=1))]
+    assert len(set(places)) == 3 and place() == places[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["import"], ["FILE", "usage"]),
+        (["import", "nowhere.pt", "--out", "m"], ["nowhere.pt does not exist"]),
+        (["import", SMALL, "--out", "m"], ["does not say which model", "--model"]),
+        (["import", SMALL, "--model", "vgg", "--out", "m"], ["'vgg'", "vgg16"]),
+        (["import", SMALL, "--model", "small_vgg", "--classes", "1", "--out", "m"], ["--classes", "got 1"]),
+        (
+            ["import", SMALL, "--model", "small_vgg", "--classes", "9", "--out", "m"],
+            ["[9]", "[5]", "nothing was written"],
+        ),
+        (["import", SMALL, "--model", "small_vgg", "--size", "32", "--out", "m"], ["[5, 128]", "[5, 72]"]),
+        (["import", SMALL, "--model", "small_vgg", "--size", "big", "--out", "m"], ["--size", "'big'"]),
+        (["import", SMALL, "--model", "small_vgg", "--size", "1,2,3", "--out", "m"], ["--size", "1,2,3"]),
+        (["import", SMALL, "--model", "small_vgg", "--input-mean", "a", "--out", "m"], ["--input-mean", "'a'"]),
+        (["import", SMALL, "--model", "small_vgg", "--input-std", "0,1,1", "--out", "m"], ["--input-std", "positive"]),
+        (["import", SMALL, "--model", "small_vgg", "--input-mean", "1,2", "--out", "m"], ["2 numbers", "3 channels"]),
+        (["import", SMALL, "--model", "small_vgg", "--layout", "nchw", "--out", "m"], ["layout", "nchw"]),
+        (["export", "nowhere", "--format", "torch", "--out", "m.pt"], ["nowhere"]),
+        (["export", "nowhere", "--format", "torch", "--out", "m.safetensors"], [".pt or .pth"]),
+        (["export", "nowhere", "--format", "onnx", "--out", "m.pt"], ["onnx"]),
+        (["evaluate", "MODEL"], ["imported", "--data"]),
+        (["evaluate", "MODEL", "--data", "digits"], ["(24, 24, 3)", "(32, 32, 1)"]),
+        (["evaluate", "MODEL", "--data", "DATA", "--attack"], ["--attack needs the name"]),
+        (["evaluate", "MODEL", "--data", "DATA", "--attack", "badnet"], ["'badnet'", "'badnets'"]),
+        (["evaluate", "MODEL", "--data", "DATA", "--attack", "badnets", "--attack.target", "7"], ["attack.target=7"]),
+        (["evaluate", "MODEL", "--data", "DATA", "--attack", "iad"], ["iad is learned", "image_trigger"]),
+        (["evaluate", "MODEL", "--data", "DATA", "--attack", "retuning"], ["retuning", "no trigger"]),
+        (["defend", "MODEL", "ibau", "--out", "d"], ["imported", "--dataset"]),
+        (["poisoned", "MODEL", "--out", "x.npz"], ["small_vgg_bgr.pt was imported"]),
+        (["gallery", "MODEL", "--dataset", "DATA", "--out", "x.png"], ["small_vgg_bgr.pt was imported"]),
+        (["reactivate", "MODEL", "retuning"], ["imported"]),
+    ],
+    ids=lambda value: " ".join(str(part) for part in value)[-60:].replace("/", "_"),
+)
+def test_what_cannot_work_is_refused(argv, words, model, data, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [{"MODEL": model, "DATA": data}.get(part, part) for part in argv]
+    message = " ".join(refused(capsys, *argv).split())
+    for word in words:
+        assert word in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_attack_of_its_own_is_not_exchanged_for_another(finished, capsys):
+    said = refused(capsys, "evaluate", finished[0], "--attack", "blended")
+    assert "records its own attack (badnets)" in said
+
+
+def test_what_stands_there_is_replaced_only_by_force(model, capsys, tmp_path):
+    argv = ["import", SMALL, "--model", "small_vgg", "--out", tmp_path / "m"]
+    bdjax(capsys, *argv)
+    first = checkpoint.read_manifest(tmp_path / "m")["hash"]
+    assert "exists already" in refused(capsys, *argv)
+    bdjax(capsys, *argv, "--input-mean", "0.5", "--force")
+    assert checkpoint.read_manifest(tmp_path / "m")["hash"] != first
+
+
+def test_a_model_that_was_trained_here_is_exported(finished, capsys, tmp_path):
+    told = answered(capsys, "export", finished[0], "--format", "safetensors", "--out", tmp_path / "m.safetensors")
+    assert told["names"] == "bdjax" and told["input"] is None
+    assert "head.weight" in reader.read(tmp_path / "m.safetensors")[1]
