@@ -109,7 +109,8 @@ def _adopted(
     Raises InputError for an attack whose trigger is learned, and for one that does not fit the classes.
     """
     experiment = Experiment(attack or "clean", None, spec, manifest["model"], seed, config)
-    attacks.check_target(experiment.attack_config, len(data.classes))
+    if hasattr(registry.load("attacks", experiment.attack), "trigger"):  # else it is refused below
+        attacks.check_target(experiment.attack_config, len(data.classes))
     try:
         arrays = trigger_arrays(experiment.attack, experiment.attack_config, data, seed)
     except NeedsTraining:
@@ -129,7 +130,7 @@ def trigger_arrays(attack: str, config: Any, data: Data, seed: int) -> Arrays:
     """
     module = registry.load("attacks", attack)
     if not hasattr(module, "trigger"):
-        raise InputError(f"{attack} attacks a purified model and has no trigger")
+        raise InputError(f"{attack} attacks a purified model and has no trigger.")
     if not hasattr(module, "prepare"):
         learned = any(hasattr(module, name) for name in ("train", "edit"))
         if learned and len(inspect.signature(module.trigger).parameters) > 3:

@@ -13,7 +13,7 @@ from bdjax.interop import reader
 
 HERE = Path(__file__).parent / "fixtures" / "torch"
 SMALL = HERE / "small_vgg_bgr.pt"
-DEFEND = ["naive_at", "--defense.epochs", "1", "--defense.batch-size", "5", "--devices", "1"]
+DEFEND = ["naive_at", "--defense.rounds", "1", "--defense.batch-size", "5", "--devices", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_a_defense_has_its_own_place_by_what_it_is_measured_with(model, data, pi
         return run.defense_directory_of(model, "ibau", config, split, None, Path("runs"), dataset=data, **options)
 
     badnets = config_of("attacks", "badnets")
-    places = [place(), place(attack="badnets"), place(attack="badnets", attack_config=badnets(target=1))]
+    places = [place(), *(place(attack="badnets", attack_config=badnets(target=target)) for target in (0, 1))]
     assert len(set(places)) == 3 and place() == places[0]
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from bdjax.cli._common import check_file, first, parse, prepare_jax, say
 from bdjax.options import Common
 
-ORDER = 36
+ORDER = 43
 USAGE = "DIR --format safetensors|torch --out FILE"
 SUMMARY = "write a model directory as a weight file, with the names and types that it was imported with"
 _ENDS = {"safetensors": (".safetensors",), "torch": (".pt", ".pth")}

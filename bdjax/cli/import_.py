@@ -9,7 +9,7 @@ from bdjax.cli._common import first, parse, prepare_jax, remove_run, say
 from bdjax.errors import InputError
 from bdjax.options import Common, numbers, whole_numbers
 
-ORDER = 35
+ORDER = 42
 USAGE = "FILE [--model M] [--classes C] [--size S] [--input-mean ..] [--input-std ..] --out DIR"
 SUMMARY = "make a model directory of a .safetensors, .pt or .pth file; nothing in it is run"
 
