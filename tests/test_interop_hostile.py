@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import hostile
+import hostile_pickles
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from bdjax.errors import InputError
 from bdjax.interop import reader
 
 ROOT = Path(__file__).parent.parent
-CANARY = Path(hostile.CANARY.split()[-1].decode())
+CANARY = Path(hostile_pickles.CANARY.split()[-1].decode())
 GOOD = {
     suffix: (hostile.HERE / "fixtures" / "torch" / name).read_bytes()
     for suffix, name in (
@@ -69,7 +70,7 @@ def test_none_takes_two_seconds_or_a_gigabyte(tried):
     assert tried[1]["grown"] < 1e9
 
 
-@pytest.mark.parametrize("name", hostile.CALLED)
+@pytest.mark.parametrize("name", hostile_pickles.CALLED)
 def test_what_a_file_asks_to_run_is_named(name, tried):
     said = {one["name"]: one["said"] for one in tried[1]["results"]}
     for form in ("zip", "legacy"):
@@ -154,20 +155,20 @@ def test_a_good_file_damaged(tmp_path, form, edits, early):
 OPCODES = st.one_of(
     st.sampled_from([b"(", b")", b"]", b"}", b"N", b"t", b"\x85", b"\x86", b"\x87", b"a", b"e", b"s", b"u", b"R", b"Q",
                      b"b", b"\x88", b"\x89", b"q\x00", b"h\x00", b"\x94", b"0", b"2", b"1", b"o", b"\x81", b"\x93"]),
-    st.integers(-(2**70), 2**70).map(hostile.number),
-    st.text(max_size=6).map(lambda text: hostile.text(text.encode("utf-8", "surrogatepass"))),
+    st.integers(-(2**70), 2**70).map(hostile_pickles.number),
+    st.text(max_size=6).map(lambda text: hostile_pickles.text(text.encode("utf-8", "surrogatepass"))),
     st.sampled_from(["collections\nOrderedDict", "torch\nFloatStorage", "torch._utils\n_rebuild_tensor_v2",
                      "os\nsystem", "numpy\nndarray", "torch._utils\n_rebuild_parameter"]).map(
         lambda name: f"c{name}\n".encode()
     ),
-    st.sampled_from([hostile.storage(), hostile.tensor(), hostile.tensor((4,), (1,))]),
+    st.sampled_from([hostile_pickles.storage(), hostile_pickles.tensor(), hostile_pickles.tensor((4,), (1,))]),
 )  # fmt: skip
 
 
 @FUZZ
 @given(st.lists(OPCODES, max_size=40), st.booleans())
 def test_any_program(tmp_path, opcodes, old):
-    body = hostile.program(b"".join(opcodes))
+    body = hostile_pickles.program(b"".join(opcodes))
     answer(tmp_path / "x", hostile.legacy(body) if old else hostile.zipped(body))
 
 
@@ -180,7 +181,7 @@ def test_any_view_of_a_storage_reads_its_own_elements_or_is_refused(tmp_path, sh
     import numpy as np
 
     numbers = np.arange(count, dtype=np.float32)
-    body = hostile.state(hostile.tensor(shape, stride, offset, hostile.storage(count=count)))
+    body = hostile_pickles.state(hostile_pickles.tensor(shape, stride, offset, hostile_pickles.storage(count=count)))
     (tmp_path / "x").write_bytes(hostile.zipped(body, [("0", numbers.tobytes())]))
     try:
         tensor = reader.read(tmp_path / "x")[1]["weight"]

@@ -2,10 +2,10 @@
 
 import struct
 
-import hostile
 import numpy as np
 import pytest
-from hostile import archive, call, legacy, number, program, state, storage, tensor, text, tuple_, zipped
+from hostile import archive, legacy, zipped
+from hostile_pickles import call, number, program, state, storage, tensor, text, tuple_
 
 from bdjax.errors import InputError
 from bdjax.interop import reader, writer
@@ -131,7 +131,7 @@ def test_protocol_4_is_read_too(tmp_path):
     [
         (None, "does not exist. Give a weight file"),
         (b"", "neither a safetensors file nor one of torch.save"),
-        (hostile.zipped(hostile.program(hostile.call("torch.nn.Linear"))), "'torch.nn.Linear', which is no tensor"),
+        (zipped(program(call("torch.nn.Linear"))), "'torch.nn.Linear', which is no tensor"),
         (archive([("archive/data.pkl", b"\x80\x02N.")]), None),
     ],
 )
