@@ -57,7 +57,7 @@ class Block(nn.Module):
         return _layers.head(x.reshape(len(x), -1), self.classes), {}
 
 
-BLOCK = Model("block", (8, 8, 1), 4, partial(models._init, Block(), (8, 8, 1)), partial(models._apply, Block()))
+BLOCK = Model("block", (8, 8, 1), 4, partial(models._init, Block(), (8, 8, 1)), partial(models._apply, Block(), None))
 
 
 def assert_close(a, b, tolerance=1e-5):

@@ -7,7 +7,7 @@ from pathlib import Path
 from bdjax.cli._common import first, parse, ready, say
 from bdjax.options import Device
 
-ORDER = 35
+ORDER = 41
 USAGE = "DIR [--clean DATA] [--methods A,B] [--size N] [--seed S] [--out DIR]"
 SUMMARY = "is there a backdoor in the model in DIR, and towards which class?"
 
