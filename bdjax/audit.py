@@ -89,15 +89,19 @@ def audit(
 
 
 def verdict(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """{"poisoned", "target", "accused_by"}: poisoned when a method says so; the target is what most of those name.
+    """{"poisoned", "target", "accused_by"}: poisoned when two methods accuse one class, or the only one asked does.
 
-    One accuser is enough, for each method is blind to some triggers; what that costs in false alarms is measured in
-    experiments/results/audit. Ties go to the method that stands first.
+    Each method alone has accused clean models, of classes that did not agree. How often two agree by chance is not
+    measured yet. Of two classes with as many accusers the one counts whose first accuser stands first.
     """
-    accusers = [name for name, own in found.items() if own["poisoned"]]
-    named = [found[name]["target"] for name in accusers]
-    target = max(named, key=named.count) if named else None
-    return {"poisoned": bool(accusers), "target": target, "accused_by": accusers}
+    accused: dict[int, list[str]] = {}
+    for name, own in found.items():
+        if own["poisoned"]:
+            accused.setdefault(own["target"], []).append(name)
+    target = max(accused, key=lambda label: len(accused[label]), default=None)
+    if target is None or len(accused[target]) < min(2, len(found)):
+        return {"poisoned": False, "target": None, "accused_by": []}
+    return {"poisoned": True, "target": target, "accused_by": accused[target]}
 
 
 def _chosen(suspect: Suspect, size: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:

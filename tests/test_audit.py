@@ -43,19 +43,21 @@ def test_the_same_seed_gives_the_same_judgement_and_the_methods_are_those_chosen
     assert purified["hash"] != again["hash"] and purified["truth"] is None
 
 
+NOBODY = {"poisoned": False, "target": None, "accused_by": []}
+
+
 @pytest.mark.parametrize(
     ("says", "expected"),
     [
-        ([], {"poisoned": False, "target": None, "accused_by": []}),
-        ([("a", False, 3), ("b", True, 1)], {"poisoned": True, "target": 1, "accused_by": ["b"]}),
-        (
-            [("a", True, 3), ("b", True, 1), ("c", True, 1)],
-            {"poisoned": True, "target": 1, "accused_by": ["a", "b", "c"]},
-        ),
-        ([("a", True, 3), ("b", True, 1)], {"poisoned": True, "target": 3, "accused_by": ["a", "b"]}),
+        ([], NOBODY),
+        ([("a", False, 3), ("b", True, 1)], NOBODY),
+        ([("a", True, 3), ("b", True, 1)], NOBODY),
+        ([("a", False, 1), ("b", True, 1)], NOBODY),  # a names the class, but does not accuse
+        ([("a", True, 3)], {"poisoned": True, "target": 3, "accused_by": ["a"]}),
+        ([("a", True, 3), ("b", True, 1), ("c", True, 1)], {"poisoned": True, "target": 1, "accused_by": ["b", "c"]}),
     ],
 )
-def test_one_accuser_is_enough_and_the_target_is_what_most_of_them_name(says, expected):
+def test_two_accusers_of_one_class_are_needed_or_the_only_one_asked(says, expected):
     assert audit.verdict({name: {"poisoned": p, "target": t} for name, p, t in says}) == expected
 
 
@@ -64,7 +66,7 @@ def test_table_and_picture_name_the_class_and_the_accusers(audited, tmp_path):
     accused = {**result, "poisoned": True, "target": 1, "accused_by": ["universal"]}
     assert "towards class 1" in report.table(accused).splitlines()[0] and "by universal" in report.verdict(accused)
     innocent = {**result, "poisoned": False, "target": None, "accused_by": []}
-    assert "no sign of a backdoor" in report.table(innocent)
+    assert "no agreed sign of a backdoor" in report.table(innocent)
     assert report.draw(accused, arrays, tmp_path / "a.png").stat().st_size > 5000
 
 

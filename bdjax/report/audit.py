@@ -25,7 +25,9 @@ def table(result: dict[str, Any]) -> str:
 def verdict(result: dict[str, Any]) -> str:
     """One sentence."""
     if not result["poisoned"]:
-        return f"no sign of a backdoor, by {len(result['methods'])} methods (no proof that there is none)"
+        alone = [name for name, own in result["methods"].items() if own["poisoned"]]
+        doubt = f"; {', '.join(alone)} accused classes that no other did" if alone else ""
+        return f"no agreed sign of a backdoor, by {len(result['methods'])} methods{doubt} (no proof that there is none)"
     accusers = ", ".join(result["accused_by"])
     return f"suspected of a backdoor towards class {_class(result, result['target'])}, by {accusers}"
 
