@@ -4,10 +4,11 @@ Layers are named as torchvision names its modules. Between convolutions and dens
 which enlarges what small images leave.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from bdjax.models import _layers
 from bdjax.types import Images, Key
@@ -18,28 +19,38 @@ PLANS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 _SIDE = 7
 
 
-def vgg(
-    x: Images, layers: int, normed: bool, train: bool, keys: Key | None, net: Any
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Images -> (logits, features) of the module `net`, whose fields are classes, dtype, axis_name and width.
+class Vgg(nn.Module):
+    """Five blocks of 3x3 convolutions with biases, ReLU (before it BN, if NORMED) and 2x2 max-pooling, of 1, 2, 4, 8
+    and 8 times `width` channels; then two dense layers of 64 times `width` with dropout 0.5, and the last."""
 
-    Five blocks of 3x3 convolutions with biases, ReLU (before it BN, if `normed`) and 2x2 max-pooling, of 1, 2, 4, 8
-    and 8 times `width` channels; then two dense layers of 64 times `width` with dropout 0.5, and the last.
-    """
-    features: dict[str, jax.Array] = {}
-    x, place = x.astype(net.dtype), 0
-    for block, (count, times) in enumerate(zip(PLANS[layers], (1, 2, 4, 8, 8), strict=True), 1):
-        for _ in range(count):
-            x = _layers.conv(net.width * times, net.dtype, bias=True, name=f"features.{place}")(x)
-            if normed:
-                x = _layers.norm(train, net.dtype, net.axis_name, name=f"features.{place + 1}")(x)
-            x, place = nn.relu(x), place + (3 if normed else 2)
-        x, place = _layers.max_pool(x), place + 1
-        features[f"block{block}"] = x
-    x = features["pool"] = _layers.adaptive_mean(x, _SIDE)
-    x = x.reshape(x.shape[0], -1)
-    for index, name in enumerate(("classifier.0", "classifier.3"), 1):
-        x = features[f"dense{index}"] = nn.relu(_layers.dense(64 * net.width, net.dtype, name=name)(x))
-        x = _layers.dropout(x, 0.5, keys if train else None, index)
-    features["flat"] = x
-    return _layers.head(x, net.classes), features
+    LAYERS: ClassVar[int]
+    """Of PLANS."""
+    NORMED: ClassVar[bool]
+    """With batch normalisation."""
+
+    classes: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    width: int = 64
+    """Channels of the first block."""
+
+    @nn.compact
+    def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
+        """Images [N, H, W, C] -> logits [N, classes], {"block1" .. "block5", "pool", "dense1", "dense2", "flat"}."""
+        features: dict[str, jax.Array] = {}
+        x, place = x.astype(self.dtype), 0
+        for block, (count, times) in enumerate(zip(PLANS[self.LAYERS], (1, 2, 4, 8, 8), strict=True), 1):
+            for _ in range(count):
+                x = _layers.conv(self.width * times, self.dtype, bias=True, name=f"features.{place}")(x)
+                if self.NORMED:
+                    x = _layers.norm(train, self.dtype, self.axis_name, name=f"features.{place + 1}")(x)
+                x, place = nn.relu(x), place + (3 if self.NORMED else 2)
+            x, place = _layers.max_pool(x), place + 1
+            features[f"block{block}"] = x
+        x = features["pool"] = _layers.adaptive_mean(x, _SIDE)
+        x = x.reshape(x.shape[0], -1)
+        for index, name in enumerate(("classifier.0", "classifier.3"), 1):
+            x = features[f"dense{index}"] = nn.relu(_layers.dense(64 * self.width, self.dtype, name=name)(x))
+            x = _layers.dropout(x, 0.5, keys if train else None, index)
+        features["flat"] = x
+        return _layers.head(x, self.classes), features

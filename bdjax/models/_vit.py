@@ -3,7 +3,7 @@
 Layers are named as torchvision names its modules. The position embedding belongs to one size of images.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -11,40 +11,49 @@ import jax.numpy as jnp
 
 from bdjax.errors import InputError
 from bdjax.models import _layers
-from bdjax.types import Images
+from bdjax.types import Images, Key
 
 _BLOCKS, _HEADS, _EPSILON = 12, 12, 1e-6
 
 
-def vit(x: Images, patch: int, net: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Images -> (logits, features) of the module `net`, whose fields are classes, dtype and width.
+class Vit(nn.Module):
+    """Patches of PATCH x PATCH pixels become vectors of `width`; a class token comes first; twelve blocks of attention
+    with twelve heads and of a perceptron four times as wide (GELU), each normalised before and added."""
 
-    Patches of `patch` x `patch` pixels become vectors of `width`; a class token comes first; twelve blocks of
-    attention with twelve heads and of a perceptron four times as wide (GELU), each normalised before and added.
-    """
-    if net.width % _HEADS:
-        raise InputError(f"a vision transformer's width must be a multiple of {_HEADS}, got {net.width}.")
-    features: dict[str, jax.Array] = {}
+    PATCH: ClassVar[int]
+    """Side of a patch in pixels."""
 
-    def norm(x: jax.Array, name: str) -> jax.Array:
-        return nn.LayerNorm(epsilon=_EPSILON, dtype=net.dtype, name=name)(x)
+    classes: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    width: int = 768
+    """Of a token; a multiple of the twelve heads."""
 
-    x = nn.Conv(
-        net.width, (patch, patch), strides=patch, padding="VALID", dtype=net.dtype, name="conv_proj"
-    )(x.astype(net.dtype))  # fmt: skip
-    x = x.reshape(len(x), -1, net.width)
-    token = net.param("class_token", nn.initializers.zeros, (1, 1, net.width))
-    x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, net.width)), x], 1)
-    place = net.param("encoder.pos_embedding", nn.initializers.normal(0.02), (1, x.shape[1], net.width))
-    x = features["patches"] = x + place.astype(x.dtype)
-    for block in range(_BLOCKS):
-        name = f"encoder.layers.encoder_layer_{block}"
-        x = x + _attention(norm(x, f"{name}.ln_1"), f"{name}.self_attention", net)
-        y = nn.Dense(4 * net.width, dtype=net.dtype, name=f"{name}.mlp.0")(norm(x, f"{name}.ln_2"))
-        x = x + nn.Dense(net.width, dtype=net.dtype, name=f"{name}.mlp.3")(nn.gelu(y, approximate=False))
-        features[f"block{block + 1}"] = x
-    x = features["flat"] = norm(x, "encoder.ln")[:, 0]
-    return _layers.head(x, net.classes), features
+    @nn.compact
+    def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
+        """Images [N, H, W, C] -> logits [N, classes], {"patches", "block1" .. "block12", "flat": [N, 768]}."""
+        if self.width % _HEADS:
+            raise InputError(f"a vision transformer's width must be a multiple of {_HEADS}, got {self.width}.")
+        features: dict[str, jax.Array] = {}
+
+        def norm(x: jax.Array, name: str) -> jax.Array:
+            return nn.LayerNorm(epsilon=_EPSILON, dtype=self.dtype, name=name)(x)
+
+        side = (self.PATCH, self.PATCH)
+        x = nn.Conv(self.width, side, side, padding="VALID", dtype=self.dtype, name="conv_proj")(x.astype(self.dtype))
+        x = x.reshape(len(x), -1, self.width)
+        token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
+        x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, self.width)), x], 1)
+        place = self.param("encoder.pos_embedding", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
+        x = features["patches"] = x + place.astype(x.dtype)
+        for block in range(_BLOCKS):
+            name = f"encoder.layers.encoder_layer_{block}"
+            x = x + _attention(norm(x, f"{name}.ln_1"), f"{name}.self_attention", self)
+            y = nn.Dense(4 * self.width, dtype=self.dtype, name=f"{name}.mlp.0")(norm(x, f"{name}.ln_2"))
+            x = x + nn.Dense(self.width, dtype=self.dtype, name=f"{name}.mlp.3")(nn.gelu(y, approximate=False))
+            features[f"block{block + 1}"] = x
+        x = features["flat"] = norm(x, "encoder.ln")[:, 0]
+        return _layers.head(x, self.classes), features
 
 
 def _attention(x: jax.Array, name: str, net: Any) -> jax.Array:
