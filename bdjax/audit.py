@@ -45,9 +45,10 @@ def audit(
       makes of them; and the arrays that the methods showed, as "METHOD/NAME".
     Raises InputError for a method that cannot audit, and for classes without a clean image.
     """
-    context, names = context or Context(), list(names) or methods()
-    if unable := [name for name in names if name not in methods()]:
-        raise InputError(f"{', '.join(unable)} cannot audit. Choose from {', '.join(methods())}.")
+    context, able = context or Context(), methods()
+    names = list(names) or able
+    if unable := [name for name in names if name not in able]:
+        raise InputError(f"{', '.join(unable)} cannot audit. Choose from {', '.join(able)}.")
     directory = checkpoint.model_directory(Path(directory))
     suspect = read_recorded(directory, dataset=clean)
     images, labels = _chosen(suspect, size, seed)
@@ -61,10 +62,7 @@ def audit(
             seconds, compiling = clock.read()
             shown = {k: v for row in watch.rows for k, v in row.items() if isinstance(v, float)}
             found[name] = {
-                "poisoned": scores.poisoned,
-                "target": scores.target,
-                "score": scores.score if np.isfinite(scores.score) else None,
-                "classes": [float(value) if np.isfinite(value) else None for value in scores.classes],
+                **scores.plain(),
                 **{k: value if np.isfinite(value) else None for k, value in shown.items()},
                 "seconds": seconds,
                 "compile": compiling,

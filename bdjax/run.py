@@ -177,13 +177,7 @@ def _beside(clean: dict[str, Any] | None, before: dict[str, Any], after: dict[st
 def _verdict(found: Scores, attack: str | None, evaluation: Evaluation) -> dict[str, Any]:
     """What an audit found, and the truth; None where that is not known."""
     truth = {"poisoned": attack != "clean", "targets": [] if attack == "clean" else evaluation.targets}
-    return {
-        "poisoned": found.poisoned,
-        "target": found.target,
-        "score": found.score,
-        "classes": [value if value == value else None for value in map(float, found.classes)],
-        "truth": None if attack is None else truth,
-    }
+    return {**found.plain(), "truth": None if attack is None else truth}
 
 
 def evaluate(

@@ -253,6 +253,11 @@ class Scores:
     poisoned: bool
     """The verdict."""
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON values; None for what is not finite."""
+        values = [float(value) if np.isfinite(value) else None for value in (self.score, *self.classes)]
+        return {"poisoned": self.poisoned, "target": self.target, "score": values[0], "classes": values[1:]}
+
 
 Trigger: TypeAlias = Callable[[Images, Key], Images]
 """A test-time trigger: float32 [N, H, W, C] in [0, 1] and a key -> the same shape and range."""

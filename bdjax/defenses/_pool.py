@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.engine import parallel
-from bdjax.errors import InputError
 from bdjax.types import Images, Key, Variables, Watch
 
 
@@ -100,17 +98,6 @@ def stamper(form: str) -> Callable:
         return stamp(form, images, triggers, keys), labels
 
     return jax.jit(run)
-
-
-def batch_of(wanted: int, total: int) -> int:
-    """Images a step: `wanted`, or all there are, that the devices divide. Raises InputError when that is none."""
-    size = min(wanted, total) // parallel.count() * parallel.count()
-    if size == 0:
-        raise InputError(
-            f"{min(wanted, total)} clean images a step cannot be split over {parallel.count()} devices. "
-            "Use --devices 1 or a larger --defense.batch-size."
-        )
-    return size
 
 
 def batches(key: Key, total: int, size: int, steps: int) -> jax.Array:

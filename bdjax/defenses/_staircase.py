@@ -31,7 +31,8 @@ import optax
 
 from bdjax import models
 from bdjax.defenses import _mine
-from bdjax.defenses._pool import Pool, batch_of, batches, stamp, stamp_one
+from bdjax.defenses._batch import batch_of
+from bdjax.defenses._pool import Pool, batches, stamp, stamp_one
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.errors import InputError, check_fields
@@ -100,7 +101,7 @@ def recover(config: RecoveryConfig, victim: Victim, view: DefenderView, key: Key
     model, each = victim.model, len(config.thresholds)
     if config.form == "patch" and config.size > min(model.shape[:2]):
         raise InputError(f"defense.size={config.size} does not fit images of {model.shape[0]}x{model.shape[1]} pixels.")
-    size = batch_of(config.batch_size, len(view.labels))
+    size = batch_of(config.batch_size, len(view.labels), "clean images a step")
     split = {
         "index": batches(jax.random.fold_in(key, 0), len(view.labels), size, config.iterations),
         "key": jax.random.split(jax.random.fold_in(key, 1), (config.iterations, size)),

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.engine import FitConfig, fit, parallel
-from bdjax.errors import InputError
+from bdjax.defenses._batch import batch_of
+from bdjax.engine import FitConfig, fit
 from bdjax.types import Key, Variables, Victim, Watch
 
 
@@ -22,9 +22,7 @@ def tune(
 
     Raises InputError for fewer images than devices, and for a loss that is not finite.
     """
-    size = min(recipe.batch_size, len(labels)) // parallel.count() * parallel.count()
-    if size == 0:
-        raise InputError(f"{len(labels)} images cannot be split over {parallel.count()} devices. Use --devices 1.")
+    size = batch_of(recipe.batch_size, len(labels))
     return fit(
         victim.model, images, labels, replace(recipe, batch_size=size), key, start=victim.variables,
         watch=_Later(watch, before), stage=stage, part="defense",

@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 
 from bdjax import models
+from bdjax.defenses._batch import batch_of
 from bdjax.defenses._trigger import triggered
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction
-from bdjax.errors import InputError, check_fields
+from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
 NEEDS_TRIGGER = True
@@ -69,11 +70,9 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     Returns: the variables; the watch is shown them and the loss after each epoch.
     Raises InputError without a trigger, for fewer images than devices, for a loss that is not finite.
     """
-    total, devices = len(view.images), parallel.count()
+    total = len(view.images)
     stamped = triggered("actft", view, jax.random.fold_in(key, 0))
-    size = min(config.batch_size, total) // devices * devices
-    if size == 0:
-        raise InputError(f"{total} images cannot be split over {devices} devices. Use --devices 1.")
+    size = batch_of(config.batch_size, total)
     number, step = total // size, _step(victim.model, config.batch_norm == "batch")
     shared = {
         "clean": jnp.asarray(view.images),

@@ -34,7 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.defenses._pool import Pool, batch_of, batches, draw, stamp, stamper
+from bdjax.defenses._batch import batch_of
+from bdjax.defenses._pool import Pool, Showing, batches, draw, stamp, stamper
 from bdjax.defenses._staircase import RecoveryConfig, recover
 from bdjax.engine import parallel, predict, run_epoch
 from bdjax.engine.optimizer import direction
@@ -96,10 +97,11 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     model, given = victim.model, {**victim.variables}
     learn, held = _parted(config, view, jax.random.fold_in(key, 0))
     pool = recover(config, victim, learn, jax.random.fold_in(key, 1))
+    watch = Showing(view.watch, pool)
     if not len(pool.suspected()):
-        view.watch.observe(1, given, **pool.shown())
+        watch.observe(1, given)
         return given
-    size = batch_of(config.batch_size, len(learn.labels))
+    size = batch_of(config.batch_size, len(learn.labels), "clean images a step")
     number = config.steps or len(learn.labels) // size
     shared: dict[str, Any] = {
         "images": jnp.asarray(learn.images),
@@ -133,7 +135,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
             continue
         state, stands, steps = after, stands + 1, steps + number
         means = {name: values.mean() for name, values in metrics.items()}
-        view.watch.observe(stands, variables, **means, **rates, rate=rate, theta_steps=steps, **pool.shown())
+        watch.observe(stands, variables, **means, **rates, rate=rate, theta_steps=steps)
         if rates["guard_asr"] <= config.enough:
             break
     if not stands:

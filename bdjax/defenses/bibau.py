@@ -47,6 +47,7 @@ import numpy as np
 import optax
 
 from bdjax.defenses._adversarial import adversarial, project
+from bdjax.defenses._batch import batch_of
 from bdjax.defenses._cosine import cosine
 from bdjax.defenses._fisher import ewc, fisher
 from bdjax.engine import parallel, run_epoch
@@ -136,9 +137,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """
     model, total = victim.model, len(view.labels)
     _check_data(config, model, np.asarray(view.labels))
-    size = min(config.batch_size, total) // parallel.count() * parallel.count()
-    if size == 0:
-        raise InputError(f"{total} clean images cannot be split over {parallel.count()} devices. Use --devices 1.")
+    size = batch_of(config.batch_size, total, "clean images")
     static = _static(config)
     original = jax.tree.map(jnp.array, {"params": victim.variables["params"], "stats": victim.variables["batch_stats"]})
     shared: dict[str, Any] = {

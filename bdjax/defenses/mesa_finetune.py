@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bdjax.defenses._pool import Showing, batch_of, stamper
+from bdjax.defenses._batch import batch_of
+from bdjax.defenses._pool import Showing, stamper
 from bdjax.defenses._staircase import RecoveryConfig, recover
 from bdjax.engine import FitConfig, fit_controlled
 from bdjax.errors import check_fields
@@ -66,7 +67,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     if not len(pool.suspected()):
         watch.observe(1, given := {**victim.variables})
         return given
-    size = batch_of(config.batch_size, len(view.labels))
+    size = batch_of(config.batch_size, len(view.labels), "clean images a step")
     share = max(config.fraction, 1 / (len(view.labels) // size * size))
     control = Control(config.form, (share,), _triggered)
     recipe = FitConfig(

@@ -86,6 +86,10 @@ class Patches(NamedTuple):
     norms: np.ndarray
     """float32 [C], L1 norm of the mask; H W where no mask met the threshold."""
 
+    def shown(self) -> dict[str, np.ndarray]:
+        """For the watch: the patches on black, and their classes."""
+        return {"recovered": self.masks * self.patterns, "recovered_labels": np.arange(len(self.norms))}
+
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
     """Search, then unlearn the patches of the suspected classes.
@@ -95,8 +99,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """
     patches = search(config, victim, view, jax.random.fold_in(key, 0))
     suspected = np.flatnonzero(_scores(config, patches).classes > config.anomaly)
-    shown = {"suspected": suspected, "recovered": patches.masks * patches.patterns}
-    view.watch.observe(1, victim.variables, recovered_labels=np.arange(len(patches.norms)), **shown)
+    view.watch.observe(1, victim.variables, suspected=suspected, **patches.shown())
     if len(suspected) == 0:
         return victim.variables
     images, labels = np.array(to_float(view.images)), np.asarray(view.labels)
@@ -114,8 +117,7 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     Args: as of :func:`purify`; the watch is shown the recovered patches.
     """
     patches = search(config, victim, view, jax.random.fold_in(key, 0))
-    labels = np.arange(len(patches.norms))
-    view.watch.observe(0, victim.variables, recovered=patches.masks * patches.patterns, recovered_labels=labels)
+    view.watch.observe(0, victim.variables, **patches.shown())
     return _scores(config, patches)
 
 
