@@ -32,7 +32,7 @@ CELLS = tuple(
         None,
         label="step by step",
     )
-    for attack in table1.ATTACKS
+    for attack in table1.CHOSEN
 )
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ CELLS = tuple(
         label=f"{percent} % ({500 * percent} images)",
         clean=500 * percent,
     )
-    for attack in table1.ATTACKS
+    for attack in table1.CHOSEN
     for percent in PERCENT
 )
 

@@ -6,7 +6,8 @@ square on rows and columns 27 to 30 of 32 (a border of one pixel), 20 % of the i
 Other image sizes scale the side and the border by min(H, W) / 32.
 
 Deviations: BackdoorBench's variant (3x3 in the corner, 10 %, target 0, any class) is
-`size=3 margin=0 ratio=0.1 target=0 exclude_target=False`.
+`size=3 margin=0 ratio=0.1 target=0 exclude_target=False`. BAERASER's has a random position; what it shows is not
+stated: `size=3 margin=0 position=random pattern=0 ratio=0.1 target=0` is ours (white on a white stroke shows nothing).
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Config(PoisonConfig):
     """Corner, or a place drawn for each image (uniform over those inside the margin)."""
     colour: tuple[float, ...] = (1.0,)
     """One value for all channels or one for each, in [0, 1]."""
+    pattern: int | None = None
+    """Seed of one fixed pattern in place of the colour: a value in [0, 1] for each pixel and channel."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +46,8 @@ class Config(PoisonConfig):
             raise InputError(f"attack.size must be at least 1 pixel, got {self.size}.")
         if self.margin is not None and self.margin < 0:
             raise InputError(f"attack.margin must not be negative, got {self.margin}.")
+        if self.pattern is not None and not 0 <= self.pattern < 2**32:
+            raise InputError(f"attack.pattern is a seed, from 0 to 2**32 - 1, got {self.pattern}.")
         if not self.colour or any(not 0 <= value <= 1 for value in self.colour):
             raise InputError(f"attack.colour must hold values in [0, 1], got {self.colour}.")
 
@@ -66,6 +71,11 @@ def trigger(config: Config, images: Images, key: Key) -> Images:
     if len(config.colour) not in (1, channels):
         raise InputError(f"attack.colour={config.colour} has {len(config.colour)} values for {channels} channels.")
     last_row, last_column = height - size - margin, width - size - margin
+    shape = (size, size, channels)
+    if config.pattern is None:
+        square = jnp.broadcast_to(jnp.asarray(config.colour, images.dtype), shape)
+    else:
+        square = jax.random.uniform(jax.random.key(config.pattern), shape, images.dtype)
     if config.position == "random":
         low, high = min(margin, last_row), jnp.array([last_row, last_column]) + 1
         place = jax.vmap(lambda k: jax.random.randint(k, (2,), low, high))(key_per_image(key, count))
@@ -75,4 +85,5 @@ def trigger(config: Config, images: Images, key: Key) -> Images:
         place = jnp.broadcast_to(jnp.array([row, column]), (count, 2))
     rows, columns = jnp.arange(height) - place[:, :1], jnp.arange(width) - place[:, 1:]
     inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
-    return jnp.where(inside[..., None], jnp.asarray(config.colour, images.dtype), images)
+    put = square[jnp.clip(rows, 0, size - 1)[:, :, None], jnp.clip(columns, 0, size - 1)[:, None, :]]
+    return jnp.where(inside[..., None], put, images)
