@@ -40,7 +40,7 @@ from bdjax.defenses._staircase import RecoveryConfig, recover
 from bdjax.engine import parallel, predict, run_epoch
 from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError, check_fields
-from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
+from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_float
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ class Config(RecoveryConfig):
             (("momentum", "holdout"), "in [0, 1)", lambda v: 0 <= v < 1),
             (("largest_drop", "enough"), "in [0, 1]", lambda v: 0 <= v <= 1),
         )
+
+
+AUDIT = Config(iterations=200, batch_size=32, hidden=128, generator_rate=1e-3)
+"""For an audit, a shorter recovery: of 3x3 patches it finds the same labels on MNIST (ours)."""
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
@@ -144,6 +148,21 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
             f"defense.largest_drop={config.largest_drop} of the given model's. Use a smaller --defense.learning-rate."
         )
     return {"params": state["params"], "batch_stats": state["stats"]}
+
+
+def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scores:
+    """Whether a trigger of any label works, and which label's work best: those that survive τ are the suspects.
+
+    Args: as of :func:`purify`.
+    Returns: per label the largest ASR of a trigger that was made for it; the watch is shown those that are kept.
+    Raises InputError as `recover` does.
+    """
+    pool = recover(config, victim, view, key)
+    Showing(view.watch, pool).observe(0, victim.variables)
+    labels, asr = np.asarray(pool.labels), np.asarray(pool.asr)
+    classes = np.array([asr[labels == label].max() for label in range(victim.model.classes)], np.float32)
+    target = int(np.argmax(classes))
+    return Scores(classes, target, float(classes[target]), bool(len(pool.suspected())))
 
 
 def importance(model: Model, variables: Variables, view: DefenderView, size: int) -> Any:
