@@ -2,20 +2,27 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import bdjax, refused
+from conftest import perceptron
 
 from bdjax import audit, registry
+from bdjax.defenses._pool import Pool
 from bdjax.errors import InputError
+from bdjax.recorder import Recorder
 from bdjax.report import audit as report
+from bdjax.types import DefenderView, Victim
 from bdjax.victim import Context
 
 
 @pytest.fixture(scope="module")
 def quick():
     """Configs that make the methods short."""
-    return {"neural_cleanse": registry.load("defenses", "neural_cleanse").Config(epochs=2)}
+    short = {"neural_cleanse": {"epochs": 2}, "baeraser": {"iterations": 2, "hidden": 8, "noise_size": 8}}
+    return {name: registry.load("defenses", name).Config(**fields) for name, fields in short.items()}
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +102,21 @@ def test_images_are_drawn_by_the_seed_without_repetition(finished):
     suspect = audit.read_recorded(audit.checkpoint.model_directory(finished[0]))
     one, other = (audit._chosen(suspect, 20, seed)[0] for seed in (0, 1))
     assert (one != other).any() and len(np.unique(one.reshape(20, -1), axis=0)) == 20
+
+
+def test_baeraser_accuses_the_label_whose_triggers_survive(blobs, monkeypatch):
+    module, model = registry.load("defenses", "baeraser"), perceptron()
+    pool = Pool(
+        jnp.zeros((8, 3, 3, 1)), jnp.array([0, 0, 1, 1, 2, 2, 3, 3], jnp.int32),
+        jnp.array([0.1, 0.3, 0.8, 0.95, 0.2, 0.0, 0.4, 0.5]), jnp.arange(8) == 3,
+    )  # fmt: skip
+    seen = Recorder(lambda *_: None)
+    monkeypatch.setattr(module, "recover", lambda *_: pool)
+    victim = Victim(model, model.init(jax.random.key(0)))
+    found = module.detect(module.AUDIT, victim, DefenderView(*blobs, seen), jax.random.key(0))
+    np.testing.assert_allclose(found.classes, [0.3, 0.95, 0.2, 0.5], rtol=1e-6)
+    assert (found.target, found.poisoned) == (1, True) and found.score == pytest.approx(0.95)
+    assert seen.arrays["recovered"].shape == (1, 3, 3, 1) and seen.arrays["recovered_labels"].tolist() == [1]
+    pool = pool._replace(kept=jnp.zeros(8, bool))
+    found = module.detect(module.AUDIT, victim, DefenderView(*blobs), jax.random.key(0))
+    assert (found.target, found.poisoned) == (1, False)

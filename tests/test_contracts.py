@@ -174,8 +174,11 @@ def view_of(module, watch=None):
 def test_detect_scores_every_class_and_gives_a_verdict(name):
     model, module = perceptron(), registry.load("defenses", name)
     victim = Victim(model, model.init(jax.random.key(0)))
-    found = module.detect(module.Config(), victim, view_of(module), jax.random.key(0))
-    again = module.detect(module.Config(), victim, view_of(module), jax.random.key(0))
+    config = module.Config()
+    if hasattr(config, "iterations"):
+        config = dataclasses.replace(config, **quick_changes(name, config))
+    found = module.detect(config, victim, view_of(module), jax.random.key(0))
+    again = module.detect(config, victim, view_of(module), jax.random.key(0))
     assert found.classes.shape == (4,) and found.classes.dtype == np.float32
     assert found.target == np.nanargmax(found.classes) and found.score == found.classes[found.target]
     assert isinstance(found.poisoned, bool) and isinstance(found.target, int) and isinstance(found.score, float)
