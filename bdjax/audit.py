@@ -34,9 +34,10 @@ def audit(
     configs: Mapping[str, Any] | None = None,
     context: Context | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Let the methods `names` (default all that can) judge the model in `directory`, a run's, a victim's or imported.
+    """Let the methods `names` judge the model in `directory`, a run's, a victim's or imported.
 
     Args:
+      names: default all that can, but those whose module says `ON_REQUEST` (they take many times as long).
       clean: data set whose test images are the auditor's; None: the model's own.
       size: how many of them; default 1,000, or all if there are fewer. seed: draws them, and the methods' numbers.
       configs: Configs by method, default the module's `AUDIT`, or else its defaults.
@@ -46,7 +47,7 @@ def audit(
     Raises InputError for a method that cannot audit, and for classes without a clean image.
     """
     context, able = context or Context(), methods()
-    names = list(names) or able
+    names = list(names) or [n for n in able if not getattr(registry.load("defenses", n), "ON_REQUEST", False)]
     if unable := [name for name in names if name not in able]:
         raise InputError(f"{', '.join(unable)} cannot audit. Choose from {', '.join(able)}.")
     directory = checkpoint.model_directory(Path(directory))

@@ -14,7 +14,7 @@ from bdjax.defenses._pool import Pool
 from bdjax.errors import InputError
 from bdjax.recorder import Recorder
 from bdjax.report import audit as report
-from bdjax.types import DefenderView, Victim
+from bdjax.types import DefenderView, Scores, Victim
 from bdjax.victim import Context
 
 
@@ -27,7 +27,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def audited(finished, quick):
-    return audit.audit(finished[0] / "victim", configs=quick, size=20, context=Context(1))
+    return audit.audit(finished[0] / "victim", names=audit.methods(), configs=quick, size=20, context=Context(1))
 
 
 def test_every_method_that_detects_is_asked_and_the_victim_is_known_for_one(audited):
@@ -39,6 +39,19 @@ def test_every_method_that_detects_is_asked_and_the_victim_is_known_for_one(audi
     assert arrays["neural_cleanse/recovered"].shape[0] == len(result["classes"])
     assert arrays["universal/perturbation"].shape == (1, *arrays["clean"].shape[1:])
     json.dumps(result, allow_nan=False)
+
+
+def test_a_method_that_takes_long_is_asked_only_by_name(finished, monkeypatch):
+    asked = []
+
+    def said(name):
+        asked.append(name)
+        return Scores(np.zeros(4, np.float32), 0, 0.0, False)
+
+    for name in audit.methods():
+        monkeypatch.setattr(registry.load("defenses", name), "detect", lambda *_, name=name: said(name))
+    audit.audit(finished[0] / "victim", size=20, context=Context(1))
+    assert asked == [name for name in audit.methods() if name != "baeraser"] and "baeraser" in audit.methods()
 
 
 def test_the_same_seed_gives_the_same_judgement_and_the_methods_are_those_chosen(audited, finished):

@@ -20,7 +20,7 @@ class Flags(Device):
     """Clean images, labelled: digits, npz:PATH, folder:PATH or tfds:NAME; its test split is used. Default the data set
     that the model was trained on; an imported model needs one."""
     methods: str = ""
-    """Names with commas between; default all defenses that audit."""
+    """Names with commas between; default all defenses that audit, but baeraser, which takes minutes on a CPU."""
     size: int | None = None
     """Clean images to use; default 1,000, or all if there are fewer."""
     seed: int = 0
