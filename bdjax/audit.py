@@ -40,7 +40,7 @@ def audit(
       names: default all that can, but those whose module says `ON_REQUEST` (they take many times as long).
       clean: data set whose test images are the auditor's; None: the model's own.
       size: how many of them; default 1,000, or all if there are fewer. seed: draws them, and the methods' numbers.
-      configs: Configs by method, default the module's `AUDIT`, or else its defaults.
+      configs: Configs by method, default their defaults.
 
     Returns: JSON-able, per method {"poisoned", "target", "score", "classes", "seconds", ...}, and what :func:`verdict`
       makes of them; and the arrays that the methods showed, as "METHOD/NAME".
@@ -58,8 +58,7 @@ def audit(
     with parallel.using(context.devices):
         for name in names:
             module, clock, watch = registry.load("defenses", name), Clock(), Recorder(context.tick)
-            config = (configs or {}).get(name) or getattr(module, "AUDIT", None) or module.Config()
-            key = stream(seed, "defense")
+            config, key = (configs or {}).get(name) or module.Config(), stream(seed, "defense")
             scores = module.detect(config, suspect.victim, DefenderView(images, labels, watch), key)
             seconds, compiling = clock.read()
             shown = {k: v for row in watch.rows for k, v in row.items() if isinstance(v, float)}

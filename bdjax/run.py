@@ -95,7 +95,7 @@ def defend(
     after = evaluation.measure(cleaned)
     memory, what = peak_memory()
     verdict = None
-    if hasattr(module, "detect"):
+    if hasattr(module, "detect") and not getattr(module, "ON_REQUEST", False):
         clock = Clock()
         with parallel.using(context.devices):
             found = module.detect(experiment.defense_config, suspect.victim, suspect.view(), key)

@@ -126,10 +126,10 @@ def test_baeraser_accuses_the_label_whose_triggers_survive(blobs, monkeypatch):
     seen = Recorder(lambda *_: None)
     monkeypatch.setattr(module, "recover", lambda *_: pool)
     victim = Victim(model, model.init(jax.random.key(0)))
-    found = module.detect(module.AUDIT, victim, DefenderView(*blobs, seen), jax.random.key(0))
+    found = module.detect(module.Config(), victim, DefenderView(*blobs, seen), jax.random.key(0))
     np.testing.assert_allclose(found.classes, [0.3, 0.95, 0.2, 0.5], rtol=1e-6)
     assert (found.target, found.poisoned) == (1, True) and found.score == pytest.approx(0.95)
     assert seen.arrays["recovered"].shape == (1, 3, 3, 1) and seen.arrays["recovered_labels"].tolist() == [1]
     pool = pool._replace(kept=jnp.zeros(8, bool))
-    found = module.detect(module.AUDIT, victim, DefenderView(*blobs), jax.random.key(0))
+    found = module.detect(module.Config(), victim, DefenderView(*blobs), jax.random.key(0))
     assert (found.target, found.poisoned) == (1, False)

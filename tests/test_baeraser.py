@@ -176,7 +176,7 @@ def test_unlearning_frees_the_model_of_a_trigger(recovered, view):
     )
     assert before == 1 and after == 0
     assert (np.asarray(LINEAR.logits(out, images)).argmax(1) == view.labels).mean() > 0.95
-    assert view.watch.rows[-1][2]["guard_asr"] == 0 and len(view.watch.rows) < 12  # it stops when none is left
+    assert view.watch.rows[-1][2]["guard_asr"] == 0 and len(view.watch.rows) == 12
 
 
 def test_an_iteration_that_costs_accuracy_is_undone_and_the_rate_halved(recovered, view):
@@ -218,7 +218,7 @@ def test_without_a_suspect_the_model_is_given_back_as_it_is(nothing, view, modul
 @pytest.mark.parametrize("module", [baeraser, mesa_finetune])
 def test_two_devices_do_what_one_does(recovered, view, module):
     changes = {"epochs": 2, "batch_size": 6, "learning_rate": 0.05, "form": "additive"}
-    config = module.Config(**changes | ({"enough": 0.0, "largest_drop": 1.0} if module is baeraser else {}))
+    config = module.Config(**changes | ({"largest_drop": 1.0} if module is baeraser else {}))
     one = module.purify(config, Victim(MODEL, MODEL.init(KEY)), view, KEY)
     with parallel.using(2):
         two = module.purify(config, Victim(MODEL, MODEL.init(KEY)), view, KEY)

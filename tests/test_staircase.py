@@ -18,8 +18,8 @@ from bdjax.types import DefenderView, Model, Victim, Watch
 
 KEY = jax.random.key(0)
 QUICK = RecoveryConfig(
-    hidden=16, noise_size=8, iterations=200, batch_size=32, generator_rate=5e-3, thresholds=(0.5, 0.9),
-    trigger_noise=0.05, samples=32,
+    hidden=16, noise_size=8, iterations=200, recovery_batch=32, generator_rate=5e-3, thresholds=(0.5, 0.9),
+    trigger_noise=0.05, samples=32, place_rate=0.0,
 )  # fmt: skip
 FEW = dataclasses.replace(QUICK, iterations=4, samples=3, asr_threshold=0.3)
 
@@ -78,6 +78,49 @@ def test_the_mutual_information_spreads_the_triggers(pools):
         assert high > low + 2 > -20  # of a single point: 9 / 2 log(2 pi e 1e-6) = -49
 
 
+def _corner(variables, images, train=False, keys=None, axis_name=None):
+    seen = images[:, 5:8, 1:4].mean((1, 2, 3)) * variables["params"]["scale"]
+    return jnp.stack([0 * seen, 30 * (seen - 0.5), 0 * seen - 9], 1), {}, {}
+
+
+def test_the_place_is_learnt_where_the_backdoor_answers_nowhere_else(dark):
+    """Class 1 is what is bright in rows 5 to 7, columns 1 to 3 of 8: no patch at random places is universal."""
+    model = Model("corner", (8, 8, 1), 3, BRIGHT.init, _corner)
+    config = dataclasses.replace(QUICK, place_rate=0.1, iterations=300, samples=4)
+    anywhere, learnt = (
+        recover(dataclasses.replace(config, place_rate=rate), Victim(model, model.init(KEY)), dark, KEY)
+        for rate in (0.0, 0.1)
+    )
+    assert not len(anywhere.suspected()) and np.ptp(anywhere.places[0]) == 0
+    assert_array_equal(learnt.suspected(), [1])
+    chances = [np.asarray(jax.nn.softmax(odds)) for odds in learnt.places]
+    for chance, wanted in zip(chances, (5, 1), strict=True):
+        assert chance.shape == (24, 6)
+        assert (chance[8:16].argmax(1) == wanted).all() and chance[8:16, wanted].min() > 0.5
+        assert chance[16:].max() < 0.5  # class 2 is out of reach wherever: nothing is learnt
+    shut = dataclasses.replace(config, place_entropy=10.0)  # of so much worth is entropy that no place is preferred
+    odds = recover(shut, Victim(model, model.init(KEY)), dark, KEY).places
+    assert max(np.asarray(jax.nn.softmax(o)).max() for o in odds) < 0.3
+
+
+def test_a_pool_puts_its_patches_where_they_were_learnt():
+    places = (jnp.full((2, 6), -50.0).at[:, 4].set(50.0), jnp.full((2, 6), -50.0).at[0, 1].set(50.0).at[1, 3].set(50.0))
+    pool = _pool.Pool(
+        jnp.stack([jnp.full((3, 3, 1), v) for v in (0.4, 0.8)]),
+        jnp.array([7, 9]),
+        jnp.ones(2),
+        jnp.ones(2, bool),
+        places,
+    )
+    out, labels = _pool.stamper("patch")(pool, jnp.zeros((40, 8, 8, 1)), jax.random.split(KEY, 40))
+    assert set(np.asarray(labels)) == {7, 9}
+    for image, label in zip(np.asarray(out)[..., 0], np.asarray(labels), strict=True):
+        column, value = (1, 0.4) if label == 7 else (3, 0.8)
+        expected = np.zeros((8, 8))
+        expected[4:7, column : column + 3] = value
+        assert_allclose(image, expected, rtol=1e-6)
+
+
 def test_one_label_after_another_learns_what_all_at_once_do(blobs):
     victim, view = Victim(perceptron(), perceptron().init(KEY)), DefenderView(blobs[0][:50], blobs[1][:50])
     whole, *parts = (recover(dataclasses.replace(FEW, together=count), victim, view, KEY) for count in (0, 1, 3))
@@ -91,12 +134,15 @@ def test_one_label_after_another_learns_what_all_at_once_do(blobs):
 
 def test_two_devices_learn_what_one_does(blobs):
     victim, view = Victim(perceptron(), perceptron().init(KEY)), DefenderView(blobs[0][:50], blobs[1][:50])
-    config = dataclasses.replace(FEW, form="additive", strength=0.5)
-    one = recover(config, victim, view, KEY)
-    with parallel.using(2):
-        two = recover(config, victim, view, KEY)
-    assert one.triggers.shape == (4 * 2 * 3, 8, 8, 1) and 0.05 < np.abs(one.triggers).max() <= 0.5
-    assert_allclose(two.triggers, one.triggers, atol=2e-5)
+    for changes in ({"form": "additive", "strength": 0.5}, {"place_rate": 0.1, "thresholds": (0.9, 1.0)}):
+        config = dataclasses.replace(FEW, **changes)
+        one = recover(config, victim, view, KEY)
+        with parallel.using(2):
+            two = recover(config, victim, view, KEY)
+        assert one.triggers.shape[0] == 4 * 2 * 3 and np.abs(one.triggers).max() > 0.05
+        assert_allclose(two.triggers, one.triggers, atol=2e-5)
+        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-4), two.places, one.places)
+        assert one.triggers.shape[1] == 8 or np.ptp(one.places[0]) > 0.1
 
 
 def test_other_values_compile_nothing(blobs):
@@ -104,8 +150,9 @@ def test_other_values_compile_nothing(blobs):
     recover(FEW, victim, view, KEY)
     before = compiled_programs()
     other = dataclasses.replace(
-        FEW, thresholds=(0.3, 0.6), mi_weight=0.3, asr_threshold=0.8, trigger_noise=0.0, generator_rate=1e-3
-    )
+        FEW, thresholds=(0.3, 0.6), mi_weight=0.3, asr_threshold=0.8, trigger_noise=0.0, generator_rate=1e-3,
+        place_rate=0.3, place_entropy=0.1,
+    )  # fmt: skip
     recover(other, victim, view, jax.random.key(1))
     assert compiled_programs() == before
 
@@ -135,7 +182,8 @@ def test_an_additive_trigger_is_added_and_clipped():
 def test_only_kept_triggers_are_drawn_all_alike_likely():
     marks = jnp.arange(5.0)[:, None, None, None]
     pool = _pool.Pool(marks, jnp.arange(5) * 2, jnp.ones(5), jnp.array([False, True, False, True, True]))
-    triggers, labels = _pool.draw(pool, jax.random.split(KEY, 3000))
+    triggers, labels, places = _pool.draw(pool, jax.random.split(KEY, 3000))
+    assert places is None
     assert_array_equal(triggers[:, 0, 0, 0] * 2, labels)
     counts = np.bincount(np.asarray(labels), minlength=9)
     assert counts[[1, 3, 5, 7, 0, 4]].sum() == 0 and (counts[[2, 6, 8]] > 900).all()
@@ -174,6 +222,9 @@ def test_batches_go_through_all_images_before_any_comes_again():
         ({"size": 0}, "defense.size must be at least 1, got 0"),
         ({"iterations": 0}, "defense.iterations must be at least 1"),
         ({"noise_size": 6}, "defense.noise_size must be a positive multiple of 4, got 6"),
+        ({"recovery_batch": 0}, "defense.recovery_batch must be at least 1"),
+        ({"place_rate": -0.1}, "defense.place_rate must be zero or more"),
+        ({"place_entropy": -0.1}, "defense.place_entropy must be zero or more"),
         ({"mi_weight": -1.0}, "defense.mi_weight must be zero or more"),
         ({"together": -1}, "defense.together must be zero or more"),
         ({"generator_rate": 0.0}, "defense.generator_rate must be positive"),
@@ -198,7 +249,7 @@ def test_refused_sizes(dark):
         parallel.using(2),
         pytest.raises(InputError, match="1 clean images a step cannot be split over 2 devices.*--devices 1"),
     ):
-        recover(dataclasses.replace(FEW, batch_size=1), victim, dark, KEY)
+        recover(dataclasses.replace(FEW, recovery_batch=1), victim, dark, KEY)
     broken = Victim(BRIGHT, {"params": {"scale": jnp.float32(np.nan)}, "batch_stats": {}})
     with pytest.raises(InputError, match="staircase loss became nan at step 0.*defense.generator_rate"):
         recover(FEW, broken, dark, KEY)

@@ -1,7 +1,7 @@
 """Recovered triggers: which are kept, how they are put on images, what is shown of them, and batches for their use."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,8 @@ class Pool(NamedTuple):
     """float32 [m], on clean images of other classes; in [0, 1]."""
     kept: jax.Array
     """bool [m]."""
+    places: Any = None
+    """Log-odds of the rows [m, H - h + 1] and columns [m, W - w + 1] that a patch begins at; None: all alike likely."""
 
     def suspected(self) -> np.ndarray:
         """The labels of what is kept, int32, ascending."""
@@ -30,7 +32,7 @@ class Pool(NamedTuple):
     def shown(self) -> dict[str, np.ndarray]:
         """For the watch: "suspected", and of at most 64 kept triggers, labels in turn and the best first, "recovered"
         [k, h, w, C], "recovered_labels" and "recovered_asr"; "label_asr" is the mean ASR of each label's triggers."""
-        triggers, labels, asr, kept = map(np.asarray, self)
+        triggers, labels, asr, kept = map(np.asarray, self[:4])
         best = np.flatnonzero(kept)[np.argsort(-asr[kept], kind="stable")]
         turn = np.array([(labels[best[:i]] == labels[at]).sum() for i, at in enumerate(best)], int)
         chosen = best[np.argsort(turn, kind="stable")][:64]
@@ -58,19 +60,23 @@ class Showing(Watch):
         self._watch.observe(step, variables, **arrays, **self._shown)
 
 
-def draw(pool: Pool, keys: Key) -> tuple[jax.Array, jax.Array]:
-    """A kept trigger for each of the keys [N], all alike likely: [N, h, w, C], and their labels [N]; jittable."""
+def draw(pool: Pool, keys: Key) -> tuple[jax.Array, jax.Array, Any]:
+    """A kept trigger for each of the keys [N], all alike likely: [N, h, w, C], labels [N], places; jittable."""
     chances = jnp.where(pool.kept, jnp.float32(0), -jnp.inf)
     which = jax.vmap(lambda key: jax.random.categorical(jax.random.fold_in(key, 0), chances))(keys)
-    return pool.triggers[which], pool.labels[which]
+    return pool.triggers[which], pool.labels[which], jax.tree.map(lambda leaf: leaf[which], pool.places)
 
 
-def stamp_one(form: str, image: jax.Array, trigger: jax.Array, key: Key) -> jax.Array:
-    """One image [H, W, C] with a trigger; a patch stands at a place drawn by the key."""
+def corner_of(places: tuple[jax.Array, ...], key: Key) -> jax.Array:
+    """Row and column, int32 [2], drawn by their log-odds."""
+    return jnp.stack([jax.random.categorical(k, odds) for k, odds in zip(jax.random.split(key), places, strict=True)])
+
+
+def stamp_one(form: str, image: jax.Array, trigger: jax.Array, corner: jax.Array) -> jax.Array:
+    """One image [H, W, C] with a trigger; a patch begins at `corner`, int [2]."""
     if form == "additive":
         return jnp.clip(image + trigger, 0, 1)
     sides = trigger.shape[:2]
-    corner = jax.random.randint(key, (2,), 0, jnp.array(image.shape[:2]) - jnp.array(sides) + 1)
     # by products with rows and columns of ones: their derivative is a product again, and no scatter
     down, right = (
         (jnp.arange(length)[:, None] == corner[axis] + jnp.arange(side)).astype(jnp.float32)
@@ -82,11 +88,15 @@ def stamp_one(form: str, image: jax.Array, trigger: jax.Array, key: Key) -> jax.
     return image * (1 - inside) + moved
 
 
-def stamp(form: str, images: Images, triggers: jax.Array, keys: Key) -> Images:
-    """Images [N, H, W, C] each with its trigger [N, h, w, C], patches at a place drawn by its key [N]; jittable."""
-    return jax.vmap(lambda image, trigger, key: stamp_one(form, image, trigger, jax.random.fold_in(key, 1)))(
-        images, triggers, keys
-    )
+def stamp(form: str, images: Images, triggers: jax.Array, keys: Key, places: Any = None) -> Images:
+    """Images [N, H, W, C] each with its trigger [N, h, w, C], patches at a place drawn by its key [N]; jittable.
+
+    Args: places: log-odds as in a pool, [N, ...] each.
+    """
+    sides = zip(images.shape[1:3], triggers.shape[1:3], strict=True)
+    odds = tuple(jnp.zeros((len(keys), whole - side + 1)) for whole, side in sides) if places is None else places
+    corners = jax.vmap(corner_of)(odds, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys))
+    return jax.vmap(partial(stamp_one, form))(images, triggers, corners)
 
 
 @lru_cache(maxsize=8)
@@ -94,8 +104,8 @@ def stamper(form: str) -> Callable:
     """(pool, images [N, H, W, C], keys [N]) -> (the images, each with a kept trigger, and the triggers' labels)."""
 
     def run(pool: Pool, images: Images, keys: Key) -> tuple[Images, jax.Array]:
-        triggers, labels = draw(pool, keys)
-        return stamp(form, images, triggers, keys), labels
+        triggers, labels, places = draw(pool, keys)
+        return stamp(form, images, triggers, keys, places), labels
 
     return jax.jit(run)
 
