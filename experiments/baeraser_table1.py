@@ -14,9 +14,9 @@ image as in the paper), trojanzoo's 1 % (TrojanNN, IMC, in a corner: a random pl
 target 0 here. "Fine-Tuning" in its tables is MESA's. Fine-Pruning and NAD are not in these files.
 
 Time: on 2 CPU cores, `cnn` on MNIST, a victim of 5 epochs 2 minutes, a recovery 1 to 2. What came out stands in
-experiments/results/baeraser_table1. To expect (the paper's averages of the nine attacks, ACC and ASR): MNIST 98.76 and 99.74 before, 98.01 and
-0.87 after BAERASER, 96.96 and 39.75 after fine-tuning; Fashion-MNIST (whose level of 99 % nobody else reaches) 99.13
-and 99.72 before, 98.44 and 1.22, 96.29 and 46.19 after.
+experiments/results/baeraser_table1. To expect (the paper's averages of the nine attacks, ACC and ASR): MNIST 98.76 and
+99.74 before, 98.01 and 0.87 after BAERASER, 96.96 and 39.75 after fine-tuning; Fashion-MNIST (whose level of 99 %
+nobody else reaches) 99.13 and 99.72 before, 98.44 and 1.22, 96.29 and 46.19 after.
 """
 
 import os

@@ -3,8 +3,9 @@
     BDJAX_CIFAR10=npz:cifar10.npz bdjax sweep experiments/baeraser_table2.py
     bdjax report runs/baeraser_table2 --markdown
 
-Data: BDJAX_CIFAR10 and BDJAX_CIFAR100 name the sources (default tfds:cifar10, tfds:cifar100). MODEL, EPOCHS, SIZES, ATTACKS, DATASETS, DEFENSES and the setting as in baeraser_table1.py. The generators of CIFAR-100
-are as wide as in MESA's release (2,048), and those of 10 labels learn at once.
+Data: BDJAX_CIFAR10 and BDJAX_CIFAR100 name the sources (default tfds:cifar10, tfds:cifar100). MODEL, EPOCHS,
+SIZES, ATTACKS, DATASETS, DEFENSES and the setting as in baeraser_table1.py. The generators of CIFAR-100 are as wide as
+in MESA's release (2,048), and those of 10 labels learn at once.
 
 Time: not run so far. To expect (averages of the nine attacks, ACC and ASR): CIFAR-10 83.92 and 99.26 before, 74.71 and
 8.18 after BAERASER, 71.07 and 45.49 after fine-tuning; CIFAR-100 54.78 and 99.17 before, 48.28 and 7.68, 45.34 and
