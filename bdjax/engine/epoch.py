@@ -22,7 +22,7 @@ _carrier: ContextVar[Callable | None] = ContextVar("bdjax_carrier", default=None
 
 @contextlib.contextmanager
 def carried(by: Callable | None) -> Iterator[None]:
-    """Within the block, `by` is called with the arguments of every :func:`run_epoch`, and what it returns is the result.
+    """Within the block, `by` is called in place of :func:`run_epoch`, with its arguments, and gives the result.
 
     It may call :func:`run_epoch` itself. So the steps of several runs are brought together, or counted.
     """

@@ -1,11 +1,11 @@
 """Many runs in one program: several trainings or purifications that share shapes, by a loop, by vmap, or one a device.
 
-A run is a function without arguments that calls `fit`, or a method that calls `run_epoch`. Each has a thread of its own,
-of which one works at a time; where all of them have come to `run_epoch`, the epoch of all is carried out as one
+A run is a function without arguments that calls `fit`, or a method that calls `run_epoch`. Each has a thread of its
+own, of which one works at a time; where all of them have come to `run_epoch`, the epoch of all is carried out as one
 program, and each goes on with its own result. So neither `fit` nor a method knows of it.
 
-Runs may differ in every value: seeds, images (poison ratios, triggers), learning rates. They must share what is compiled:
-the step, and the shapes of its arguments. Arrays that are the *same object* in all runs are not copied for each.
+Runs may differ in every value: seeds, images (poison ratios, triggers), learning rates. They must share what is
+compiled: the step, and the shapes of its arguments. Arrays that are the *same object* in all runs are not copied.
 """
 
 import contextvars
@@ -145,10 +145,11 @@ def _epoch(asked: list[tuple], how: How) -> list[tuple[Any, Any]]:
         state, metrics = run_epoch(step, state, split, whole, {"own": own, "common": common}, mode=modes[0], tick=tell)
     if devices:  # what a run does next, it does where it would alone
         state, metrics = jax.device_put((state, metrics), jax.local_devices()[0])
-    return [
-        (jax.tree.map(lambda leaf: leaf[i], state), jax.tree.map(lambda leaf: leaf[:, i], metrics))
-        for i in range(len(asked))
-    ]
+    return [_own(state, metrics, place) for place in range(len(asked))]
+
+
+def _own(state: Any, metrics: Any, place: int) -> tuple[Any, Any]:
+    return jax.tree.map(lambda leaf: leaf[place], state), jax.tree.map(lambda leaf: leaf[:, place], metrics)
 
 
 def _stacked(trees: Sequence[Any], axis: int) -> Any:
@@ -164,13 +165,13 @@ def _lifted(step: Callable, tree: Any, same: tuple[bool, ...], devices: int) -> 
         shared = jax.tree.unflatten(tree, [next(rest[alike]) for alike in same])
         return step(state, split, whole, shared, None)
 
-    if not devices:
-        batched = jax.vmap(one, (0, 0, 0, 0, None))
-    else:
+    batched: Callable = jax.vmap(one, (0, 0, 0, 0, None))
+    if devices:
 
         def alone(*arguments: Any) -> Any:
-            first = jax.tree.map(lambda leaf: leaf[0], arguments[:-1])
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], one(*first, arguments[-1]))
+            state, split, whole, own = jax.tree.map(lambda leaf: leaf[0], arguments[:-1])
+            found = one(state, split, whole, own, arguments[-1])
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], found)
 
         runs, everywhere = PartitionSpec(_AXIS), PartitionSpec()
         batched = jax.shard_map(
