@@ -51,7 +51,8 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **memory, **_path()},
         )  # fmt: skip
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout
@@ -65,7 +66,7 @@ class Worker:
     def ask(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
         """What the worker answers. Raises Gone."""
         assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         try:
@@ -83,6 +84,11 @@ class Worker:
         """Stop the process."""
         self._process.kill()
         self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                assert pipe
+                pipe.close()
 
 
 def _path() -> dict[str, str]:
@@ -99,18 +105,20 @@ def work(side: str, threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     version, prepare = {"bdjax": _bdjax_side, "torch": _torch_side}[side](threads)
     run: Any = None
+    name = note = ""
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if "prepare" in request:
+                name = request["prepare"]
                 run, note = prepare(request)
             begin = time.perf_counter()
             result = run()
             found: dict[str, Any] = {"seconds": time.perf_counter() - begin}
-            if isinstance(result, dict):
+            if name.startswith("until/"):
                 found |= result
             if "prepare" in request:
-                found |= {"version": version, "note": note, "check": _check(request["prepare"], result)}
+                found |= {"version": version, "note": note, "check": _check(name, result)}
         except LookupError:
             found = {"refused": "has no such workload"}
         sys.stdout.write(f"{ANSWER}{json.dumps(found)}\n")

@@ -9,7 +9,7 @@ from bdjax.cli._common import check_file, parse, say
 from bdjax.options import Common
 
 ORDER = 65
-USAGE = "[--suite cpu|gpu] [--only A,B] [--repeats N] [--small] [--out FILE.json]"
+USAGE = "[--suite cpu|gpu] [--only A,B] [--repeats N] [--small] [--markdown] [--out FILE.json]"
 SUMMARY = "images a second, share of the machine's peak, memory and compile time of each workload"
 
 
@@ -25,6 +25,8 @@ class Flags(Common):
     """Timed runs of each, after one that compiles."""
     small: bool = False
     """Tiny sizes, to see that everything runs; the numbers mean nothing."""
+    markdown: bool = False
+    """End with the table as Markdown."""
     limit: float = 1800.0
     """Seconds after which a workload is given up."""
     out: Path | None = None
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
     result = bench.bench(
         options.suite, options.only, repeats=options.repeats, small=options.small, limit=options.limit, say=told
     )
-    say(report.notes(result))
+    say(report.markdown(result) if options.markdown else report.notes(result))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.json:

@@ -27,6 +27,27 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['name']:36s}{seconds:>28s}" + "".join(f"{cell if there else '-':>{n}s}" for n, cell, there in cells)
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table, with the two numbers that no program is below: what its operations take at the
+    machine's peak, and what its bytes take at its bandwidth.
+    """
+    lines = [
+        "| workload | n | seconds | rate | GFLOP | at peak, s | GB | at bandwidth, s | compile, s | cached, s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        if "failed" in row:
+            continue
+        seconds = f"{row['median']:.3g} ({min(row['seconds']):.3g} to {max(row['seconds']):.3g})"
+        cells = [str(row["n"]), seconds, f"{row['rate']:.4g} {row['unit']}/s"]
+        for what in ("flops", "bytes"):
+            counted = row.get(what)
+            cells += [f"{counted / 1e9:.3g}", f"{counted / row[f'peak_{what}']:.3g}"] if counted else ["-", "-"]
+        cells += [f"{row[key]:.2f}" if key in row else "-" for key in ("compile", "compile_cached")]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *notes(result).splitlines()])
+
+
 def share(row: dict[str, Any], what: str) -> float:
     """`what` ("flops" or "bytes") a second, as a part of what the machine did in the same process; 0 if not counted."""
     peak = row.get(f"peak_{what}")
