@@ -277,15 +277,19 @@ def _compared(request: dict[str, Any], options: argparse.Namespace, folder: str)
         for turn in range(options.repeats):
             for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
                 answers[side].append(workers[side].ask({"go": True}, options.limit))
-    mine, theirs = (ready[side]["check"] for side in SIDES)
-    if mine is not None and abs(mine - theirs) > 0.5:
-        raise Gone(f"the two sides do not compute the same: {mine} and {theirs}")
+    own, other = (ready[side]["check"] for side in SIDES)
+    if own is not None and abs(own - other) > 0.5:
+        raise Gone(f"the two sides do not compute the same: {own} and {other}")
     row: dict[str, Any] = {side: [answer["seconds"] for answer in answers[side]] for side in SIDES}
     row |= {f"{side}_{fact}": ready[side][fact] for side in SIDES for fact in ("version", "note")}
     row |= {f"{side}_first": ready[side]["seconds"] for side in SIDES}
     for side in SIDES:
         if "reached" in answers[side][-1]:
             row[f"{side}_found"] = answers[side]
+    if "bdjax_found" in row:
+        mine, theirs = (row[f"{side}_found"][0]["before"] for side in SIDES)
+        if max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) > 0.01:
+            raise Gone(f"the two sides do not begin with the same model: {mine} and {theirs} (ACC, ASR)")
     return row | _ratios(row)
 
 

@@ -362,7 +362,10 @@ def until(problem: str, rounds: int, goal: float) -> Job:
     given = np.load(problem)
     sizes = SimpleNamespace(shape=tuple(int(n) for n in given["shape"]), width=None)
     model = network(str(given["model"]), sizes)
-    model.load_state_dict(weights(problem.replace(".npz", ".safetensors")), strict=False)
+    left = model.load_state_dict(weights(problem.replace(".npz", ".safetensors")), strict=False)
+    wrong = [name for name in (*left.missing_keys, *left.unexpected_keys) if "num_batches_tracked" not in name]
+    if wrong:
+        raise SystemExit(f"the victim's weights have other names than this network's: {', '.join(wrong)}")
     data = stored(given["clean_images"], given["clean_labels"])
     clean, triggered = (stored(given[name], given["labels"])[0] for name in ("images", "triggered"))
 
