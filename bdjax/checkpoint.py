@@ -7,12 +7,14 @@ ever stands under a final name:
     DIR/variables/       Orbax
     DIR/NAME.npz         arrays: the trigger, the poisoned indices and labels
 
-This is the only importer of Orbax.
+Where several processes train together they call the same functions on one file system: Orbax wants all of them, the
+rest is written by the first alone, and nobody goes on before it is there. This is the only importer of Orbax.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -22,6 +24,7 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from bdjax.errors import InputError
@@ -46,20 +49,24 @@ def write_model(
     directory = Path(directory)
     if directory.exists():
         raise InputError(f"{directory} exists already. Choose another directory.")
+    meet("a model is written")
     need = _bytes(variables) + sum(_bytes(dict(group)) for group in arrays.values())
     check_space(directory, need)
     partial = _partial(directory)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=_several())
+        meet("its folder is there")
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights hardly compress, and trying takes as much memory again
         with context:
             ocp.save(partial.absolute() / "variables", jax.tree.map(np.asarray, variables))
         for name, group in arrays.items():
             write_arrays(partial / f"{name}.npz", group)
-        whole = {"format": FORMAT, **manifest, "files": _hashes(partial)}
-        write_text(partial / MANIFEST, json.dumps(whole, indent=1, sort_keys=True) + "\n")
-        os.rename(partial, directory)
+        if first():
+            whole = {"format": FORMAT, **manifest, "files": _hashes(partial)}
+            write_text(partial / MANIFEST, json.dumps(whole, indent=1, sort_keys=True) + "\n")
+            os.rename(partial, directory)
+        meet("a model is there")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
@@ -138,12 +145,15 @@ class EpochSaver:
         partial = _partial(target)
         partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
+        meet("an epoch is saved")
         ocp.save(partial.absolute(), jax.tree.map(np.asarray, state))
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(partial, target)
-        for old in self.folder.iterdir():
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+        if first():
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(partial, target)
+            for old in self.folder.iterdir():
+                if old != target:
+                    shutil.rmtree(old, ignore_errors=True)
+        meet("an epoch is there")
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """(epochs done, state) of the newest whole epoch, or None."""
@@ -163,8 +173,26 @@ def locked(target: Path) -> Iterator[None]:
     lock = Path(target).with_name(f".{Path(target).name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if first():
+            fcntl.flock(file, fcntl.LOCK_EX)
+        meet("a lock is held")  # by the first, for all that train together
         yield
+
+
+def first() -> bool:
+    """Whether this process writes: the only one, or the first of those that train together."""
+    return not _several() or jax.process_index() == 0
+
+
+def meet(what: str) -> None:
+    """Wait until all processes that train together have come to `what`."""
+    if _several():
+        multihost_utils.sync_global_devices(what)
+
+
+def _several() -> bool:
+    """Asked before jax has looked for devices, it must not begin to."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def write_text(path: Path, text: str) -> None:
@@ -175,7 +203,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets the name `path` when all of it is on the disk."""
+    """A file that gets the name `path` when all of it is on the disk; nothing but the first process's is kept."""
+    if not first():
+        yield io.BytesIO()
+        return
     partial = _partial(path)
     try:
         with open(partial, "wb") as file:
@@ -223,7 +254,8 @@ def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+    owner = "shared" if _several() else os.getpid()
+    return target.with_name(f".{target.name}.{owner}.partial")
 
 
 def _bytes(tree: Any) -> int:

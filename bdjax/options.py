@@ -23,7 +23,29 @@ class Device(Common):
 
 
 @dataclass
-class Place(Device):
+class Traced(Device):
+    """What a command takes whose time is worth looking into."""
+
+    profile: Path | None = None
+    """Write a trace of what the devices do into that directory, for xprof or ui.perfetto.dev."""
+
+
+@dataclass
+class Cluster(Traced):
+    """Several processes, on one machine or many, that train one model together: the same command in each."""
+
+    coordinator: str = ""
+    """HOST:PORT of the first process, which the others reach; needs --processes and --process."""
+    processes: int = 0
+    """How many there are."""
+    process: int = -1
+    """Which of them this is, from 0; the first one writes the results, into a directory that all can read."""
+    slurm: bool = False
+    """Take the three from Slurm: `srun bdjax ... --slurm`, one task a process."""
+
+
+@dataclass
+class Place(Cluster):
     """Where a command writes."""
 
     root: Path = Path("runs")

@@ -82,10 +82,10 @@ def defend(
     env = environment(context.devices)
     _write_json(directory / "env.json", env)
     lines = directory / "metrics.jsonl"
-    lines.write_text("")
+    checkpoint.write_text(lines, "")
 
     clock = Clock()
-    watch = Recorder(context.tick, clock, evaluation.measure, lines)
+    watch = Recorder(context.tick, clock, evaluation.measure, lines if checkpoint.first() else None)
     with parallel.using(context.devices):
         key = stream(experiment.seed, "defense")
         view = suspect.view(watch, needs_trigger(module, experiment.defense_config))

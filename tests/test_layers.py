@@ -12,7 +12,7 @@ LAYERS = (
     {"engine", "checkpoint", "interop"},
     {"attacks", "defenses"},
     {
-        "audit", "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "reactivation",
+        "audit", "bench", "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "reactivation",
         "recorder", "reference", "victim", "suspect", "run", "sweep", "report",
     },
     {"cli", "__main__"},

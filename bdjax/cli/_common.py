@@ -17,6 +17,7 @@ import tyro
 
 from bdjax import registry
 from bdjax.errors import InputError
+from bdjax.options import Cluster
 
 
 def command(name: str) -> ModuleType:
@@ -80,10 +81,11 @@ def parse(name: str, names: tuple[str, ...], rest: list[str], base: type, **part
 def ready(options: Any) -> Iterator[Any]:
     """Everything a computing command needs around it: the compilation cache, a progress bar, a Context."""
     prepare_jax()
+    join(options)
     from bdjax.report.progress import bar
     from bdjax.victim import Context
 
-    with bar() as tick:
+    with bar() as tick, traced(getattr(options, "profile", None)):
         yield Context(getattr(options, "devices", 0), tick)
 
 
@@ -98,12 +100,59 @@ def prepare_jax() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@contextlib.contextmanager
+def traced(directory: Path | None) -> Iterator[None]:
+    """Write a profile of the block into `directory`, if one is given."""
+    if directory is None:
+        yield
+        return
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--profile {directory} is a file. Give the name of a directory.")
+    import jax
+
+    chosen = jax.profiler.ProfileOptions()
+    chosen.python_tracer_level = 0  # every call of Python would drown the rest
+    with jax.profiler.trace(directory, profiler_options=chosen):
+        yield
+
+
+def join(options: Any) -> None:
+    """Make this process one of those that train together, where the flags of `bdjax.options.Cluster` say so."""
+    if not isinstance(options, Cluster):
+        return
+    coordinator, processes, process, slurm = options.coordinator, options.processes, options.process, options.slurm
+    if not coordinator and not slurm:
+        if processes or process >= 0:
+            raise InputError("--processes and --process need --coordinator HOST:PORT, the first process's.")
+        return
+    if slurm and coordinator:
+        raise InputError("--slurm and --coordinator say the same thing. Give one of them.")
+    if coordinator and not (":" in coordinator and processes >= 1 and 0 <= process < processes):
+        raise InputError(
+            f"--coordinator {coordinator} needs the form HOST:PORT, --processes of at least 1 and --process from 0 to "
+            f"one less; got --processes {processes} --process {process}."
+        )
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        if slurm:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the processes did not find together: {str(error).splitlines()[0]}") from None
+
+
 def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
     """The table, the picture and the places of a finished run."""
     import numpy as np
 
+    from bdjax import checkpoint
     from bdjax.report import figure, table
 
+    if not checkpoint.first():
+        return
     say(table.one(result))
     picture = directory / "figure.png"
     if not picture.exists():
@@ -116,6 +165,14 @@ def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
 
 def remove_run(directory: Path) -> None:
     """Remove a run or model directory of ours; anything else is refused."""
+    from bdjax import checkpoint
+
+    if checkpoint.first():
+        _remove(directory)
+    checkpoint.meet("what was there is removed")
+
+
+def _remove(directory: Path) -> None:
     if not directory.exists():
         return
     ours = any((directory / name).exists() for name in ("config.json", "result.json", "manifest.json", "victim"))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import finish, parse, ready, remove_run
-from bdjax.options import Device
+from bdjax.options import Traced
 
 ORDER = 10
 USAGE = "[--seed S] [--out DIR]"
@@ -12,7 +12,7 @@ SUMMARY = "the main job on handwritten digits, with a table and a picture"
 
 
 @dataclass
-class Flags(Device):
+class Flags(Traced):
     """Flags of `bdjax demo`."""
 
     out: Path = Path("runs/demo")

@@ -24,6 +24,8 @@ def main(argv: list[str]) -> None:
             remove_run(directory)
         context.store = None if options.out else directory.parent
         victim.train(experiment, directory, context)
+    if not checkpoint.first():
+        return
     manifest = checkpoint.read_manifest(directory)
     summary = {"directory": str(directory), **{k: manifest[k] for k in ("hash", "model", "seed", "seconds", "attack")}}
     say(f"victim: {directory}\nnext:   bdjax evaluate {directory}\n        bdjax defend {directory} ibau")

@@ -4,7 +4,9 @@ XLA:CPU runs convolution gradients inside `lax.scan` 10 to 50 times slower than 
 12868), so "auto" loops on a CPU and scans elsewhere; both give the same numbers.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,6 +17,20 @@ from bdjax.engine import parallel
 from bdjax.errors import InputError
 
 Mode = Literal["auto", "scan", "loop"]
+_carrier: ContextVar[Callable | None] = ContextVar("bdjax_carrier", default=None)
+
+
+@contextlib.contextmanager
+def carried(by: Callable | None) -> Iterator[None]:
+    """Within the block, `by` is called in place of :func:`run_epoch`, with its arguments, and gives the result.
+
+    It may call :func:`run_epoch` itself. So the steps of several runs are brought together, or counted.
+    """
+    token = _carrier.set(by)
+    try:
+        yield
+    finally:
+        _carrier.reset(token)
 
 
 def run_epoch(
@@ -40,6 +56,9 @@ def run_epoch(
     Returns:
       (state, metrics with a leading axis [steps]).
     """
+    if (carrier := _carrier.get()) is not None:
+        with carried(None):
+            return carrier(step, state, split, whole, shared, mode=mode, tick=tick)
     steps = jax.tree.leaves(split)[0].shape[0]
     if mode == "scan" or (mode == "auto" and jax.default_backend() != "cpu"):
         state, metrics = parallel.compiled(_scanned(step), batch_axis=1)(state, split, whole, shared)

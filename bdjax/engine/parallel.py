@@ -1,4 +1,4 @@
-"""Data parallelism: one per-device step, mapped over all local devices; the only user of pmap.
+"""Data parallelism: one per-device step, mapped over all devices of all processes; the only user of pmap.
 
 A step is `step(state, split, whole, shared, axis) -> (state, metrics)`:
 
@@ -6,6 +6,9 @@ A step is `step(state, split, whole, shared, axis) -> (state, metrics)`:
   the step (learning rate), `shared` to the run (data set, hyper-parameters): both are replicated;
 - `axis` is the name of the mapped axis, or None on a single device. The step itself averages over it
   (:func:`total`, :func:`average`), so that every device ends with the same state.
+
+Where several processes train together (`jax.distributed`), each runs the same program on the whole batch's indices and
+keys, and computes its own devices' rows of them; everything that a step is given and gives is the same in all.
 
 Two forms are equal to 1e-5 and tested to be: "pmap" (the default) and "jit" (one program over a
 NamedSharding, in which XLA places the collectives and `axis` is None).
@@ -30,7 +33,7 @@ _plan: ContextVar[tuple[int, Form]] = ContextVar("bdjax_devices", default=(0, "p
 
 @contextlib.contextmanager
 def using(devices: int = 0, form: Form = "pmap") -> Iterator[None]:
-    """Within the block, steps run on the first `devices` local devices (0: all of them).
+    """Within the block, steps run on the first `devices` local devices (0: all of them, those of other processes too).
 
     Raises InputError when the machine has fewer.
     """
@@ -46,7 +49,7 @@ def using(devices: int = 0, form: Form = "pmap") -> Iterator[None]:
 
 def count() -> int:
     """How many devices a step is mapped over."""
-    return _plan.get()[0] or jax.local_device_count()
+    return _plan.get()[0] or jax.device_count()
 
 
 def total(tree: Any, axis: str | None) -> Any:
@@ -93,18 +96,24 @@ def _compiled(step: Callable, batch_axis: int, devices: int, form: Form) -> Call
         return jax.jit(partial(step, axis=None), donate_argnums=0)
     if form == "jit":
         return _sharded(step, batch_axis, devices)
+    here = jax.local_device_count()
+    shared = devices > here
     mapped = jax.pmap(
         partial(step, axis=AXIS),
         axis_name=AXIS,
         in_axes=(None, batch_axis, None, None),
         out_axes=(None, None),
-        donate_argnums=0,
-        devices=jax.local_devices()[:devices],
+        donate_argnums=() if shared else 0,  # between processes jax uses a donated state twice
+        devices=None if shared else jax.local_devices()[:devices],
     )
 
     def cut(leaf: Any) -> Any:
         shape = leaf.shape
-        return leaf.reshape(*shape[:batch_axis], devices, shape[batch_axis] // devices, *shape[batch_axis + 1 :])
+        rows = leaf.reshape(*shape[:batch_axis], devices, shape[batch_axis] // devices, *shape[batch_axis + 1 :])
+        if not shared:
+            return rows
+        own = slice(jax.process_index() * here, (jax.process_index() + 1) * here)
+        return rows[(slice(None),) * batch_axis + (own,)]
 
     return lambda state, split, whole, shared: mapped(state, jax.tree.map(cut, split), whole, shared)
 
