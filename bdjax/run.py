@@ -67,11 +67,11 @@ def defend(
     record = run_record(experiment, manifest["hash"])
     hashed = digest(record)
     clean = clean or _neighbour(victim, manifest)
-    finished = _finished(directory, hashed)
+    finished = finished_result(directory, hashed)
     if finished is not None and (clean is None or finished.get("clean") is not None):
         return finished
     with checkpoint.locked(directory, context.waiting):
-        if (finished := _finished(directory, hashed)) is None:
+        if (finished := finished_result(directory, hashed)) is None:
             return _defend(suspect, module, directory, record, clean, context, extra)
         if clean is not None and finished.get("clean") is None:
             beside = suspect.evaluation.measure(read_clean(clean, suspect).victim.variables)
@@ -240,7 +240,7 @@ def run(
     directory = out or directory_of(experiment, root, data.fingerprint)
     victim = out / "victim" if out else victim_directory_of(experiment, root, data.fingerprint)
     hashed = digest(run_record(experiment, _victim_hash(experiment, data.fingerprint)))
-    finished = _finished(directory, hashed)
+    finished = finished_result(directory, hashed)
     if finished is not None and not (clean and finished.get("clean") is None):
         return finished, directory
     clean_indices(experiment.split, data, experiment.seed)  # refuse a bad split before hours of training
@@ -318,7 +318,7 @@ def _write_json(path: Path, value: Any) -> None:
     checkpoint.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def _finished(directory: Path, expected: str) -> dict[str, Any] | None:
+def finished_result(directory: Path, expected: str) -> dict[str, Any] | None:
     """The result of this very configuration, or None when `directory` is free for it; InputError when it is not.
 
     A directory without a result may be an interrupted run of the same configuration, or new, or empty.

@@ -287,8 +287,8 @@ def check_same(directory: Path, found: str | None, expected: str) -> None:
     """Raise InputError when what stands in `directory` is of another configuration."""
     if found != expected:
         raise InputError(
-            f"{directory} holds a run of another configuration (hash {str(found)[:12]}, this one is {expected[:12]}). "
-            "Choose another --out."
+            f"{directory} holds a run of another configuration (another input or other settings: hash "
+            f"{str(found)[:12]}, this one is {expected[:12]}). Choose another --out."
         )
 
 

@@ -12,8 +12,8 @@ LAYERS = (
     {"engine", "checkpoint", "interop"},
     {"attacks", "defenses"},
     {
-        "audit", "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "reactivation",
-        "recorder", "reference", "victim", "suspect", "run", "sweep", "report",
+        "audit", "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "purification",
+        "reactivation", "recorder", "reference", "victim", "suspect", "run", "sweep", "report",
     },
     {"cli", "__main__"},
 )  # fmt: skip

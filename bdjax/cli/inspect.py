@@ -49,8 +49,10 @@ def main(argv: list[str]) -> None:
     with ready(options) as context:
         models = options.victim, options.purified, options.clean
         chosen = {"count": options.count, "seed": options.seed, "share": options.share}
-        given = {"attack": attack, "attack_config": getattr(options, "attack", None)}
-        result = inspection.inspect(*models, options.dataset, **chosen, **given, tick=context.tick)
+        result = inspection.inspect(
+            *models, options.dataset, **chosen, attack=attack, attack_config=getattr(options, "attack", None),
+            tick=context.tick,
+        )  # fmt: skip
     say(report.write(result, options.out))
     if options.json:
         say(json.dumps(result))
