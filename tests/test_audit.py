@@ -95,3 +95,12 @@ def test_images_are_drawn_by_the_seed_without_repetition(finished):
     suspect = audit.read_recorded(audit.checkpoint.model_directory(finished[0]))
     one, other = (audit._chosen(suspect, 20, seed)[0] for seed in (0, 1))
     assert (one != other).any() and len(np.unique(one.reshape(20, -1), axis=0)) == 20
+
+
+def test_a_class_without_an_image_is_left_open_where_images_are_given(finished):
+    suspect = audit.read_recorded(audit.checkpoint.model_directory(finished[0]))
+    images, labels = suspect.evaluation.images, suspect.evaluation.labels
+    found, _ = audit.judge(suspect, images[labels != 3], labels[labels != 3], ["age"], context=Context(1))
+    scores = found["methods"]["age"]["classes"]
+    assert scores[3] is None and None not in scores[:3] and found["methods"]["age"]["target"] != 3
+    assert "age" in report.table(found)

@@ -116,8 +116,8 @@ def test_what_came_from_outside_is_text(shown, read):
 def test_numbers_settings_and_the_way_back_are_in_it(shown, read):
     said = " ".join("".join(read.texts).split())
     for part in ("90.0 %", "86.0 %", "84.0 to 94.0 %", "45 of 50", "23 of 50", "default 5", "default 0.1", "yes",
-                 "none", "0.12.0", "ab" * 32, "sha256sum --check", "bdjax export", "the first 7 of 9", "100.0 % → 10.0 %", "3.25",
-                 "–"):  # fmt: skip
+                 "none", "0.12.0", "ab" * 32, "sha256sum --check", "bdjax export", "the first 7 of 9",
+                 "100.0 % → 10.0 %", "3.25", "–"):  # fmt: skip
         assert part in said, part
     assert "commit" not in said
 

@@ -43,7 +43,7 @@ def data(blobs, tmp_path_factory):
         (["FIXTURE", *VGG, "--clean", "SMALL", "--held-out", "95"], ["from 10 to 90", "got 95"]),
         ([*FITS, "--defense", "ibu"], ["true trigger", "ibau", "finetune"]),
         (
-            [*FITS, "--defense", "age", "--defense.backdoor-knowledge", "True"],
+            [*FITS, "--defense", "age", "--defense.backdoor-knowledge"],
             ["age is given the true trigger"],
         ),
         ([*FITS, "--defense", "ibua"], ["'ibua'", "Did you mean"]),

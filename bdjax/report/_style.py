@@ -59,7 +59,9 @@ dd { margin: 0; min-width: 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); }
-tbody th { font-weight: 400; color: var(--faint); }
+tbody th { font-weight: 400; color: var(--faint); min-width: 5rem; }
+thead th { overflow-wrap: normal; }
+td { min-width: 4.4rem; }
 code, pre { font: .875rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem;
   white-space: pre-wrap; }
@@ -83,9 +85,11 @@ rect.after { fill: var(--after); }
   body { max-width: none; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; }
   h2, h3, h4 { break-after: avoid; }
-  figure, tr, .card, .bar, pre, dl > div { break-inside: avoid; }
+  figure, tr, .scroll, .card, .bar, pre, dl > div { break-inside: avoid; }
+  footer { break-before: avoid; margin-top: 1rem; }
+  .cards { grid-template-columns: repeat(3, 1fr); }
   thead { display: table-header-group; }
-  .gallery { grid-template-columns: repeat(6, 1fr); }
+  .gallery { grid-template-columns: repeat(8, 1fr); }
   .card, pre, .track, rect { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 }
 """

@@ -107,7 +107,7 @@ def _evidence(result: dict[str, Any], method: str, folder: Path) -> list[Safe]:
     ]
     if any("norm" in own for own in both):
         rows.append(("norm, in distances between images", *(_number(own.get("norm")) for own in both)))
-    for place in range(1, min(_TOP, len(result["classes"])) + 1):
+    for place in range(2, min(_TOP, len(result["classes"])) + 1):
         rows.append((f"{place}. by score", *(_ranked(result, own["classes"], place) for own in both)))
     rows.append(("seconds", *(f"{own['seconds'] + own['compile']:.1f}" for own in both)))
     parts = [el("h3", method), table(("", *_PHASES), rows, f"What {method} found before and after")]
