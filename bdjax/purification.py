@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from bdjax import audit, checkpoint, datasets, interop, metrics, registry, run
-from bdjax.defenses import needs_trigger, purifier
+from bdjax import audit, checkpoint, datasets, interop, metrics, run
+from bdjax.defenses import needs_trigger, purifier, without_trigger
 from bdjax.engine import predict
 from bdjax.errors import InputError
 from bdjax.evaluation import pool
@@ -28,6 +28,7 @@ from bdjax.experiment import Experiment, SplitConfig, digest, run_record, to_jso
 from bdjax.provenance import environment
 from bdjax.report import audit as audit_report
 from bdjax.report import page
+from bdjax.report.purification import notes
 from bdjax.suspect import Suspect, read_recorded, read_suspect
 from bdjax.types import Data
 from bdjax.victim import Context, check_fits
@@ -79,7 +80,8 @@ def purify(
         raise InputError(f"--out {out} is a file. Give the name of a directory.")
     config = config or module.Config()
     if needs_trigger(module, config):
-        raise InputError(f"{defense} is given the true trigger, which nobody knows here. Choose from {_able()}.")
+        able = ", ".join(without_trigger())
+        raise InputError(f"{defense} is given the true trigger, which nobody knows here. Choose from {able}.")
     incoming, manifest = _incoming(source, dict(imported or {}))
     spec = clean or (manifest.get("dataset") or {}).get("spec")
     if spec is None:
@@ -115,7 +117,7 @@ def purify(
                 shutil.rmtree(out, ignore_errors=True)
             raise
         result |= {"input": incoming, "command": command, "config_hash": digest(record)}
-        result["notes"] = _notes(result)
+        result["notes"] = notes(result)
         if report:
             page.write(result, out)
         checkpoint.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
@@ -159,12 +161,6 @@ def _split(data: Data, source: str, held_out: int | None) -> SplitConfig:
             f"images{more}; got {held_out}."
         )
     return SplitConfig("all" if source == "all" else "test", size, "stratified")
-
-
-def _able() -> str:
-    names = [name for name in registry.names("defenses") if hasattr(registry.load("defenses", name), "purify")]
-    modules = {name: registry.load("defenses", name) for name in names}
-    return ", ".join(name for name, module in modules.items() if not needs_trigger(module, module.Config()))
 
 
 def _model(
@@ -284,28 +280,3 @@ def _changed(
     ]  # fmt: skip
     return {**{sort: int(which.sum()) for sort, which in sorts.items()}, "all": int((before != after).sum()),
             "shown": shown}  # fmt: skip
-
-
-def _notes(result: dict[str, Any]) -> list[str]:
-    """What a reader must know before believing any of it."""
-    accuracy, after = result["accuracy"], result["audit"]["after"]
-    found = [
-        "An audit is a reason to look and, in either direction, no proof: how often it errs is not measured yet. "
-        "Nothing here shows that a backdoor is gone; only its trigger could."
-    ]
-    if not result["audit"]["before"]["poisoned"]:
-        found.append("The audit found no agreed sign of a backdoor before. The model was cleaned all the same.")
-    if after["poisoned"]:
-        found.append("The audit still accuses the cleaned model. Try another defense, or more clean images.")
-    if accuracy["before"]["high"] < 0.5:
-        found.append(
-            "The model as it came in is wrong on most clean images. Is its input what it was trained on (--input-mean, "
-            "--input-std, --channels, --layout, --resize), and are the classes in the same order?"
-        )
-    if accuracy["after"]["high"] < accuracy["before"]["low"]:
-        found.append("The accuracy fell by more than chance explains.")
-    if bare := [name for name, (_, n) in zip(result["classes"], result["by_class"], strict=True) if n == 0]:
-        found.append(
-            f"No image was held out of {len(bare)} of {len(result['classes'])} classes: {', '.join(bare[:10])}."
-        )
-    return found

@@ -180,8 +180,8 @@ def test_a_backdoorbench_result_says_its_model_itself(capsys, tmp_path):
 
 
 def test_defenses_that_need_no_trigger_are_named():
-    from bdjax import purification
+    from bdjax.defenses import without_trigger
 
-    able = purification._able().split(", ")
-    assert {"ibau", "bibau", "age", "finetune"} <= set(able) and not {"ibu", "actft", "universal"} & set(able)
+    able = set(without_trigger())
+    assert {"ibau", "bibau", "age", "finetune"} <= able and not {"ibu", "actft", "universal"} & able
     assert registry.load("defenses", "ibu").NEEDS_TRIGGER

@@ -1,12 +1,15 @@
 """A little of what benchmarks/reliability.py does: kills, two at once, a full disk, flipped bits."""
 
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,11 +41,46 @@ def test_a_killed_sweep_loses_nothing_and_ends_with_the_same_bits(undisturbed, t
     process = bench.sweeping(file, tmp_path / "out")
     while not (kept := list((tmp_path / "out").glob("victims/.*/*/epoch-*"))) and process.poll() is None:
         time.sleep(0.005)
-    process.kill()  # its worker goes on, and the next sweep's meets it
+    os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert kept
     assert bench.differing(expected, finished(file, tmp_path / "out")) == []
     assert not [path for path in (tmp_path / "out").rglob(".*") if path.name != ".lock"]
+
+
+def test_a_training_that_goes_on_has_its_whole_curve(tmp_path):
+    from conftest import perceptron
+
+    from bdjax.engine import FitConfig, fit
+    from bdjax.recorder import Recorder
+
+    class Killed(Recorder):
+        def observe(self, step, variables, **arrays):
+            super().observe(step, variables, **arrays)
+            if step == 3:
+                raise KeyboardInterrupt
+
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (40, 8, 8, 1)).astype(np.uint8), rng.integers(0, 4, 40).astype(np.int32)
+
+    def train(watch, folder):
+        saver = checkpoint.EpochSaver(folder)
+        fit(
+            perceptron(),
+            images,
+            labels,
+            FitConfig(epochs=5, batch_size=20),
+            jax.random.key(0),
+            watch=watch,
+            saver=saver,
+        )
+        return watch.rows
+
+    expected = train(Recorder(lambda *_: None), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(Killed(lambda *_: None), tmp_path / "half")
+    assert [row["step"] for row in expected] == [1, 2, 3, 4, 5] and len({row["train_loss"] for row in expected}) == 5
+    assert train(Recorder(lambda *_: None), tmp_path / "half") == expected
 
 
 def test_what_is_compared_can_differ(undisturbed):
@@ -88,7 +126,7 @@ def finished_run(request, tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    found = bench.full_disk(tmp_path, 2, random.Random(0), mount=False)
+    found = bench.damage.full_disk(tmp_path, 2, random.Random(0), mount=False)
     assert found["disk"] == "RLIMIT_FSIZE" and found["bad"] == []
     assert found["refused"] == {"epoch: File too large": 2, "model: File too large": 2, "arrays: File too large": 2}
 
@@ -115,7 +153,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_file_is_named(finished_run, 
         (directory / "victim", lambda: checkpoint.read_manifest(directory / "victim")),
         (tmp_path / "epochs" / "epoch-000001", lambda: saver.restore(state)),
     ):
-        found = bench.flipped(place, read, 8, random.Random())
+        found = bench.damage.flipped(place, read, 8, random.Random())
         assert found["files"] > 8 and found["flips"] == 8 * found["files"]
         assert found["missed"] == [] and all("format" in line for line in found["unclear"])
 

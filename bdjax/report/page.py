@@ -50,7 +50,7 @@ def _summary(result: dict[str, Any], folder: Path) -> list[Safe]:
         cards.append(
             el("div", el("h3", words), el("p", _first_up(found[phase]["verdict"]), "."), class_=f"card {kind}")
         )
-    rates = " → ".join(f"{100 * result['accuracy'][phase]['rate']:.1f} %" for phase in _PHASES)
+    rates = " → ".join(f"{100 * result['accuracy'][phase]['rate']:.1f}\u00a0%" for phase in _PHASES)
     where = f"on {result['n_held_out']} images held out; {result['changed']['all']} predictions changed"
     cards.append(
         el("div", el("h3", "Clean accuracy"), el("p", rates, class_="big"), el("p", where), class_="card plain")
