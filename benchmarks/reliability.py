@@ -1,9 +1,9 @@
 """What a kill, a second process, a full disk and a flipped bit do to runs and checkpoints.
 
-    python benchmarks/reliability.py [grid] [together] [disk] [flips] [--out DIR] [--kills 50] [--pairs 10] [--fills 40]
-        [--offsets 200] [--seed 0]
+    python benchmarks/reliability.py [grid] [together] [disk] [flips] [--out DIR] [--kills 50] [--cells 4] [--pairs 10]
+        [--fills 40] [--offsets 200] [--seed 0]
 
-About 15 minutes on 2 CPU cores; grids of tiny networks on 8x8 images. `grid` kills sweeps by SIGKILL at random moments
+About 20 minutes on 2 CPU cores that do nothing else; grids of tiny networks on 8x8 images. `grid` kills sweeps by SIGKILL at random moments
 until they are finished and compares what they leave with an undisturbed one; `together` starts the same run twice at
 once; `disk` writes checkpoints to a disk that is filled meanwhile (a tmpfs where it may be mounted, else a limit on the
 size of files); `flips` turns one bit in every file of checkpoints. tests/test_reliability.py does a little of each.
@@ -58,12 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("parts", nargs="*", help="grid, together, disk, flips; default all")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/reliability"))
-    for name, value in (("kills", 50), ("pairs", 10), ("fills", 40), ("offsets", 200), ("seed", 0)):
+    for name, value in (("kills", 50), ("cells", 4), ("pairs", 10), ("fills", 40), ("offsets", 200), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
     dice = random.Random(given.seed)
     parts = {
-        "grid": lambda folder: killed_grids(folder, given.kills, dice),
+        "grid": lambda folder: killed_grids(folder, given.kills, dice, given.cells),
         "together": lambda folder: together(folder, given.pairs),
         "disk": lambda folder: damage.full_disk(folder, given.fills, dice),
         "flips": lambda folder: flipped_bits(folder, given.offsets, dice),
