@@ -46,13 +46,34 @@ def audit(
       makes of them; and the arrays that the methods showed, as "METHOD/NAME".
     Raises InputError for a method that cannot audit, and for classes without a clean image.
     """
-    context, able = context or Context(), methods()
-    names = list(names) or [n for n in able if not getattr(registry.load("defenses", n), "ON_REQUEST", False)]
+    names = asked(names)
+    suspect = read_recorded(checkpoint.model_directory(Path(directory)), dataset=clean)
+    return judge(suspect, *_chosen(suspect, size, seed), names, seed=seed, configs=configs, context=context)
+
+
+def asked(names: Sequence[str]) -> list[str]:
+    """The methods `names`, or all that can and do not wait to be named. Raises InputError for one that cannot audit."""
+    able = methods()
     if unable := [name for name in names if name not in able]:
         raise InputError(f"{', '.join(unable)} cannot audit. Choose from {', '.join(able)}.")
-    directory = checkpoint.model_directory(Path(directory))
-    suspect = read_recorded(directory, dataset=clean)
-    images, labels = _chosen(suspect, size, seed)
+    return list(names) or [n for n in able if not getattr(registry.load("defenses", n), "ON_REQUEST", False)]
+
+
+def judge(
+    suspect: Suspect,
+    images: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    *,
+    seed: int = 0,
+    configs: Mapping[str, Any] | None = None,
+    context: Context | None = None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What :func:`audit` gives, of a suspect and of clean images (stored [n, H, W, C], int32 [n]) that are there.
+
+    A class without an image is judged by the methods that need none of it.
+    """
+    context = context or Context()
     found: dict[str, dict[str, Any]] = {}
     arrays: dict[str, np.ndarray] = {}
     with parallel.using(context.devices):
@@ -73,7 +94,7 @@ def audit(
     attack = suspect.experiment.attack if suspect.manifest["kind"] == "victim" else None
     result = {
         "kind": "audit",
-        "directory": str(directory),
+        "directory": str(suspect.directory),
         **{name: suspect.manifest[name] for name in ("model", "hash")},
         "dataset": suspect.data.name,
         "classes": list(suspect.data.classes),

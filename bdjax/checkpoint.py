@@ -3,7 +3,7 @@
 A model directory is written under a temporary name and renamed when it is whole, so nothing half-written
 ever stands under a final name:
 
-    DIR/manifest.json    model, data set and its fingerprint, attack, recipe, versions, sha256 of every file
+    DIR/manifest.json    model, data set and its fingerprint, attack, recipe, versions, sha256 of every file and its own
     DIR/variables/       Orbax
     DIR/NAME.npz         arrays: the trigger, the poisoned indices and labels
 
@@ -11,27 +11,44 @@ Where several processes train together they call the same functions on one file 
 rest is written by the first alone, and nobody goes on before it is there. This is the only importer of Orbax.
 """
 
-import contextlib
-import fcntl
+import glob
 import hashlib
-import io
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from bdjax.errors import InputError
+from bdjax.files import check_space, first, locked, meet, partial_of, several, sha256, whole_file, write_text
+
+__all__ = [
+    "EpochSaver",
+    "check_space",
+    "first",
+    "locked",
+    "meet",
+    "model_directory",
+    "read_arrays",
+    "read_manifest",
+    "read_variables",
+    "sealed",
+    "sha256",
+    "whole_file",
+    "write_arrays",
+    "write_model",
+    "write_text",
+]
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-_SPARE_BYTES = 1 << 20
+FORMAT = 2  # 1 had no seal
 
 
 def write_model(
@@ -44,7 +61,7 @@ def write_model(
       manifest: JSON-able; "format" and "files" are added.
       arrays: file name (without .npz) -> named arrays.
 
-    Raises: InputError when the disk is full or `directory` exists.
+    Raises: InputError when the disk is full or `directory` exists, OSError when it becomes full meanwhile.
     """
     directory = Path(directory)
     if directory.exists():
@@ -52,24 +69,29 @@ def write_model(
     meet("a model is written")
     need = _bytes(variables) + sum(_bytes(dict(group)) for group in arrays.values())
     check_space(directory, need)
-    partial = _partial(directory)
+    partial = partial_of(directory)
     try:
-        partial.mkdir(parents=True, exist_ok=_several())
+        partial.mkdir(parents=True, exist_ok=several())
         meet("its folder is there")
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights hardly compress, and trying takes as much memory again
         with context:
-            ocp.save(partial.absolute() / "variables", jax.tree.map(np.asarray, variables))
+            _save(partial / "variables", variables)
         for name, group in arrays.items():
             write_arrays(partial / f"{name}.npz", group)
         if first():
-            whole = {"format": FORMAT, **manifest, "files": _hashes(partial)}
-            write_text(partial / MANIFEST, json.dumps(whole, indent=1, sort_keys=True) + "\n")
+            write_text(partial / MANIFEST, sealed({**manifest, "format": FORMAT, "files": _hashes(partial)}))
             os.rename(partial, directory)
         meet("a model is there")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
+
+
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """The text of a manifest. Its "seal" is the sha256 of this text with zeros in place of the seal."""
+    text = json.dumps({**manifest, "seal": "0" * 64}, indent=1, sort_keys=True) + "\n"
+    return text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest())
 
 
 def model_directory(directory: Path, part: str = "purified") -> Path:
@@ -90,15 +112,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{directory} is not a bdjax model directory: {path} is missing.")
     try:
-        manifest = json.loads(path.read_text())
+        text = path.read_bytes().decode()
+        manifest = json.loads(text)
         files = manifest["files"].items()
         version = manifest["format"]
+        seal = manifest["seal"] if version == FORMAT else ""
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is damaged or not ours ({type(error).__name__}: {error}). Restore or retrain it."
         ) from None
-    if version != FORMAT:
+    if version not in (1, FORMAT):
         raise InputError(f"{path} has format {version!r}; this version of bdjax reads format {FORMAT}.")
+    if seal and hashlib.sha256(text.replace(str(seal), "0" * 64).encode()).hexdigest() != seal:
+        raise InputError(f"{path} is damaged: its sha256 is not its seal. Restore it or train anew.")
     for name, expected in files:
         file = directory / name
         if not file.is_file():
@@ -132,6 +158,7 @@ class EpochSaver:
     """Keeps the training state after each epoch in `folder`, the newest only; see `engine.fit`.
 
     A kill at any moment leaves the last whole epoch: a new one is renamed into place before the old one goes.
+    Beside its arrays stands the sha256 of each of its files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -139,27 +166,36 @@ class EpochSaver:
         self.folder = Path(folder)
 
     def save(self, epoch: int, state: Any) -> None:
-        """Keep `state` as epoch-N and drop what was there before."""
+        """Keep `state` as epoch-N and drop what was there before. Where that fails, what was there stays."""
         check_space(self.folder, _bytes(state))
         target = self.folder / f"epoch-{epoch:06d}"
-        partial = _partial(target)
+        partial = partial_of(target)
         partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         meet("an epoch is saved")
-        ocp.save(partial.absolute(), jax.tree.map(np.asarray, state))
+        try:
+            _save(partial, state)
+            if first():
+                write_text(partial / MANIFEST, sealed({"format": FORMAT, "files": _hashes(partial)}))
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(partial, target)
+            meet("an epoch is there")
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         if first():
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(partial, target)
             for old in self.folder.iterdir():
                 if old != target:
                     shutil.rmtree(old, ignore_errors=True)
-        meet("an epoch is there")
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
-        """(epochs done, state) of the newest whole epoch, or None."""
+        """(epochs done, state) of the newest whole epoch, or None. Raises InputError when a file of it is damaged."""
         done = sorted(self.folder.glob("epoch-*")) if self.folder.is_dir() else []
         if not done:
             return None
+        try:
+            read_manifest(done[-1])
+        except InputError as error:
+            raise InputError(f"{error} Without {self.folder} the training begins anew.") from None
         return int(done[-1].name.removeprefix("epoch-")), _load(done[-1], like)
 
     def clear(self) -> None:
@@ -167,66 +203,22 @@ class EpochSaver:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Hold the right to make `target`; another process waits here. A killed holder lets go by itself."""
-    lock = Path(target).with_name(f".{Path(target).name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as file:
-        if first():
-            fcntl.flock(file, fcntl.LOCK_EX)
-        meet("a lock is held")  # by the first, for all that train together
-        yield
-
-
-def first() -> bool:
-    """Whether this process writes: the only one, or the first of those that train together."""
-    return not _several() or jax.process_index() == 0
-
-
-def meet(what: str) -> None:
-    """Wait until all processes that train together have come to `what`."""
-    if _several():
-        multihost_utils.sync_global_devices(what)
-
-
-def _several() -> bool:
-    """Asked before jax has looked for devices, it must not begin to."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    with whole_file(path) as file:
-        file.write(text.encode())
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets the name `path` when all of it is on the disk; nothing but the first process's is kept."""
-    if not first():
-        yield io.BytesIO()
-        return
-    partial = _partial(path)
+def _save(path: Path, state: Any) -> None:
+    """By Orbax, to a path that does not exist. Raises OSError for what the operating system refuses."""
+    log = logging.getLogger("absl")  # Orbax tells a failure there, once a thread, before it raises it
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        ocp.save(path.absolute(), jax.tree.map(np.asarray, state))
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
     finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_space(path: Path, need: int) -> None:
-    """Raise InputError when the disk that holds `path` has less than `need` bytes (and a little) free."""
-    existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < need + _SPARE_BYTES:
-        raise InputError(
-            f"no space to write {path}: {need / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free on {existing}. "
-            "Free some, or choose another directory with --out; finished epochs are kept."
-        )
+        log.setLevel(level)
+        for left in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _load(path: Path, like: Any) -> Any:
@@ -253,19 +245,8 @@ def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def _partial(target: Path) -> Path:
-    owner = "shared" if _several() else os.getpid()
-    return target.with_name(f".{target.name}.{owner}.partial")
-
-
 def _bytes(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def sha256(path: Path) -> str:
-    """Of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -25,13 +25,15 @@ class Evaluation:
         """`held_out`: leave the defender's images out of the test set (False: the whole test set counts)."""
         split, classes = experiment.split, len(data.classes)
         self.model, self.clean_indices = model, clean_indices(split, data, experiment.seed)
-        keep = np.ones(len(data.x_test), bool)
-        if split.source == "test":
-            self.clean_images, self.clean_labels = data.x_test[self.clean_indices], data.y_test[self.clean_indices]
-            keep[self.clean_indices] = not held_out
-        else:
-            self.clean_images, self.clean_labels = data.x_train[self.clean_indices], data.y_train[self.clean_indices]
-        self.images, self.labels = data.x_test[keep], data.y_test[keep]
+        images, labels = pool(split.source, data)
+        self.clean_images, self.clean_labels = images[self.clean_indices], labels[self.clean_indices]
+        if split.source == "train":
+            images, labels = data.x_test, data.y_test
+        elif held_out:
+            keep = np.ones(len(labels), bool)
+            keep[self.clean_indices] = False
+            images, labels = images[keep], labels[keep]
+        self.images, self.labels = images, labels
         own = attacks.own_arrays(arrays)
         self.trigger = attacks.trigger_of(experiment.attack, experiment.attack_config, own)
         parts = attacks.parts_of(experiment.attack, experiment.attack_config, own)
@@ -109,19 +111,46 @@ def _perturbed(images: np.ndarray, perturb: Callable[[Images], Images] | None) -
     return np.concatenate([np.asarray(program(to_float(part))) for part in parts])
 
 
+def pool(source: str, data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels that the defender's are drawn from; of "all" the training images come first."""
+    if source == "all":
+        return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
+    return (data.x_test, data.y_test) if source == "test" else (data.x_train, data.y_train)
+
+
 def clean_indices(split: SplitConfig, data: Data, seed: int) -> np.ndarray:
     """Positions of the defender's images in their source split, int32, ascending.
 
     Raises InputError when the split has too few, or nothing would be left to evaluate on.
     """
-    from_test = split.source == "test"
-    pool = len(data.x_test if from_test else data.x_train)
-    size = split.size or (pool // 2 if from_test else max(1, pool // 20))
-    if size > pool - from_test:
+    evaluated = split.source != "train"
+    labels = pool(split.source, data)[1]
+    size = split.size or (len(labels) // 2 if evaluated else max(1, len(labels) // 20))
+    if size > len(labels) - evaluated:
         raise InputError(
-            f"split.size={size}, but the {split.source} split has {pool} images"
-            f"{' and some must be left to evaluate on' if from_test else ''}. Use a smaller --split.size."
+            f"split.size={size}, but the {split.source} split has {len(labels)} images"
+            f"{' and some must be left to evaluate on' if evaluated else ''}. Use a smaller --split.size."
         )
     if split.order == "given":
         return np.arange(size, dtype=np.int32)
-    return np.sort(np.asarray(jax.random.permutation(stream(seed, "split"), pool)[:size])).astype(np.int32)
+    order = np.asarray(jax.random.permutation(stream(seed, "split"), len(labels)))
+    if split.order == "stratified":
+        quotas = _quotas(np.bincount(labels, minlength=len(data.classes)), size)
+        drawn = [order[labels[order] == label][:quota] for label, quota in enumerate(quotas)]
+        return np.sort(np.concatenate(drawn)).astype(np.int32)
+    return np.sort(order[:size]).astype(np.int32)
+
+
+def _quotas(counts: np.ndarray, size: int) -> np.ndarray:
+    """How many of `size` images each class gives: in proportion to its count, at least one, but one stays where there
+    are two; where that cannot be, for there are more classes than images, any number."""
+    least, most = np.minimum(counts, 1), np.maximum(counts - 1, np.minimum(counts, 1))
+    if not least.sum() <= size <= most.sum():
+        least, most = np.zeros_like(counts), counts
+    exact = counts * size / counts.sum()
+    found = np.clip(np.floor(exact).astype(int), least, most)
+    while (missing := size - found.sum()) != 0:
+        step = 1 if missing > 0 else -1
+        open_ = found < most if step > 0 else found > least
+        found[np.argmax(np.where(open_, step * (exact - found), -np.inf))] += step
+    return found

@@ -21,13 +21,14 @@ from bdjax.types import ArrayFile
 class SplitConfig:
     """The defender's clean images; what it gets is never evaluated on."""
 
-    source: Literal["test", "train"] = "test"
+    source: Literal["test", "train", "all"] = "test"
     """The split they are drawn from: test (BAERASER, I-BAU, AGE) or train (BI-BAU, BackdoorBench; always the
-    clean originals)."""
+    clean originals); all: both, and what is evaluated on is the rest of both."""
     size: int | None = None
-    """How many; default half of the test split, or 5 % of the training split."""
-    order: Literal["shuffled", "given"] = "shuffled"
-    """Drawn by the seed, or the first ones in file order as in I-BAU's release."""
+    """How many; default half of the test split or of all, or 5 % of the training split."""
+    order: Literal["shuffled", "given", "stratified"] = "shuffled"
+    """Drawn by the seed, or the first ones in file order as in I-BAU's release; stratified: by the seed within each
+    class, each in proportion, and of each class that has two on both sides."""
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:

@@ -69,6 +69,8 @@ def inspect(
     seed: int = 0,
     *,
     share: float = 1.0,
+    attack: str | None = None,
+    attack_config: Any = None,
     tick: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Compare a victim with what a defense made of it.
@@ -82,6 +84,7 @@ def inspect(
       count: held-out images to look at; default 500, or all if there are fewer. Rates are of all of them.
       seed: decides which these are, and the t-SNE.
       share: of the layers, counted from the last, that the means are over, in (0, 1]; BI-BAU takes 0.5.
+      attack, attack_config: the trigger to look for in an imported model, on `dataset`.
 
     Returns: JSON-able; models are called "victim", "purified" and "clean", rates are fractions, and what is not there
       is None. "layers" has TAC and, for each of FRACTIONS, similarities to the victim on triggered images.
@@ -91,7 +94,7 @@ def inspect(
     """
     if not 0 < share <= 1:
         raise InputError(f"the share of layers must be in (0, 1], got {share}.")
-    suspects = read_together(victim_dir, purified_dir, clean_dir, dataset)
+    suspects = read_together(victim_dir, purified_dir, clean_dir, dataset, attack, attack_config)
     victim, sample = suspects["victim"], _drawn(suspects, count, seed)
     seen: dict[str, _Seen] = {}
     for done, (name, suspect) in enumerate(suspects.items()):

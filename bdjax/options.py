@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from bdjax.errors import InputError
 
@@ -66,6 +67,32 @@ class Plant(Place):
     """Name of the classifier; see `bdjax list models`."""
     seed: int = 0
     """Everything random follows from it."""
+
+
+@dataclass(kw_only=True)
+class Foreign:
+    """What a weight file does not always say of itself."""
+
+    model: str | None = None
+    """What the file is of (`bdjax list models`); BackdoorBench's results say it themselves."""
+    classes: int | None = None
+    """How many; default what the file says, else the outputs of its last layer."""
+    size: str = ""
+    """Of the images in pixels, 32 or 32,48 (height, width); default what the file or its weights tell, else the
+    model's usual: 32 for those of CIFAR, 224 for torchvision's."""
+    input_mean: str = ""
+    """What the owner subtracted from images in [0, 1], by channel: 0.4914,0.4822,0.4465. BackdoorBench's own are known
+    where a result names its data set."""
+    input_std: str = ""
+    """What the owner divided by afterwards. A network that was given 0 to 255 has 0.00392156862745098."""
+    channels: Literal["rgb", "bgr"] = "rgb"
+    """Which channel the network was given first."""
+    layout: Literal["chw", "hwc", "cwh", "whc"] = "chw"
+    """How the owner's images lay: the last two exchange height and width."""
+    resize: int = 0
+    """Side in pixels that the network enlarges or reduces images to before all else; 0: it does not."""
+    key: str | None = None
+    """Which dictionary of the file holds the weights, where several fit."""
 
 
 def whole_numbers(flag: str, text: str, example: str) -> tuple[int, ...]:

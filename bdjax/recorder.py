@@ -30,6 +30,10 @@ class Recorder(Watch):
         """Pass progress on."""
         self._tick(stage, done, total)
 
+    def recall(self, step: int, **values: Any) -> None:
+        """Add a row to the curve, as it was."""
+        self.rows.append({"step": step, **{name: float(value) for name, value in values.items()}})
+
     def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
         """Measure `variables` if asked to, add a row to the curve, keep the arrays."""
         with self._clock or Clock():

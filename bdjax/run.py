@@ -24,7 +24,7 @@ from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, run
 from bdjax.metrics import score
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
-from bdjax.suspect import read_clean, read_recorded, read_suspect
+from bdjax.suspect import Suspect, read_clean, read_recorded, read_suspect
 from bdjax.types import Data, Scores
 from bdjax.victim import Context, check_fingerprint, check_same, experiment_of, train
 
@@ -67,13 +67,24 @@ def defend(
     record = run_record(experiment, manifest["hash"])
     hashed = digest(record)
     clean = clean or _neighbour(victim, manifest)
-    if (finished := _finished(directory, hashed)) is not None:
+    finished = finished_result(directory, hashed)
+    if finished is not None and (clean is None or finished.get("clean") is not None):
+        return finished
+    with checkpoint.locked(directory, context.waiting):
+        if (finished := finished_result(directory, hashed)) is None:
+            return _defend(suspect, module, directory, record, clean, context, extra)
         if clean is not None and finished.get("clean") is None:
             beside = suspect.evaluation.measure(read_clean(clean, suspect).victim.variables)
             finished |= _beside(beside, finished["before"], finished["after"])
             _write_json(directory / "result.json", finished)
         return finished
 
+
+def _defend(
+    suspect: Suspect, module: Any, directory: Path, record: dict[str, Any], clean: Path | None, context: Context,
+    extra: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    victim, manifest, experiment, hashed = suspect.directory, suspect.manifest, suspect.experiment, digest(record)
     evaluation = suspect.evaluation
     before = evaluation.measure(suspect.victim.variables)
     rates = evaluation.measure(read_clean(clean, suspect).victim.variables) if clean else None
@@ -103,7 +114,7 @@ def defend(
         verdict = {**_verdict(found, known, evaluation), "seconds": clock.read()[0]}
     result = {
         "attack": experiment.attack,
-        "defense": defense,
+        "defense": experiment.defense,
         "dataset": suspect.data.name,
         "model": suspect.victim.model.name,
         "seed": experiment.seed,
@@ -138,7 +149,7 @@ def defend(
         "kind": "purified",
         "hash": hashed,
         "victim_hash": manifest["hash"],
-        "defense": {"name": defense, "config": to_json(experiment.defense_config), "seed": experiment.seed},
+        "defense": {"name": experiment.defense, "config": to_json(experiment.defense_config), "seed": experiment.seed},
         "split": to_json(experiment.split),
         "env": env,
     }
@@ -229,7 +240,7 @@ def run(
     directory = out or directory_of(experiment, root, data.fingerprint)
     victim = out / "victim" if out else victim_directory_of(experiment, root, data.fingerprint)
     hashed = digest(run_record(experiment, _victim_hash(experiment, data.fingerprint)))
-    finished = _finished(directory, hashed)
+    finished = finished_result(directory, hashed)
     if finished is not None and not (clean and finished.get("clean") is None):
         return finished, directory
     clean_indices(experiment.split, data, experiment.seed)  # refuse a bad split before hours of training
@@ -307,7 +318,7 @@ def _write_json(path: Path, value: Any) -> None:
     checkpoint.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def _finished(directory: Path, expected: str) -> dict[str, Any] | None:
+def finished_result(directory: Path, expected: str) -> dict[str, Any] | None:
     """The result of this very configuration, or None when `directory` is free for it; InputError when it is not.
 
     A directory without a result may be an interrupted run of the same configuration, or new, or empty.

@@ -78,7 +78,9 @@ def read_suspect(
     """
     manifest = checkpoint.read_manifest(directory)
     if manifest["kind"] == "imported":
-        return _imported(directory, manifest, defense, defense_config, split, seed, dataset, attack, attack_config)
+        return _imported(
+            directory, manifest, defense, defense_config, split, seed, dataset, data, attack, attack_config
+        )
     _refuse_attack(directory, manifest, attack)
     experiment = experiment_of(manifest, defense, defense_config, split, seed)
     data = data or datasets.load(dataset or experiment.dataset)
@@ -88,12 +90,12 @@ def read_suspect(
 
 def _imported(
     directory: Path, manifest: dict[str, Any], defense: str | None, defense_config: Any, split: SplitConfig | None,
-    seed: int | None, dataset: str | None, attack: str | None, attack_config: Any,
+    seed: int | None, dataset: str | None, data: Data | None, attack: str | None, attack_config: Any,
 ) -> Suspect:  # fmt: skip
     """An imported model on a data set, with the trigger of an attack; without one, images are left as they are."""
     if dataset is None:
         raise InputError(f"{directory} was imported and has no data set of its own. Give one by --data or --dataset.")
-    data = datasets.load(dataset)
+    data = data or datasets.load(dataset)
     check_fits(manifest, directory, data)
     whole, arrays = _adopted(manifest, dataset, data, attack, attack_config, seed or 0)
     experiment = experiment_of(whole, defense, defense_config, split, seed)
@@ -164,34 +166,46 @@ def read_recorded(
 
     Args: dataset: where the data set lies; data: the set itself, when it is loaded already. Any set of the model's
     shape will do: whether it is the recorded one (`check_fingerprint`) is for the caller to ask. attack,
-    attack_config: as for :func:`read_suspect`.
+    attack_config: as for :func:`read_suspect`; taken by what a defense made of an imported model, too.
     """
     manifest = checkpoint.read_manifest(directory)
     if manifest["kind"] == "imported":
-        return _imported(directory, manifest, None, None, None, None, dataset, attack, attack_config)
-    _refuse_attack(directory, manifest, attack)
-    defense = manifest.get("defense")
+        return _imported(directory, manifest, None, None, None, None, dataset, data, attack, attack_config)
+    if "source" not in manifest:
+        _refuse_attack(directory, manifest, attack)
+    defense, arrays = manifest.get("defense"), None
+    spec = dataset or manifest["dataset"]["spec"]
+    data = data or datasets.load(spec)
+    if attack is not None:
+        whole, arrays = _adopted(manifest, spec, data, attack, attack_config, manifest["seed"])
+        manifest = {**whole, **{name: manifest[name] for name in ("hash", "dataset")}}
     split = from_json(SplitConfig, manifest["split"]) if defense else None
     experiment = experiment_of(manifest, None, None, split, defense["seed"] if defense else None)
-    data = data or datasets.load(dataset or experiment.dataset)
-    return Suspect(directory, manifest, experiment, data, held_out=defense is not None)
+    return Suspect(directory, manifest, experiment, data, held_out=defense is not None, given=arrays)
 
 
 def read_together(
-    victim: Path, purified: Path, clean: Path | None = None, dataset: str | None = None
-) -> dict[str, Suspect]:
+    victim: Path, purified: Path, clean: Path | None = None, dataset: str | None = None, attack: str | None = None,
+    attack_config: Any = None,
+) -> dict[str, Suspect]:  # fmt: skip
     """{"victim", "purified", "clean"} (the last if it is given): models to compare, each the one in a run, too.
 
-    In place of the purified model another victim will do. Raises InputError when they do not belong together: another
+    In place of the purified model another victim will do. The victim may be an imported model: `attack` and its Config
+    then say which trigger to look for, on `dataset`. Raises InputError when they do not belong together: another
     data set, architecture, shape or number of classes, a purified model of another victim, a poisoned clean model.
     """
-    first = read_recorded(checkpoint.model_directory(victim, "victim"), dataset=dataset)
+    given = {"attack": attack, "attack_config": attack_config}
+    first = read_recorded(checkpoint.model_directory(victim, "victim"), dataset=dataset, **given)
     check_fingerprint(first.manifest, first.data, first.directory)
-    if first.manifest["kind"] != "victim":
+    imported = first.manifest["kind"] == "imported"
+    if first.manifest["kind"] != "victim" and not imported:
         raise InputError(f"{victim} holds a {first.manifest['kind']} model. The victim comes first, then it.")
-    second = read_recorded(checkpoint.model_directory(purified), data=first.data)
+    if imported and attack is None:
+        raise InputError(f"{victim} was imported. Say by --attack which trigger to look for in it.")
+    second = read_recorded(checkpoint.model_directory(purified), dataset=dataset, data=first.data, **given)
     _check_alike(first, second)
-    if second.manifest.get("victim_hash", first.manifest["hash"]) != first.manifest["hash"]:
+    origin = "source" if imported else "hash"
+    if second.manifest.get("source" if imported else "victim_hash", first.manifest[origin]) != first.manifest[origin]:
         raise InputError(f"{purified} was made of another victim than {victim}. Give the one that it was made of.")
     if clean is None:
         return {"victim": first, "purified": second}

@@ -109,6 +109,9 @@ class Watch:
         They are donated to the next step when the call returns: copy what is to be kept.
         """
 
+    def recall(self, step: int, **values: Any) -> None:
+        """The scalars that were observed after `step` before a run was killed; its variables are gone."""
+
 
 class Place(NamedTuple):
     """Where the images of a batch (of this device's share of it) stand, for an attacker who controls training."""

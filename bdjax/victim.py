@@ -42,6 +42,10 @@ class Context:
     store: Path | None = None
     """Directory of victims by hash, where a clean model that an attack begins with is kept and found again."""
 
+    def waiting(self) -> None:
+        """Say that another process makes the same thing."""
+        self.tick("waiting for another process that makes the same", 0, 1)
+
 
 def train(experiment: Experiment, directory: Path, context: Context | None = None, data: Data | None = None) -> Path:
     """Plant experiment.attack and write the victim directory, unless it is there already.
@@ -51,17 +55,20 @@ def train(experiment: Experiment, directory: Path, context: Context | None = Non
     """
     context, directory = context or Context(), Path(directory)
     data = data or datasets.load(experiment.dataset)
-    with checkpoint.locked(directory):
+    with checkpoint.locked(directory, context.waiting):
         hashed = digest(attack_record(experiment, data.fingerprint))
+        unfinished = directory.with_name(f".{directory.name}.training-{hashed[:12]}")
         if directory.exists():
             check_same(directory, checkpoint.read_manifest(directory).get("hash"), hashed)
         else:
-            _train(experiment, directory, context, data, hashed)
+            _train(experiment, directory, context, data, hashed, unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return directory
 
 
-def _train(experiment: Experiment, directory: Path, context: Context, data: Data, hashed: str) -> None:
-    unfinished = directory.with_name(f".{directory.name}.training-{hashed[:12]}")
+def _train(
+    experiment: Experiment, directory: Path, context: Context, data: Data, hashed: str, unfinished: Path
+) -> None:
     clock, watch = Clock(), Recorder(context.tick)
     with parallel.using(context.devices):
         task = task_of(experiment, data, context, watch, unfinished, clock)
@@ -85,7 +92,6 @@ def _train(experiment: Experiment, directory: Path, context: Context, data: Data
         "env": environment(context.devices),
     }
     checkpoint.write_model(directory, manifest, planted.variables, arrays)
-    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def poisoned_set(directory: Path, dataset: str | None = None) -> tuple[Data, np.ndarray, np.ndarray, np.ndarray]:
@@ -281,8 +287,8 @@ def check_same(directory: Path, found: str | None, expected: str) -> None:
     """Raise InputError when what stands in `directory` is of another configuration."""
     if found != expected:
         raise InputError(
-            f"{directory} holds a run of another configuration (hash {str(found)[:12]}, this one is {expected[:12]}). "
-            "Choose another --out."
+            f"{directory} holds a run of another configuration (another input or other settings: hash "
+            f"{str(found)[:12]}, this one is {expected[:12]}). Choose another --out."
         )
 
 

@@ -133,3 +133,12 @@ def test_baeraser_accuses_the_label_whose_triggers_survive(blobs, monkeypatch):
     pool = pool._replace(kept=jnp.zeros(8, bool))
     found = module.detect(module.Config(), victim, DefenderView(*blobs), jax.random.key(0))
     assert (found.target, found.poisoned) == (1, False)
+
+
+def test_a_class_without_an_image_is_left_open_where_images_are_given(finished):
+    suspect = audit.read_recorded(audit.checkpoint.model_directory(finished[0]))
+    images, labels = suspect.evaluation.images, suspect.evaluation.labels
+    found, _ = audit.judge(suspect, images[labels != 3], labels[labels != 3], ["age"], context=Context(1))
+    scores = found["methods"]["age"]["classes"]
+    assert scores[3] is None and None not in scores[:3] and found["methods"]["age"]["target"] != 3
+    assert "age" in report.table(found)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax import cli, gallery, registry, victim
+from bdjax import checkpoint, cli, gallery, registry, victim
 from bdjax.attacks import badnets
 from bdjax.engine import FitConfig
 from bdjax.errors import InputError
@@ -226,7 +226,7 @@ def test_victims_of_other_data(victims, flat, tmp_path):
     shutil.copytree(victims["badnets"], other)
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["dataset"]["spec"] = flat
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    (other / "manifest.json").write_text(checkpoint.sealed(manifest))
     with pytest.raises(InputError, match=r"several data sets: .*--dataset"):
         gallery.gallery((str(other), str(victims["badnets"])))
     with pytest.raises(InputError, match=r"square has a trigger for \(8, 8, 1\) images; flat has \(32, 32, 3\)"):

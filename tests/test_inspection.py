@@ -45,7 +45,7 @@ def altered(source, target, **changes):
     """A copy of a model directory with other entries in its manifest."""
     shutil.copytree(source, target)
     manifest = json.loads((target / "manifest.json").read_text())
-    (target / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    (target / "manifest.json").write_text(checkpoint.sealed({**manifest, **changes}))
     return target
 
 

@@ -7,13 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "bdjax"
 LAYERS = (
-    {"errors", "types", "registry", "options"},
+    {"errors", "types", "registry", "options", "files"},
     {"datasets", "models", "augment", "metrics", "hypergrad"},
     {"engine", "checkpoint", "interop"},
     {"attacks", "defenses"},
     {
-        "audit", "bench", "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "reactivation",
-        "recorder", "reference", "victim", "suspect", "run", "sweep", "report",
+        "audit", "bench", "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "purification",
+        "reactivation", "recorder", "reference", "victim", "suspect", "run", "sweep", "report",
     },
     {"cli", "__main__"},
 )  # fmt: skip

@@ -17,7 +17,7 @@ import tyro
 
 from bdjax import registry
 from bdjax.errors import InputError
-from bdjax.options import Cluster
+from bdjax.options import Cluster, Foreign, numbers, whole_numbers
 
 
 def command(name: str) -> ModuleType:
@@ -43,12 +43,18 @@ def first(name: str, argv: list[str], more: str = "") -> str:
 
 def chosen_attack(argv: list[str]) -> tuple[str | None, list[str]]:
     """The attack that `--attack NAME` names, checked, and the other arguments: it decides which flags there are."""
-    if "--attack" not in argv:
+    return chosen("attack", argv)
+
+
+def chosen(part: str, argv: list[str]) -> tuple[str | None, list[str]]:
+    """As :func:`chosen_attack`, for --attack or --defense."""
+    flag, kind = f"--{part}", f"{part}s"
+    if flag not in argv:
         return None, argv
-    place = argv.index("--attack")
+    place = argv.index(flag)
     if place + 1 == len(argv):
-        raise InputError(f"--attack needs the name of an attack: {', '.join(registry.names('attacks'))}.")
-    registry.check("attacks", argv[place + 1])
+        raise InputError(f"{flag} needs the name of one: {', '.join(registry.names(kind))}.")
+    registry.check(kind, argv[place + 1])
     return argv[place + 1], [*argv[:place], *argv[place + 2 :]]
 
 
@@ -142,6 +148,28 @@ def join(options: Any) -> None:
             jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes did not find together: {str(error).splitlines()[0]}") from None
+
+
+def import_options(options: Foreign) -> dict[str, Any]:
+    """Flags on a weight file as `interop.import_model` takes them, checked."""
+    if options.classes is not None and options.classes < 2:
+        raise InputError(f"--classes must be at least 2, got {options.classes}.")
+    size = whole_numbers("--size", options.size, "32 or 32,48") if options.size else None
+    if size is not None and (len(size) > 2 or min(size) < 1):
+        raise InputError(f"--size must be a side in pixels, or height,width; got {options.size!r}.")
+    mean = numbers("--input-mean", options.input_mean, "0.4914,0.4822,0.4465")
+    std = numbers("--input-std", options.input_std, "0.247,0.243,0.261")
+    prepare_jax()
+    from bdjax.models import Input
+
+    given = Input(mean, std, options.channels, options.layout, options.resize)
+    return {
+        "model": options.model,
+        "classes": options.classes,
+        "size": None if size is None else (size[0], size[-1]),
+        "input": None if given == Input() else given,
+        "key": options.key,
+    }
 
 
 def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import tyro
 
-from bdjax.cli._common import parse, ready, say
+from bdjax.cli._common import chosen_attack, parse, ready, say
 from bdjax.options import Common
 
 ORDER = 47
-USAGE = "VICTIM_DIR PURIFIED_DIR [CLEAN_DIR] --out DIR"
+USAGE = "VICTIM_DIR PURIFIED_DIR [CLEAN_DIR] [--dataset D] [--attack ATTACK --attack.FIELD ..] --out DIR"
 SUMMARY = "what a defense did inside a victim"
 
 
@@ -28,7 +28,8 @@ class Flags(Common):
     out: Path
     """Directory of inspection.json and inspection.png; those that stand there are replaced."""
     dataset: str | None = None
-    """Where the victim's data set lies now, if it has moved."""
+    """Where the victim's data set lies now, if it has moved. An imported model needs one, and `--attack ATTACK
+    --attack.FIELD ..` for the trigger to look for."""
     count: int | None = None
     """Held-out images to look inside the models with; default 500, or all if there are fewer."""
     seed: int = 0
@@ -39,7 +40,8 @@ class Flags(Common):
 
 def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
-    options = parse("inspect", (), argv, Flags)
+    attack, rest = chosen_attack(argv)
+    options = parse("inspect", (), rest, Flags, **({"attack": attack} if attack else {}))
     from bdjax import inspection
     from bdjax.report import inspection as report
 
@@ -47,7 +49,10 @@ def main(argv: list[str]) -> None:
     with ready(options) as context:
         models = options.victim, options.purified, options.clean
         chosen = {"count": options.count, "seed": options.seed, "share": options.share}
-        result = inspection.inspect(*models, options.dataset, **chosen, tick=context.tick)
+        result = inspection.inspect(
+            *models, options.dataset, **chosen, attack=attack, attack_config=getattr(options, "attack", None),
+            tick=context.tick,
+        )  # fmt: skip
     say(report.write(result, options.out))
     if options.json:
         say(json.dumps(result))

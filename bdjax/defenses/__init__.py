@@ -31,3 +31,10 @@ def needs_trigger(module: ModuleType, config: Any) -> bool:
     """Whether a method with this Config is given the true trigger."""
     needs = getattr(module, "NEEDS_TRIGGER", False)
     return bool(getattr(config, needs) if isinstance(needs, str) else needs)
+
+
+def without_trigger() -> list[str]:
+    """The defenses that give back a model and, by default, are not given the true trigger."""
+    modules = {name: registry.load("defenses", name) for name in registry.names("defenses")}
+    able = {name: module for name, module in modules.items() if hasattr(module, "purify")}
+    return [name for name, module in able.items() if not needs_trigger(module, module.Config())]

@@ -92,7 +92,7 @@ def fit(
     Args:
       images: stored [N, H, W, C] (uint8, or float32 in [0, 1]); labels: int32 [N].
       watch: is told of every step, as of `stage`, and shown the variables after every epoch.
-      saver: when it holds a state, training goes on from there, with bit-identical results.
+      saver: when it holds a state, training goes on from there, with bit-identical results and the whole curve.
       part: how the flags of the recipe begin, for the message about a loss that is not finite.
 
     Raises:
@@ -141,9 +141,12 @@ def fit_controlled(
         state["attacker"] = jax.tree.map(jnp.array, dict(attacker or {}))  # a copy, for the step's state is donated
         if control.optimizer:
             state["attacker"]["opt"] = control.optimizer(control.config).init(state["attacker"]["params"])
-    begun = 0
-    if saver and (found := saver.restore(state)):
-        begun, state = found
+    begun, curve = 0, np.zeros((config.epochs, 2), np.float32)  # loss and accuracy by epoch
+    if saver and (found := saver.restore({**state, "curve": curve})):
+        begun, state = found[0], dict(found[1])
+        curve = np.array(state.pop("curve"))
+        for epoch in range(begun):
+            watch.recall(epoch + 1, train_loss=curve[epoch, 0], train_accuracy=curve[epoch, 1])
     rates = _rates(config, steps)
     shared = {
         "images": jnp.asarray(images),
@@ -162,14 +165,10 @@ def fit_controlled(
         tick = _counted(watch, stage, epoch * steps, config.epochs * steps)
         state, metrics = run_epoch(step, state, split, whole, shared, mode=mode, tick=tick)
         check_finite(metrics["loss"], whole["rate"], epoch * steps, f"{stage} loss", f"{part}.learning_rate")
+        curve[epoch] = metrics["loss"].mean(), metrics["accuracy"].mean()
         if saver:
-            saver.save(epoch + 1, state)
-        watch.observe(
-            epoch + 1,
-            _variables(state),
-            train_loss=metrics["loss"].mean(),
-            train_accuracy=metrics["accuracy"].mean(),
-        )
+            saver.save(epoch + 1, {**state, "curve": curve})
+        watch.observe(epoch + 1, _variables(state), train_loss=curve[epoch, 0], train_accuracy=curve[epoch, 1])
     left = {name: value for name, value in state.get("attacker", {}).items() if name != "opt"}
     return _variables(state), left
 

@@ -20,7 +20,7 @@ from bdjax.interop import matching, names, reader, writer
 from bdjax.interop._tensors import DTYPES, shown
 from bdjax.models import Input
 
-__all__ = ["export_model", "import_model"]
+__all__ = ["export_model", "import_model", "model_of", "plain"]
 
 FORMATS = ("safetensors", "torch")
 _NORMALISED = {  # BackdoorBench's, by the data set that its results name
@@ -75,7 +75,7 @@ def import_model(
     manifest: dict[str, Any] = {
         "kind": "imported",
         "model": fit.model.name,
-        **{option: _plain(given) for option, given in fit.model.options},
+        **{option: plain(given) for option, given in fit.model.options},
         "shape": list(fit.model.shape),
         "classes": [str(label) for label in range(fit.model.classes)],
         "source": {
@@ -165,7 +165,8 @@ def _size(facts: Mapping[Any, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _plain(given: Any) -> Any:
+def plain(given: Any) -> Any:
+    """An option of a model as JSON takes it."""
     return dataclasses.asdict(given) if isinstance(given, Input) else given
 
 

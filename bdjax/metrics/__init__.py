@@ -1,6 +1,6 @@
 """Measures of attacks and defenses; masked and jittable. Each function's docstring gives its formula and source.
 
-`silhouette` and `tsne` are scikit-learn's and run on the host.
+`silhouette` and `tsne` are scikit-learn's and `wilson` is SciPy's: they run on the host.
 """
 
 from bdjax.metrics.accuracy import accuracy
@@ -10,6 +10,7 @@ from bdjax.metrics.cka import linear_cka
 from bdjax.metrics.ctca import class_accuracy, ctca
 from bdjax.metrics.detection import Detection, anomaly_index, detection
 from bdjax.metrics.embedding import silhouette, tsne
+from bdjax.metrics.interval import wilson
 from bdjax.metrics.score import score
 from bdjax.metrics.similarity import distance, psnr, ssim, ssim_window
 from bdjax.metrics.tac import tac
@@ -17,5 +18,5 @@ from bdjax.metrics.tac import tac
 __all__ = [
     "Detection", "Existence", "accuracy", "anomaly_index", "attack_success_rate", "bec", "bec_sigmoid",
     "class_accuracy", "ctca", "detection", "distance", "linear_cka", "psnr", "score", "silhouette", "ssim",
-    "ssim_window", "tac", "tsne",
+    "ssim_window", "tac", "tsne", "wilson",
 ]  # fmt: skip

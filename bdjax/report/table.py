@@ -95,7 +95,8 @@ def report(directory: Path, form: Literal["text", "csv", "markdown"] = "text", p
     if not directory.is_dir():
         raise InputError(f"no such directory: {directory}. Give the --out of a sweep, or a folder with runs.")
     sweeps = {path.parent: _read(path, _sweep) for path in sorted(directory.rglob("cells.json"))}
-    runs = {path: _read(path, _run) for path in sorted(directory.rglob("result.json"))}
+    read = {path: _read(path, _run) for path in sorted(directory.rglob("result.json"))}
+    runs = {path: run for path, run in read.items() if run}
     if not runs and not sweeps:
         raise InputError(f"{directory} holds no result.json and no cells.json. Run `bdjax sweep` or `bdjax run` first.")
     rows = _rows(sweeps, runs)
@@ -126,7 +127,9 @@ def _sweep(value: Any) -> dict[str, Any]:
 
 
 def _run(value: Any) -> dict[str, Any]:
-    """What the tables need of a result.json, flat; rates in percent."""
+    """What the tables need of a result.json, flat; rates in percent. Nothing of what is no run's, and says so."""
+    if value.get("kind"):
+        return {}
     parts = {"attack": "attack_config", "defense": "defense_config", "fit": "fit", "split": "split"}
     config = {f"{part}.{name}": field for part, key in parts.items() for name, field in value[key].items()}
     config |= {name: int(value[name]) for name in ("n_test", "n_defender")}
