@@ -3,11 +3,11 @@
     python benchmarks/reliability.py [grid] [together] [disk] [flips] [--out DIR] [--kills 50] [--cells 4] [--pairs 10]
         [--fills 40] [--offsets 200] [--seed 0]
 
-About 20 minutes on 2 CPU cores that do nothing else; grids of tiny networks on 8x8 images. `grid` kills sweeps by SIGKILL at random moments
-until they are finished and compares what they leave with an undisturbed one; `together` starts the same run twice at
-once; `disk` writes checkpoints to a disk that is filled meanwhile (a tmpfs where it may be mounted, else a limit on the
-size of files); `flips` turns one bit in every file of checkpoints. tests/test_reliability.py does a little of each.
-Results go to OUT/NAME.json.
+About 20 minutes on 2 CPU cores that do nothing else; grids of tiny networks on 8x8 images. `grid` kills sweeps by
+SIGKILL at random moments until they are finished and compares what they leave with an undisturbed one; `together`
+starts the same run twice at once; `disk` writes checkpoints to a disk that is filled meanwhile (a tmpfs where it may be
+mounted, else a limit on the size of files); `flips` turns one bit in every file of checkpoints (the last two are in
+damage.py). tests/test_reliability.py does a little of each. Results go to OUT/NAME.json.
 """
 
 import argparse
