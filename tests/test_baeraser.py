@@ -186,13 +186,14 @@ def test_an_iteration_that_costs_accuracy_is_undone_and_the_rate_halved(recovere
     assert (np.asarray(LINEAR.logits(out, images)).argmax(1) == view.labels).mean() >= 0.95
     rows = [arrays for _, _, arrays in view.watch.rows]
     assert rows[0]["rate"] in {2000.0 / 2**k for k in range(1, 30)} and rows[0]["theta_steps"] == 1
+    assert len(rows) == 30  # those that were undone are not counted
     assert all(row["guard_accuracy"] >= 0.95 for row in rows)
-    with pytest.raises(InputError, match="none of 2 iterations.*largest_drop=0.05.*--defense.learning-rate"):
+    with pytest.raises(InputError, match="none of 6 iterations.*largest_drop=0.05.*--defense.learning-rate"):
         baeraser.purify(dataclasses.replace(config, epochs=2), quarters(), view, KEY)
 
 
 def test_a_loss_that_is_not_finite_is_undone(recovered, view):
-    config = dataclasses.replace(ONE, epochs=3, steps=3, learning_rate=3e38, ascent_margin=1e3)
+    config = dataclasses.replace(ONE, epochs=1, steps=3, learning_rate=3e38, ascent_margin=1e3)
     with pytest.raises(InputError, match="kept the loss finite"):
         baeraser.purify(config, quarters(), view, KEY)
 

@@ -16,8 +16,9 @@ least (ours; `steps=1`: one step of it): the paper says "about 8 iterations" and
 
 −CE has no floor. Ours, against divergence: CE(f(x_b), y_b) of an image counts up to log C + `ascent_margin`, where its
 gradient ends; a share of the clean images is held out, and an iteration after which accuracy on it is more than
-`largest_drop` below the given model's, or a loss not finite, is undone and the rate halved. When the recovered triggers
-are forgotten, the ascent is silent and the rest of the iterations gives accuracy back: all I are taken.
+`largest_drop` below the given model's, or a loss not finite, is undone, not counted (3 I are tried at most), and the
+rate halved. When the recovered triggers are forgotten, the ascent is silent and the rest of the iterations gives
+accuracy back: all I are taken.
 
 Ours, too: α = β = 1 (what its trade-off table has in common with its main ones); images that are of class y_b already
 are not ascended on; BatchNorm statistics are the stored ones. The paper's share of clean images ("5 %") is of the
@@ -117,15 +118,15 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     state["opt"] = direction("sgd", config.momentum).init(state["params"])
     guard = _guard(config, model, held, pool, jax.random.fold_in(key, 2))
     floor, rate, stands, steps = guard(given)["guard_accuracy"] - config.largest_drop, config.learning_rate, 0, 0
-    for iteration in range(config.epochs):
-        own = jax.random.fold_in(jax.random.fold_in(key, 3), iteration)
+    for attempt in range(_ATTEMPTS * config.epochs):
+        own = jax.random.fold_in(jax.random.fold_in(key, 3), attempt)
         split = {
             "index": batches(jax.random.fold_in(own, 0), len(learn.labels), size, number),
             "key": jax.random.split(jax.random.fold_in(own, 1), (number, size)),
         }
         shared["omega"] = importance(model, {"params": state["params"], "batch_stats": state["stats"]}, learn, size)
         shared["hyper"]["rate"] = jnp.float32(rate)
-        tick = partial(view.watch.tick, f"unlearning, iteration {iteration + 1} of {config.epochs}")
+        tick = partial(view.watch.tick, f"unlearning, iteration {stands + 1} of {config.epochs}")
         after, metrics = run_epoch(
             _step(model, config.form, config.batch_norm), jax.tree.map(jnp.copy, state), split, {}, shared, tick=tick
         )
@@ -138,10 +139,12 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         state, stands, steps = after, stands + 1, steps + number
         means = {name: values.mean() for name, values in metrics.items()}
         watch.observe(stands, variables, **means, **rates, rate=rate, theta_steps=steps)
+        if stands == config.epochs:
+            break
     if not stands:
         raise InputError(
-            f"none of {config.epochs} iterations of unlearning kept the loss finite and held-out accuracy within "
-            f"defense.largest_drop={config.largest_drop} of the given model's. Use a smaller --defense.learning-rate."
+            f"none of {_ATTEMPTS * config.epochs} iterations of unlearning kept the loss finite and held-out accuracy "
+            f"within defense.largest_drop={config.largest_drop} of the given model's. Use a smaller --defense.learning-rate."
         )
     return {"params": state["params"], "batch_stats": state["stats"]}
 
@@ -188,6 +191,7 @@ def deviation(params: Any, original: Any, omega: Any) -> jax.Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(term, params, original, omega))
 
 
+_ATTEMPTS = 3  # at an iteration, on average
 _DYNAMIC = ("alpha", "beta", "momentum")
 
 
