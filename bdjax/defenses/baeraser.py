@@ -144,7 +144,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     if not stands:
         raise InputError(
             f"none of {_ATTEMPTS * config.epochs} iterations of unlearning kept the loss finite and held-out accuracy "
-            f"within defense.largest_drop={config.largest_drop} of the given model's. Use a smaller --defense.learning-rate."
+            f"within defense.largest_drop={config.largest_drop} of the given model's. "
+            "Use a smaller --defense.learning-rate."
         )
     return {"params": state["params"], "batch_stats": state["stats"]}
 
