@@ -111,8 +111,8 @@ def judge(
 def verdict(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """{"poisoned", "target", "accused_by"}: poisoned when two methods accuse one class, or the only one asked does.
 
-    Some methods accuse clean models, too, mostly of classes that do not agree (experiments/results/audit_errors). Of two
-    classes with as many accusers the one counts whose first accuser stands first.
+    Some methods accuse clean models, too, mostly of classes that do not agree (experiments/results/audit_errors). Of
+    two classes with as many accusers the one counts whose first accuser stands first.
     """
     accused: dict[int, list[str]] = {}
     for name, own in found.items():
