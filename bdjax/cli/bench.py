@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     from bdjax import bench
     from bdjax.report import bench as report
 
+    bench.chosen(options.only)  # a name that matches nothing is refused before the heading
     rows: list[dict] = []
 
     def told(row: dict) -> None:
