@@ -35,8 +35,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What a reader must know before believing any of it."""
     accuracy, after = result["accuracy"], result["audit"]["after"]
     found = [
-        "An audit is a reason to look and, in either direction, no proof: of ten clean and ten backdoored digit models "
-        "it accused two and six (experiments/results/audit_errors). "
+        "An audit is a reason to look and, in either direction, no proof: of twenty clean and twenty backdoored digit "
+        "models it accused three and thirteen (experiments/results/audit_errors). "
         "Nothing here shows that a backdoor is gone; only its trigger could."
     ]
     if not result["audit"]["before"]["poisoned"]:
