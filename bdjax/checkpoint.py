@@ -231,9 +231,9 @@ def _load(path: Path, like: Any) -> Any:
             raise ValueError(f"{name} is {stored.get(name, 'missing')}, not {wanted.get(name, 'there')}")
         return ocp.load(path.absolute(), like)
     except (ValueError, KeyError, FileNotFoundError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path} does not hold this model's arrays ({first}). Is it of another model or version?"
+            f"{path} does not hold this model's arrays ({cause}). Is it of another model or version?"
         ) from None
 
 

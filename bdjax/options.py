@@ -105,6 +105,11 @@ def whole_numbers(flag: str, text: str, example: str) -> tuple[int, ...]:
         ) from None
 
 
+def names(text: str) -> list[str]:
+    """The names in "age, ibau", "" for none."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def numbers(flag: str, text: str, example: str) -> tuple[float, ...]:
     """The numbers in "0.5,0.4", "" for none. Raises InputError for anything else, as :func:`whole_numbers`."""
     try:

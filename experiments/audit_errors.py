@@ -17,9 +17,9 @@ from typing import Any
 
 from bdjax import audit, checkpoint, datasets, registry, victim
 from bdjax.engine import FitConfig
-from bdjax.evaluation import Evaluation
 from bdjax.experiment import Experiment, SplitConfig
-from bdjax.victim import Context, load_model
+from bdjax.suspect import read_recorded
+from bdjax.victim import Context
 
 DATA, MODEL = os.environ.get("DATA", "digits"), os.environ.get("MODEL", "cnn")
 OUT = Path(os.environ.get("OUT", "runs/audit_errors"))
@@ -64,11 +64,8 @@ def one(name: str, fields: dict[str, Any], seed: int, data: Any, context: Contex
     experiment = Experiment(name, None, DATA, MODEL, seed, config, fit=FitConfig(EPOCHS), split=split)
     directory = victim.directory_of(experiment, OUT / "victims", data.fingerprint)
     victim.train(experiment, directory, context, data)
-    manifest = checkpoint.read_manifest(directory)
-    evaluation = Evaluation(
-        load_model(manifest, directory, data)[0], data, experiment, checkpoint.read_arrays(directory, "trigger"), False
-    )
-    measured = evaluation.measure(load_model(manifest, directory, data)[1])
+    judged = read_recorded(directory, data=data)
+    measured = judged.evaluation.measure(judged.victim.variables)
     result, _ = audit.audit(directory, DATA, METHODS, size=SIZE, seed=seed, context=context)
     return {
         "attack": name,
@@ -78,7 +75,7 @@ def one(name: str, fields: dict[str, Any], seed: int, data: Any, context: Contex
         "model": MODEL,
         "epochs": EPOCHS,
         "n": result["n"],
-        "n_test": len(evaluation.labels),
+        "n_test": len(judged.evaluation.labels),
         "acc": measured["acc"],
         "asr": measured["asr"] if name != "clean" else None,
         "methods": result["methods"],

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from bdjax.errors import InputError
+from bdjax.options import names
 
 STARTUP = "startup"
 SUITES = ("cpu", "gpu")
@@ -81,7 +82,7 @@ def bench(
 
 def chosen(only: str, known: Sequence[str] = NAMES) -> list[str]:
     """The names that match; all for "". Raises InputError for a pattern that matches none."""
-    patterns = [pattern.strip() for pattern in only.split(",") if pattern.strip()]
+    patterns = names(only)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise InputError(f"--only {pattern} matches no workload. Known: {', '.join(known)}.")

@@ -27,11 +27,7 @@ def measure(name: str, suite: str = "cpu", repeats: int = 5, small: bool = False
     `seconds` are of `repeats` runs; `flops` and `bytes` of one, by XLA's cost analysis (see :func:`_costs`).
     """
     row, job, steps = first_call(name, suite, small)
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(job.run())
-        seconds.append(time.perf_counter() - begin)
+    seconds = _timed(job.run, repeats)
     row |= {"seconds": seconds, "median": median(seconds), "n": repeats, "rate": job.units / median(seconds)}
     memory, what = _device_peak()
     flops, moved, programs = _costs(job, steps)
@@ -125,12 +121,17 @@ def _machine(dtype: str, small: bool) -> dict[str, Any]:
 
 def _best(program: Callable, argument: Any, repeats: int = 5) -> float:
     jax.block_until_ready(program(argument))
+    return min(_timed(partial(program, argument), repeats))
+
+
+def _timed(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` runs, until what they return is there."""
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        jax.block_until_ready(program(argument))
+        jax.block_until_ready(run())
         seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+    return seconds
 
 
 def first_step(said: Callable[[str], None]) -> None:

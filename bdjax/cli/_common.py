@@ -41,13 +41,9 @@ def first(name: str, argv: list[str], more: str = "") -> str:
     return argv[0]
 
 
-def chosen_attack(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The attack that `--attack NAME` names, checked, and the other arguments: it decides which flags there are."""
-    return chosen("attack", argv)
-
-
 def chosen(part: str, argv: list[str]) -> tuple[str | None, list[str]]:
-    """As :func:`chosen_attack`, for --attack or --defense."""
+    """The method that `--PART NAME` names (attack or defense), checked, and the other arguments: it decides which flags
+    there are."""
     flag, kind = f"--{part}", f"{part}s"
     if flag not in argv:
         return None, argv
@@ -116,9 +112,9 @@ def traced(directory: Path | None) -> Iterator[None]:
         raise InputError(f"--profile {directory} is a file. Give the name of a directory.")
     import jax
 
-    chosen = jax.profiler.ProfileOptions()
-    chosen.python_tracer_level = 0  # every call of Python would drown the rest
-    with jax.profiler.trace(directory, profiler_options=chosen):
+    how = jax.profiler.ProfileOptions()
+    how.python_tracer_level = 0  # every call of Python would drown the rest
+    with jax.profiler.trace(directory, profiler_options=how):
         yield
 
 

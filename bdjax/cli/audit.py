@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import first, parse, ready, say
-from bdjax.options import Device
+from bdjax.options import Device, names
 
 ORDER = 41
 USAGE = "DIR [--clean DATA] [--methods A,B] [--size N] [--seed S] [--out DIR]"
@@ -36,10 +36,9 @@ def main(argv: list[str]) -> None:
     from bdjax import audit, checkpoint
     from bdjax.report import audit as report
 
-    names = [name.strip() for name in options.methods.split(",") if name.strip()]
     with ready(options) as context:
         result, arrays = audit.audit(
-            directory, options.clean, names, size=options.size, seed=options.seed, context=context
+            directory, options.clean, names(options.methods), size=options.size, seed=options.seed, context=context
         )
         out = options.out or directory.with_name(f"{directory.name}-audit")
         out.mkdir(parents=True, exist_ok=True)

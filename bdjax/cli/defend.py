@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax import registry
-from bdjax.cli._common import chosen_attack, finish, first, methods, parse, ready, remove_run, say
+from bdjax.cli._common import chosen, finish, first, methods, parse, ready, remove_run, say
 from bdjax.options import Place
 
 ORDER = 40
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     victim = Path(first("defend", argv, f"defenses: {', '.join(registry.names('defenses'))}"))
     (defense,), rest = methods(argv[1:], "defend", ("defenses",))
-    attack, rest = chosen_attack(rest)
+    attack, rest = chosen("attack", rest)
     parts = {"attack": attack} if attack else {}
     options = parse("defend", (str(victim), defense), rest, Flags, defense=defense, split=True, **parts)
     from bdjax import run

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdjax.cli._common import chosen_attack, first, parse, ready, say
+from bdjax.cli._common import chosen, first, parse, ready, say
 from bdjax.options import Common
 
 ORDER = 50
@@ -24,7 +24,7 @@ class Flags(Common):
 def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     directory = Path(first("evaluate", argv))
-    attack, rest = chosen_attack(argv[1:])
+    attack, rest = chosen("attack", argv[1:])
     options = parse("evaluate", (argv[0],), rest, Flags, **({"attack": attack} if attack else {}))
     from bdjax import run
 

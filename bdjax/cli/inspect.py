@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from bdjax.cli._common import chosen_attack, parse, ready, say
+from bdjax.cli._common import chosen, parse, ready, say
 from bdjax.options import Common
 
 ORDER = 47
@@ -40,7 +40,7 @@ class Flags(Common):
 
 def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
-    attack, rest = chosen_attack(argv)
+    attack, rest = chosen("attack", argv)
     options = parse("inspect", (), rest, Flags, **({"attack": attack} if attack else {}))
     from bdjax import inspection
     from bdjax.report import inspection as report
@@ -48,9 +48,9 @@ def main(argv: list[str]) -> None:
     report.check_directory(options.out)
     with ready(options) as context:
         models = options.victim, options.purified, options.clean
-        chosen = {"count": options.count, "seed": options.seed, "share": options.share}
+        drawn = {"count": options.count, "seed": options.seed, "share": options.share}
         result = inspection.inspect(
-            *models, options.dataset, **chosen, attack=attack, attack_config=getattr(options, "attack", None),
+            *models, options.dataset, **drawn, attack=attack, attack_config=getattr(options, "attack", None),
             tick=context.tick,
         )  # fmt: skip
     say(report.write(result, options.out))

@@ -67,6 +67,11 @@ def draw(pool: Pool, keys: Key) -> tuple[jax.Array, jax.Array, Any]:
     return pool.triggers[which], pool.labels[which], jax.tree.map(lambda leaf: leaf[which], pool.places)
 
 
+def anywhere(count: int, whole: tuple[int, ...], part: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Equal log-odds [count, ...] of the rows and columns of an image [H, W, ..] that a patch [h, w, ..] begins at."""
+    return tuple(jnp.zeros((count, side - own + 1)) for side, own in zip(whole[:2], part[:2], strict=True))
+
+
 def corner_of(places: tuple[jax.Array, ...], key: Key) -> jax.Array:
     """Row and column, int32 [2], drawn by their log-odds."""
     return jnp.stack([jax.random.categorical(k, odds) for k, odds in zip(jax.random.split(key), places, strict=True)])
@@ -93,8 +98,7 @@ def stamp(form: str, images: Images, triggers: jax.Array, keys: Key, places: Any
 
     Args: places: log-odds as in a pool, [N, ...] each.
     """
-    sides = zip(images.shape[1:3], triggers.shape[1:3], strict=True)
-    odds = tuple(jnp.zeros((len(keys), whole - side + 1)) for whole, side in sides) if places is None else places
+    odds = anywhere(len(keys), images.shape[1:], triggers.shape[1:]) if places is None else places
     corners = jax.vmap(corner_of)(odds, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys))
     return jax.vmap(partial(stamp_one, form))(images, triggers, corners)
 

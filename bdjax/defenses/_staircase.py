@@ -40,7 +40,7 @@ import optax
 from bdjax import models
 from bdjax.defenses import _mine
 from bdjax.defenses._batch import batch_of
-from bdjax.defenses._pool import Pool, batches, corner_of, stamp, stamp_one
+from bdjax.defenses._pool import Pool, anywhere, batches, corner_of, stamp, stamp_one
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.errors import InputError, check_fields
@@ -140,17 +140,17 @@ def recover(config: RecoveryConfig, victim: Victim, view: DefenderView, key: Key
         pairs = {"id": ids, "label": ids // each, "threshold": np.asarray(config.thresholds, np.float32)[ids % each]}
         shared["pairs"] = jax.tree.map(jnp.asarray, pairs)
         what = f"triggers of labels {begin} to {real[-1] // each} of {model.classes}"
-        state = _learn(config, model, (split, shared), key, partial(view.watch.tick, what))
-        made = _drawer(model.shape, _static(config), config.samples)(state, shared["pairs"], shared["hyper"], key)
+        generators, odds = _learn(config, model, (split, shared), key, partial(view.watch.tick, what))
+        made = _drawer(model.shape, _static(config), config.samples)(generators, shared["pairs"], shared["hyper"], key)
         for i in range(len(real)):
-            places = [np.broadcast_to(odds[i], (config.samples, odds.shape[1])) for odds in state["places"]]
+            places = [np.broadcast_to(own[i], (config.samples, own.shape[1])) for own in odds]
             chosen = [shared["variables"], images, labels, made[i], places, shared["pairs"]["label"][i], key]
             label = np.full(config.samples, ids[i] // each, np.int32)
             found.append((made[i], label, _tried(model, config.form)(*chosen), *places))
-    triggers, wanted, asr, *odds = (
+    triggers, wanted, asr, *where = (
         jnp.concatenate([jnp.asarray(p) for p in parts]) for parts in zip(*found, strict=True)
     )
-    return Pool(triggers, wanted, asr, asr >= config.asr_threshold, tuple(odds))
+    return Pool(triggers, wanted, asr, asr >= config.asr_threshold, tuple(where))
 
 
 _DYNAMIC = (
@@ -190,18 +190,18 @@ def _generator(shape: tuple[int, int, int], static: _Static) -> models.Generator
 
 
 def _learn(config: RecoveryConfig, model: Model, given: tuple[Any, Any], key: Key, tick: Callable) -> Any:
-    """The generators of the pairs in shared, trained: {"params", "batch_stats", "places"} with a leading axis [P]."""
+    """Of the pairs in shared, with a leading axis [P]: the generators, trained, and the log-odds of their places."""
     static, (split, shared) = _static(config), given
     start = _starter(model.shape, static)
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start(pair, key) for pair in shared["pairs"]["id"]))
-    number, sides = len(shared["pairs"]["id"]), zip(model.shape[:2], _shape(model.shape, static)[:2], strict=True)
-    state["places"] = tuple(jnp.zeros((number, whole - side + 1)) for whole, side in sides)
+    number = len(shared["pairs"]["id"])
+    state["places"] = anywhere(number, model.shape, _shape(model.shape, static))
     moments = {name: optax.scale_by_adam().init(state[name]) for name in ("params", "mine", "places")}
     state |= {"log_average": jnp.zeros(number), "moments": moments}
     state, metrics = run_epoch(_step(model, static), state, split, {}, shared, tick=tick)
     check_finite(metrics["loss"], config.generator_rate, 0, "staircase loss", "defense.generator_rate")
-    generator = {name: state[name] for name in ("params", "batch_stats", "places")}
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), generator)  # of all devices, on one
+    learnt = {name: state[name] for name in ("params", "batch_stats")}, state["places"]
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), learnt)  # of all devices, on one
 
 
 @lru_cache(maxsize=16)
@@ -305,8 +305,7 @@ def _drawer(shape: tuple[int, int, int], static: _Static, samples: int) -> Calla
 
     def one(generator: Any, pair: jax.Array, hyper: Any, key: Key) -> jax.Array:
         z = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 5), pair), (samples, static.noise_size))
-        network = {name: generator[name] for name in ("params", "batch_stats")}
-        return _triggers(_generator(shape, static).apply(network, z)[0], shape, static, hyper)
+        return _triggers(_generator(shape, static).apply(generator, z)[0], shape, static, hyper)
 
     return jax.jit(lambda state, pairs, hyper, key: jax.vmap(one, (0, 0, None, None))(state, pairs["id"], hyper, key))
 
