@@ -44,9 +44,8 @@ class Evaluation:
         """Classes that triggered images shall be taken for; none of an all-to-all attack."""
         triggered, goals = [], []
         for place, (part, stored) in enumerate(parts):
-            trigger = attacks.trigger_of(part.attack, part.config, stored)
             own_key = jax.random.fold_in(key, place) if place else key
-            triggered.append(attacks.stamped(trigger, part.config, self.images, own_key))
+            triggered.append(attacks.stamped(part.attack, part.config, self.images, own_key, stored))
             goals.append(attacks.goal(part.config, self.labels, classes))
         self.triggered = np.concatenate(triggered)  # all images with the first part's trigger, then the next's
         self.wanted, self.eligible = (np.concatenate(each) for each in zip(*goals, strict=True))

@@ -108,9 +108,8 @@ def gallery(
 def _row(
     planted: _Planted, data: Data, measured: np.ndarray, shown: np.ndarray, key: Key
 ) -> tuple[dict[str, Any], Pictures]:
-    trigger = attacks.trigger_of(planted.attack, planted.config, planted.arrays)
     stored, n = data.x_test[np.concatenate([measured, shown])], len(measured)
-    triggered = attacks.stamped(trigger, planted.config, stored, key)
+    triggered = attacks.stamped(planted.attack, planted.config, stored, key, planted.arrays)
     parts = [slice(start, min(start + _PART, n)) for start in range(0, n, _PART)]
     values = [_measure(to_float(stored[part]), to_float(triggered[part])) for part in parts]
     psnr, ssim, l2, linf = (np.concatenate(column) for column in zip(*values, strict=True))

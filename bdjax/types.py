@@ -34,9 +34,14 @@ def to_float(images: Any) -> Images:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
 
+def quantised(images: Any) -> jax.Array:
+    """Float images in [0, 1] as uint8: clipped, then rounded to the nearest k/255; inside jit too."""
+    return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8)
+
+
 def to_uint8(images: Any) -> np.ndarray:
-    """Float images in [0, 1] as stored uint8: clipped, then rounded to the nearest k/255."""
-    return np.asarray(jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8))
+    """Float images in [0, 1] as they are stored: :func:`quantised`."""
+    return np.asarray(quantised(images))
 
 
 @dataclass(frozen=True)

@@ -275,11 +275,10 @@ def portraits(experiment: Experiment, data: Data, arrays: Any) -> dict[str, np.n
     """The trigger (each part's) on a black and on a white image: enough to recognise it without this library."""
     key, found = stream(experiment.seed, "evaluate"), {}
     for part, stored in attacks.parts_of(experiment.attack, experiment.attack_config, arrays):
-        trigger = attacks.trigger_of(part.attack, part.config, stored)
         for name, value in (("black", 0), ("white", 255)):
             paper = np.full((1, *data.shape), value, np.uint8)
             called = f"on_{name}_{part.label}" if part.label else f"on_{name}"
-            found[called] = attacks.stamped(trigger, part.config, paper, key)[0]
+            found[called] = attacks.stamped(part.attack, part.config, paper, key, stored)[0]
     return found
 
 

@@ -33,14 +33,13 @@ def seconds(name: str, images: np.ndarray, repeats: int) -> list[float] | None:
     task = Task(images, labels, model, lambda path: np.zeros((32, 32, 3), np.uint8))
     try:
         arrays = module.prepare(config, task, jax.random.key(0)) if hasattr(module, "prepare") else {}
-        trigger = attacks.trigger_of(name, config, arrays)
-        attacks.stamped(trigger, config, images[: 2 * attacks.CHUNK], jax.random.key(0))
+        attacks.stamped(name, config, images[: 2 * attacks.CHUNK], jax.random.key(0), arrays)
     except (NeedsTraining, TypeError):
         return None
     found = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        attacks.stamped(trigger, config, images, jax.random.key(1))
+        attacks.stamped(name, config, images, jax.random.key(1), arrays)
         found.append(time.perf_counter() - begin)
     return found
 

@@ -159,7 +159,7 @@ def test_planting_goes_on_from_the_clean_model_by_its_own_recipe(name, blobs, cl
         "epochs": 10, "optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.05, "weight_decay": 5e-4,
     }  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, training["start"], clean)
-    marked = attacks.stamped(attacks.trigger_of(name, config, planted.arrays), config, blobs[0], KEY)
+    marked = attacks.stamped(name, config, blobs[0], KEY, planted.arrays)
     others = blobs[1] != 1
     before, after = ((predict(MODEL, v, marked)[others] == 1).mean() for v in (clean, planted.variables))
     assert after > 0.95 and after > before

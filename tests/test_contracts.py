@@ -154,9 +154,8 @@ class TestAttack:
 
     def test_quantise_decides_what_is_stored(self, name, images, task):
         config = config_of(name, quantise=False)
-        trigger = attacks.trigger_of(name, config, arrays_of(name, config, task))
-        floats = attacks.stamped(trigger, config, images[0][:3], jax.random.key(0))
-        stored = attacks.stamped(trigger, config_of(name), images[0][:3], jax.random.key(0))
+        given = images[0][:3], jax.random.key(0), arrays_of(name, config, task)
+        floats, stored = (attacks.stamped(name, own, *given) for own in (config, config_of(name)))
         assert floats.dtype == np.float32 and stored.dtype == np.uint8
         np.testing.assert_allclose(floats, stored / np.float32(255), atol=0.5 / 255 + 1e-6)
 

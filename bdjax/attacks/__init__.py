@@ -29,8 +29,9 @@ What takes long (a surrogate, an optimised pattern) belongs into `prepare`: its 
 training set can be made again (:func:`poisoned_set`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -56,14 +57,14 @@ from bdjax.attacks._helpers import (
     select_cover,
 )
 from bdjax.errors import InputError
-from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, to_float, to_uint8
+from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, quantised, to_float
 
 __all__ = [
     "CoverConfig", "Part", "PoisonConfig", "SourceConfig", "fit_key", "goal", "key_per_image", "keys_of",
     "own_arrays", "parts_of", "payload", "plant", "poison", "poisoned_set", "stamped", "trigger_of",
 ]  # fmt: skip
 
-CHUNK = 1000  # images stamped at a time
+CHUNK = 500  # images stamped at a time: what they need stays in a cache
 
 
 def plant(attack: str, config: Any, task: Task, key: Key) -> Backdoor:
@@ -100,7 +101,7 @@ def poison(attack: str, config: Any, task: Task, key: Key, arrays: Arrays) -> Po
     labels = task.labels.astype(np.int32)
     labels[poisoned] = relabel(config, labels[poisoned], task.classes)
     indices = np.sort(np.concatenate([poisoned, cover]))
-    images = stamped(trigger_of(attack, config, arrays, training=True), config, task.images[indices], stamp_key)
+    images = stamped(attack, config, task.images[indices], stamp_key, arrays, training=True)
     return Poison(indices, images, labels[indices])
 
 
@@ -120,8 +121,8 @@ def payload(
         wanted, eligible = goal(config, task.labels, task.classes)
         pool = np.flatnonzero(eligible)
         chosen = np.sort(_draw(key, pool, count, f"training images that {attack} aims at"))
-        trigger = trigger_of(attack, config, arrays, training=True)
-        return Poison(chosen, stamped(trigger, config, task.images[chosen], key), wanted[chosen])
+        images = stamped(attack, config, task.images[chosen], key, arrays, training=True)
+        return Poison(chosen, images, wanted[chosen])
     made = poison(attack, config, task, planted, arrays)
     before = task.labels[made.indices % len(task.labels)]
     own = made.labels == config.target if config.labels == "clean" else made.labels != before
@@ -140,8 +141,7 @@ def trigger_of(attack: str, config: Any, arrays: Arrays, training: bool = False)
 
     `training`: the one that its poisoned training images carry, which is the same for most attacks.
     """
-    module, stored = registry.load("attacks", attack), dict(arrays)
-    program = _program(getattr(module, "training_trigger", module.trigger) if training else module.trigger, config)
+    program, stored = _program(_stamp_of(attack, training), config), dict(arrays)
     return lambda images, key: program(images, key, stored)
 
 
@@ -153,21 +153,43 @@ def parts_of(attack: str, config: Any, arrays: Arrays) -> list[tuple[Part, Array
     return [(part, part_arrays(arrays, part)) for part in module.parts(config)]
 
 
-@lru_cache(maxsize=64)
-def _program(stamp: Callable, config: Any) -> Callable:
+def stamped(
+    attack: str, config: PoisonConfig, images: np.ndarray, key: Key, arrays: Arrays, training: bool = False
+) -> np.ndarray:
+    """Stored images [N, H, W, C] with the trigger on; uint8 if config.quantise, else float32 in [0, 1].
+
+    `training`: as in :func:`trigger_of`.
+    """
+    program, arrays = _program(_stamp_of(attack, training), config, stored=True), jax.device_put(dict(arrays))
+
+    def launched() -> Iterator[tuple[int, jax.Array | None]]:
+        for start in range(0, len(images), CHUNK):
+            part = images[start : start + CHUNK]
+            short = CHUNK - len(part) if start else 0  # one shape is compiled, however many images
+            part = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
+            yield start, program(part, key, arrays, start)
+        yield len(images), None
+
+    out = np.empty(images.shape, np.uint8 if config.quantise else np.float32)
+    for (start, made), _ in pairwise(launched()):  # one is computed while the one before is copied
+        out[start : start + CHUNK] = np.asarray(made)[: len(images) - start]
+    return out
+
+
+def _stamp_of(attack: str, training: bool) -> Callable:
+    module = registry.load("attacks", attack)
+    return getattr(module, "training_trigger", module.trigger) if training else module.trigger
+
+
+@lru_cache(maxsize=128)
+def _program(stamp: Callable, config: Any, stored: bool = False) -> Callable:
+    """`stored`: from stored images to stored ones, in one program that keeps no image of floats."""
+
     def run(images: Images, key: Key, arrays: Arrays) -> Images:
         return jnp.clip(stamp(config, images, key, *([arrays] if arrays else [])), 0, 1)
 
-    return jax.jit(run)
+    def run_stored(images: Images, key: Key, arrays: Arrays, start: jax.Array) -> Images:
+        out = run(to_float(images), jax.random.fold_in(key, start), arrays)
+        return quantised(out) if config.quantise else out
 
-
-def stamped(trigger: Trigger, config: PoisonConfig, images: np.ndarray, key: Key) -> np.ndarray:
-    """Stored images [N, H, W, C] with the trigger on; uint8 if config.quantise, else float32 in [0, 1]."""
-    parts = []
-    for start in range(0, len(images), CHUNK):
-        part = images[start : start + CHUNK]
-        short = CHUNK - len(part) if start else 0  # one shape is compiled, however many images
-        part = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
-        out = trigger(to_float(part), jax.random.fold_in(key, start))[: CHUNK - short]
-        parts.append(to_uint8(out) if config.quantise else np.asarray(out))
-    return np.concatenate(parts)
+    return jax.jit(run_stored if stored else run)

@@ -11,7 +11,7 @@ stated: `size=3 margin=0 position=random pattern=0 ratio=0.1 target=0` is ours (
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +78,12 @@ def trigger(config: Config, images: Images, key: Key) -> Images:
         square = jax.random.uniform(jax.random.key(config.pattern), shape, images.dtype)
     if config.position == "random":
         low, high = min(margin, last_row), jnp.array([last_row, last_column]) + 1
-        place = jax.vmap(lambda k: jax.random.randint(k, (2,), low, high))(key_per_image(key, count))
-    else:
-        row = last_row if "bottom" in config.position else margin
-        column = last_column if "right" in config.position else margin
-        place = jnp.broadcast_to(jnp.array([row, column]), (count, 2))
-    rows, columns = jnp.arange(height) - place[:, :1], jnp.arange(width) - place[:, 1:]
-    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
-    put = square[jnp.clip(rows, 0, size - 1)[:, :, None], jnp.clip(columns, 0, size - 1)[:, None, :]]
-    return jnp.where(inside[..., None], put, images)
+        places = jax.vmap(lambda k: jax.random.randint(k, (2,), low, high))(key_per_image(key, count))
+        return jax.vmap(lambda image, place: _put(image, square, *place))(images, places)
+    row = last_row if "bottom" in config.position else margin
+    column = last_column if "right" in config.position else margin
+    return jax.vmap(lambda image: _put(image, square, row, column))(images)
+
+
+def _put(image: jax.Array, square: jax.Array, row: Any, column: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice(image, square, (row, column, 0))

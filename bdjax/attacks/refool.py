@@ -104,19 +104,37 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
 
     Args: key, draws the picture, its kind and its parameters for each image.
     """
-    bank = jnp.asarray(arrays["reflections"])
+    bank = _power(to_float(arrays["reflections"]), 2.2)
+    _, height, width, channels = bank.shape
+    low, high = (max(1, round(side * min(height, width) / 32)) for side in config.offset)
+    padded = jnp.pad(bank, ((0, 0), (high, 0), (high, 0), (0, 0)))
 
     def one(image: jax.Array, key: Key) -> jax.Array:
-        which, kind, weight, *how = jax.random.uniform(key, (9,))
-        r, t = to_float(bank[_whole(which, 0, len(bank) - 1)]) ** 2.2, image**2.2
-        w = _between(weight, *config.weight)
-        ghost = (1 - w) * _ghost(config, r, *how[:4]) + w * t
-        sharp = (1 - w) * r + w * t
-        blurred = (1 - w / 2) * _blurred(config, r, t, *how[4:]) + w * t
-        mixed = jnp.where(kind < config.ghost, ghost, jnp.where(kind < config.ghost + config.sharp, sharp, blurred))
-        return jnp.clip(mixed, 0, 1) ** (1 / 2.2)
+        which, kind, weight, down, across, near, far, blur, dim = jax.random.uniform(key, (9,))
+        picture, t, w = _whole(which, 0, len(bank) - 1), _power(image, 2.2), _between(weight, *config.weight)
+        ghost, sharp = kind < config.ghost, kind < config.ghost + config.sharp
+        a, b = (_whole(u, low, high) for u in (down, across))
+        shifted = jax.lax.dynamic_slice(padded, (picture, high - a, high - b, 0), (1, height, width, channels))[0]
+        c = _between(near, 0.15, 0.5)
+        c = jnp.where(ghost, jnp.where(far < 0.5, c, 1 - c), 1)
+        sigma = min(height, width) / 32 * _between(blur, *config.sigma)
+        rows, columns = (  # what is done to it, along each axis: one product for the three kinds
+            jnp.where(
+                ghost, _enlarging(side, cut.astype(jnp.float32)), jnp.where(sharp, np.eye(side), _gaussian(side, sigma))
+            )
+            for side, cut in ((height, a), (width, b))
+        )
+        light = _separable(rows, columns, c * bank[picture] + (1 - c) * shifted)
+        light = jnp.where(sharp | ghost, light, _dimmed(light, t, _between(dim, 1.08, 1.18)))
+        share = jnp.where(sharp | ghost, 1 - w, 1 - w / 2)
+        return _power(jnp.clip(share * light + w * t, 0, 1), 1 / 2.2)
 
     return jax.vmap(one)(images, key_per_image(key, len(images)))
+
+
+def _power(light: jax.Array, exponent: float) -> jax.Array:
+    """light ** exponent for light of at least 0: three times as fast as the operator on a CPU."""
+    return jnp.exp(exponent * jnp.log(light))
 
 
 def _between(u: jax.Array, low: float, high: float) -> jax.Array:
@@ -128,37 +146,18 @@ def _whole(u: jax.Array, low: int, high: int) -> jax.Array:
     return jnp.floor(_between(u, low, high + 1)).astype(jnp.int32)
 
 
-def _ghost(config: Config, r: jax.Array, *u: jax.Array) -> jax.Array:
-    """c r + (1 - c) r shifted, where both are seen, enlarged to [H, W, C]. The four u are uniform in [0, 1)."""
-    height, width, _ = r.shape
-    low, high = (max(1, round(side * min(height, width) / 32)) for side in config.offset)
-    near = _between(u[2], 0.15, 0.5)
-    c = jnp.where(u[3] < 0.5, near, 1 - near)
-    a, b = (_whole(v, low, high).astype(jnp.float32) for v in u[:2])
-    rows, columns = _enlarging(height, a), _enlarging(width, b)
-    own = _separable(_sampling(rows, height), _sampling(columns, width), r)
-    return c * own + (1 - c) * _separable(_sampling(rows - a, height), _sampling(columns - b, width), r)
-
-
 def _enlarging(size: int, cut: jax.Array) -> jax.Array:
-    """Where the pixels of an image lie that shows `size - cut` pixels, from `cut` on, enlarged to `size`."""
-    return jnp.clip(cut + centres(size) * (size - cut) - 0.5, cut, size - 1)
-
-
-def _sampling(place: jax.Array, size: int) -> jax.Array:
-    """The matrix [len(place), size] of linear interpolation at `place`."""
+    """The matrix [size, size] that enlarges the last `size - cut` pixels to `size`, by linear interpolation."""
+    place = jnp.clip(cut + centres(size) * (size - cut) - 0.5, cut, size - 1)
     return jnp.maximum(0, 1 - jnp.abs(place[:, None] - np.arange(size, dtype=np.float32)))
 
 
-def _blurred(config: Config, r: jax.Array, t: jax.Array, *u: jax.Array) -> jax.Array:
-    """V b: r blurred, darkened where it overexposes t, fading to the edges, [H, W, C]. Both u are uniform in [0, 1)."""
-    height, width, _ = r.shape
-    sigma = min(height, width) / 32 * _between(u[0], *config.sigma)
-    b = _separable(_gaussian(height, sigma), _gaussian(width, sigma), r)
+def _dimmed(b: jax.Array, t: jax.Array, factor: jax.Array) -> jax.Array:
+    """V b [H, W, C]: b less `factor` times what b + t exceeds 1 by on average, fading to the edges."""
     over = b + t > 1
     excess = jnp.where(over, b + t - 1, 0).sum((0, 1)) / jnp.maximum(over.sum((0, 1)), 1).astype(jnp.float32)
-    b = jnp.clip(b - excess * _between(u[1], 1.08, 1.18), 0, 1)
-    down, across = (np.exp(-(np.linspace(-3, 3, side) ** 2) / 4) for side in (height, width))  # roots of Gaussians
+    b = jnp.clip(b - excess * factor, 0, 1)
+    down, across = (np.exp(-(np.linspace(-3, 3, side) ** 2) / 4) for side in b.shape[:2])  # roots of Gaussians
     return jnp.asarray(np.outer(down, across), jnp.float32)[..., None] * b
 
 
@@ -170,4 +169,6 @@ def _gaussian(size: int, sigma: jax.Array) -> jax.Array:
 
 
 def _separable(rows: jax.Array, columns: jax.Array, picture: jax.Array) -> jax.Array:
-    return jnp.einsum("ih,jw,hwc->ijc", rows, columns, picture, precision="highest")
+    height, width, channels = picture.shape
+    down = jnp.matmul(rows, picture.reshape(height, -1), precision="highest").reshape(height, width, channels)
+    return jnp.einsum("jw,iwc->ijc", columns, down, precision="highest")  # one product would be twice as slow

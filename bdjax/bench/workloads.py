@@ -187,7 +187,7 @@ def _trigger(attack: str, sizes: Sizes) -> Job:
     module, config = attacks.registry.load("attacks", attack), config_of("attacks", attack)()
     task = Task(images, labels, _model("small_vgg", sizes), read_array)
     arrays = module.prepare(config, task, jax.random.key(0)) if hasattr(module, "prepare") else {}
-    stamp = partial(attacks.stamped, attacks.trigger_of(attack, config, arrays), config, images, jax.random.key(0))
+    stamp = partial(attacks.stamped, attack, config, images, jax.random.key(0), arrays)
     return Job(stamp, sizes.stamped)
 
 
