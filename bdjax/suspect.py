@@ -118,7 +118,7 @@ def _adopted(
     except NeedsTraining:
         raise InputError(
             f"the trigger of {attack} is learned with its victim, so it cannot be put on images for another model. "
-            "Give its picture to image_trigger: --attack image_trigger --attack.pattern FILE."
+            "Give its picture to image_trigger: --attack image_trigger --attack.trigger FILE."
         ) from None
     record = {"imported": manifest["hash"], **attack_record(experiment, data.fingerprint)}
     whole = {**manifest, **describe(experiment, data), "fit": None, "hash": digest(record)}

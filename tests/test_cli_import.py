@@ -42,7 +42,7 @@ def picture(tmp_path_factory):
     array = np.zeros((24, 24, 4), np.uint8)
     array[18:, 18:] = 255
     Image.fromarray(array).save(path)
-    return ["--attack", "image_trigger", "--attack.pattern", str(path), "--attack.mode", "replace"]
+    return ["--attack", "image_trigger", "--attack.trigger", str(path), "--attack.mode", "replace"]
 
 
 def answered(capsys, *argv):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,23 @@ def resnet(tmp_path, width=None, seed=0):
     with open(tmp_path / "resnet.pt", "wb") as file:
         writer.write_torch(file, tensors)
     return tmp_path / "resnet.pt", tensors
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED])
+def test_torchvision_s_own_networks(name, tmp_path):
+    """Where its files are at hand (fixtures/torchvision_files.py): the same logits, and back with the same bits."""
+    path = Path(os.environ.get("BDJAX_TORCHVISION", "nowhere")) / f"{name.removesuffix('_imagenet')}.pth"
+    if not path.is_file():
+        pytest.skip("BDJAX_TORCHVISION names no directory of torchvision's networks")
+    model, variables = variables_of(tmp_path / "m", interop.import_model(path, tmp_path / "m", model=path.stem))
+    with np.load(path.with_suffix(".npz")) as arrays:
+        logits = jax.jit(model.logits)(variables, arrays["images"].astype(np.float32) / np.float32(255))
+        np.testing.assert_allclose(logits, arrays["logits"], atol=1e-4, rtol=0)
+    interop.export_model(tmp_path / "m", "torch", tmp_path / "back.pth")
+    before, after = weights(path), weights(tmp_path / "back.pth")
+    assert [*before] == [*after] and model.name == name
+    for tensor in before:
+        np.testing.assert_array_equal(before[tensor], after[tensor])
 
 
 @pytest.mark.parametrize("case", FILES)

@@ -16,10 +16,10 @@ def test_image_trigger_from_files(blobs_npz, capsys, tmp_path):
     picture[6:, 6:] = (255, 255, 255, 255)
     Image.fromarray(picture).save(tmp_path / "patch.png")
     argv = ["train", "image_trigger", "--dataset", blobs_npz, "--attack.mode", "replace", *FAST]
-    bdjax(capsys, *argv, "--attack.pattern", tmp_path / "patch.png", "--out", tmp_path / "v")
+    bdjax(capsys, *argv, "--attack.trigger", tmp_path / "patch.png", "--out", tmp_path / "v")
     Image.fromarray(picture[::-1]).save(tmp_path / "patch.png")
     assert "another configuration" in refused(
-        capsys, *argv, "--attack.pattern", tmp_path / "patch.png", "--out", tmp_path / "v"
+        capsys, *argv, "--attack.trigger", tmp_path / "patch.png", "--out", tmp_path / "v"
     )
     (tmp_path / "patch.png").unlink()
     arrays = checkpoint.read_arrays(tmp_path / "v", "trigger")

@@ -32,7 +32,7 @@ from bdjax import checkpoint
         ),
         (["run", "badnets", "ibau", "--devices", "9"], ["devices=9"]),
         (["run", "badnets", "ibau", "--split.size", "797"], ["split.size=797", "797"]),
-        (["run", "image_trigger", "ibau", "--attack.pattern", "no.png"], ["no.png"]),
+        (["run", "image_trigger", "ibau", "--attack.trigger", "no.png"], ["no.png"]),
         (["run", "badnets", "ibau", "--defense.solver", "magic"], ["magic", "fixed_point"]),
         (["run", "badnets", "ibau", "--defense.rounds", "many"], ["many"]),
         (["run", "badnets", "universal"], ["universal", "audits", "bdjax audit"]),

@@ -24,17 +24,17 @@ from bdjax.types import ArrayFile, Arrays, Images, Key, Task
 class Config(PoisonConfig):
     """The picture and how it is laid on."""
 
-    pattern: ArrayFile = ArrayFile("")
+    trigger: ArrayFile = ArrayFile("")
     """PNG, JPEG or .npy (uint8, or float in [0, 1]) of [H, W] or [H, W, 1, 3 or 4]; the fourth channel of a
     picture is its mask. Empty: a checkerboard of 4-pixel squares over the whole image."""
     mask: ArrayFile = ArrayFile("")
-    """Grey picture or .npy [H, W]: where the pattern is seen. Empty: the pattern's alpha, else everywhere."""
+    """Grey picture or .npy [H, W]: where the trigger is seen. Empty: its own alpha, else everywhere."""
     mode: Literal["replace", "add", "blend"] = "blend"
-    """How the pattern is laid on."""
+    """How it is laid on."""
     strength: float = 0.2
     """s of "add" and "blend", in (0, 1]."""
     resize: bool = True
-    """Bring pattern and mask to the images' size (antialiased); otherwise another size is an error."""
+    """Bring trigger and mask to the images' size (antialiased); otherwise another size is an error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,14 +49,14 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
     """
     height, width, channels = task.model.shape
     pattern = _checkerboard(height, width)
-    if config.pattern:
-        pattern = read_picture(task, "pattern", config.pattern, resize=config.resize)
+    if config.trigger:
+        pattern = read_picture(task, "trigger", config.trigger, resize=config.resize)
     mask = np.ones((height, width, 1), np.float32)
     if pattern.shape[-1] == 4:
         pattern, mask = pattern[..., :3], pattern[..., 3:]
     if config.mask:
         mask = read_picture(task, "mask", config.mask, resize=config.resize)[..., :1]
-    return {"pattern": to_channels(pattern, channels, "pattern"), "mask": mask}
+    return {"pattern": to_channels(pattern, channels, "trigger"), "mask": mask}
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
