@@ -171,10 +171,31 @@ def test_bfloat16_products_hardly_turn_the_step():
     assert 0 < np.linalg.norm(rounded - exact) < 0.15 * np.linalg.norm(direct - exact)  # of the indirect term
 
 
+def test_short_rounds_go_on_where_the_one_before_ended():
+    """δ of the first round is made of the first batch alone, that of the second of the second."""
+
+    def perturbation(rounds, changed):
+        victim, view = problem(24)
+        images = view.images.copy()
+        images[changed] = 255 - images[changed]
+        still = ibau.Config(schedule="fast", rounds=rounds, batch_size=8, inner_steps=1, outer_steps=1, outer_lr=1e-30)
+        ibau.purify(still, victim, dataclasses.replace(view, images=images), jax.random.key(7))
+        return np.asarray(view.watch.perturbation)
+
+    first, second, third = slice(0, 8), slice(8, 16), slice(16, 24)
+    for rounds, own in ((1, first), (2, second), (3, third), (4, first)):
+        untouched = perturbation(rounds, slice(0))
+        for part in (first, second, third):
+            assert (perturbation(rounds, part) == untouched).all() == (part != own)
+
+
 def test_schedules_fill_in_what_is_left_out_only():
     release, paper = ibau.Config(), ibau.Config(schedule="paper", outer_lr=0.5)
     assert (release.rounds, release.inner_lr, release.patched_fraction, release.penalty) == (5, 10.0, 0.01, 0.001)
     assert (paper.patched_fraction, paper.penalty, paper.inner_labels, paper.outer_lr) == (1.0, 0.0, "true", 0.5)
+    fast = ibau.Config(schedule="fast", rounds=3)
+    assert (fast.rounds, fast.batch_size, fast.inner_steps, fast.outer_steps) == (3, 64, 10, 10)
+    assert (fast.inner_lr, fast.patched_fraction, fast.outer_lr) == (10.0, 0.01, 1e-3)
 
 
 def test_patched_images_are_exactly_counted_and_never_padding():
