@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.engine.clock import Clock
-from bdjax.types import Variables, Watch
+from bdjax.types import Scores, Variables, Watch
 
 
 class Recorder(Watch):
@@ -25,6 +25,7 @@ class Recorder(Watch):
         self._tick, self._clock, self._measure, self._lines = tick, clock, measure, lines
         self.rows: list[dict[str, Any]] = []
         self.arrays: dict[str, np.ndarray] = {}
+        self.scores: Scores | None = None
 
     def tick(self, stage: str, done: int, total: int) -> None:
         """Pass progress on."""
@@ -33,6 +34,10 @@ class Recorder(Watch):
     def recall(self, step: int, **values: Any) -> None:
         """Add a row to the curve, as it was."""
         self.rows.append({"step": step, **{name: float(value) for name, value in values.items()}})
+
+    def judge(self, scores: Scores) -> None:
+        """Keep it."""
+        self.scores = scores
 
     def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
         """Measure `variables` if asked to, add a row to the curve, keep the arrays."""

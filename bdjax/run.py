@@ -105,11 +105,11 @@ def _defend(
     seconds, compiling = clock.read()
     after = evaluation.measure(cleaned)
     memory, what = peak_memory()
-    verdict = None
-    if hasattr(module, "detect") and not getattr(module, "ON_REQUEST", False):
-        clock = Clock()
+    clock, found, verdict = Clock(), watch.scores, None
+    if found is None and hasattr(module, "detect"):
         with parallel.using(context.devices):
             found = module.detect(experiment.defense_config, suspect.victim, suspect.view(), key)
+    if found is not None:
         known = None if manifest["kind"] == "imported" else experiment.attack
         verdict = {**_verdict(found, known, evaluation), "seconds": clock.read()[0]}
     result = {

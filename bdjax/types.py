@@ -117,6 +117,9 @@ class Watch:
     def recall(self, step: int, **values: Any) -> None:
         """The scalars that were observed after `step` before a run was killed; its variables are gone."""
 
+    def judge(self, scores: "Scores") -> None:
+        """What a defense that audits found out on its way: it is not asked again."""
+
 
 class Place(NamedTuple):
     """Where the images of a batch (of this device's share of it) stand, for an attacker who controls training."""

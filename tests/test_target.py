@@ -7,6 +7,7 @@ from commands import FAST, bdjax, refused
 from synthetic_results import cell, parsed, plan, write
 
 from bdjax import checkpoint
+from bdjax.defenses import neural_cleanse
 from bdjax.report import table
 
 FLAGS = ["--attack.target", "1", "--attack.ratio", "0.2", *FAST]
@@ -64,6 +65,14 @@ def test_the_terminal_tells_all_three(seen):
     rate = 100 * seen[2]["clean"]["acc"]
     for words in ("accuracy of the target, %", "SCORE, %", f"without poison: ACC {rate:.2f}", "verdict: ", "target 1"):
         assert words in text
+
+
+def test_a_defense_that_judged_on_its_way_is_not_asked_again(blobs_npz, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(neural_cleanse, "detect", lambda *_: pytest.fail("asked again"))
+    argv = ["run", "badnets", "neural_cleanse", "--dataset", blobs_npz, *FAST, "--out", tmp_path / "d", "--json"]
+    short = ["--defense.epochs", "1", "--defense.unlearning-epochs", "1"]
+    found = json.loads(bdjax(capsys, *argv, *short).splitlines()[-1])["detection"]
+    assert len(found["classes"]) == 4 and found["truth"]["poisoned"]
 
 
 def test_a_clean_model_beside_the_victim_is_found_and_completes_a_finished_result(blobs_npz, capsys, tmp_path):

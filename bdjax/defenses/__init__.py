@@ -8,8 +8,9 @@ attack aims at, adds an audit:
 
     detect(config, victim, view, key) -> Scores
 
-A method that is given the true trigger as well says NEEDS_TRIGGER = True; where that is the user's choice, it is the
-name of the Config's field that says so. A method may audit alone.
+and if it finds that out while it purifies it tells the watch, by `judge`, and is not asked again. A method that is
+given the true trigger as well says NEEDS_TRIGGER = True; where that is the user's choice, it is the name of the
+Config's field that says so. A method may audit alone.
 """
 
 from types import ModuleType

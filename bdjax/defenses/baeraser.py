@@ -100,6 +100,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     model, given = victim.model, {**victim.variables}
     learn, held = _parted(config, view, jax.random.fold_in(key, 0))
     pool = recover(config, victim, learn, jax.random.fold_in(key, 1))
+    view.watch.judge(_scores(pool, model.classes))
     watch = Showing(view.watch, pool)
     if not len(pool.suspected()):
         watch.observe(1, given)
@@ -159,10 +160,14 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     """
     pool = recover(config, victim, view, key)
     Showing(view.watch, pool).observe(0, victim.variables)
+    return _scores(pool, victim.model.classes)
+
+
+def _scores(pool: Pool, classes: int) -> Scores:
     labels, asr = np.asarray(pool.labels), np.asarray(pool.asr)
-    classes = np.array([asr[labels == label].max() for label in range(victim.model.classes)], np.float32)
-    target = int(np.argmax(classes))
-    return Scores(classes, target, float(classes[target]), bool(len(pool.suspected())))
+    best = np.array([asr[labels == label].max(initial=0) for label in range(classes)], np.float32)
+    target = int(np.argmax(best))
+    return Scores(best, target, float(best[target]), bool(len(pool.suspected())))
 
 
 def importance(model: Model, variables: Variables, view: DefenderView, size: int) -> Any:

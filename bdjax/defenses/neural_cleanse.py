@@ -98,7 +98,9 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     Returns: the variables; the watch is shown them, the suspected classes and the recovered patches.
     """
     patches = search(config, victim, view, jax.random.fold_in(key, 0))
-    suspected = np.flatnonzero(_scores(config, patches).classes > config.anomaly)
+    scores = _scores(config, patches)
+    suspected = np.flatnonzero(scores.classes > config.anomaly)
+    view.watch.judge(scores)
     view.watch.observe(1, victim.variables, suspected=suspected, **patches.shown())
     if len(suspected) == 0:
         return victim.variables
