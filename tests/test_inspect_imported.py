@@ -31,8 +31,10 @@ def test_an_imported_model_is_looked_into_with_the_trigger_that_is_given(models,
     again = bdjax(capsys, "evaluate", models[1], *TRIGGER, "--json")
     tried = json.loads(again.splitlines()[-1])
     assert {k: tried[k] for k in ("acc", "asr")} == {k: found["rates"]["purified"][k] for k in ("acc", "asr")}
-    own = json.loads(bdjax(capsys, "inspect", finished[0] / "victim", finished[0], "--out", tmp_path / "own", "--json",
-                           "--count", 20).splitlines()[-1])  # fmt: skip
+    own = json.loads(bdjax(capsys, "inspect", finished[0] / "victim", finished[0], "--json", "--count", 20)
+                     .splitlines()[-1])  # fmt: skip
+    beside = finished[0].with_name(f"{finished[0].name}-inspection")
+    assert json.loads((beside / "inspection.json").read_text()) == own and (beside / "inspection.png").is_file()
     theirs = found["layers"][0]["tac"]["top"]["victim"]
     np.testing.assert_allclose(theirs, own["layers"][0]["tac"]["top"]["victim"], rtol=0.5)
     assert [row["name"] for row in found["layers"]] == [row["name"] for row in own["layers"]]

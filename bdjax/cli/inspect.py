@@ -11,7 +11,7 @@ from bdjax.cli._common import chosen, parse, ready, say
 from bdjax.options import Common
 
 ORDER = 47
-USAGE = "VICTIM_DIR PURIFIED_DIR [CLEAN_DIR] [--dataset D] [--attack ATTACK --attack.FIELD ..] --out DIR"
+USAGE = "VICTIM_DIR PURIFIED_DIR [CLEAN_DIR] [--dataset D] [--attack ATTACK --attack.FIELD ..] [--out DIR]"
 SUMMARY = "what a defense did inside a victim"
 
 
@@ -25,8 +25,9 @@ class Flags(Common):
     """What a defense made of it."""
     clean: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[CLEAN_DIR]")] = None
     """From `bdjax train clean` with the victim's flags and another seed; without it there is no BEC."""
-    out: Path
-    """Directory of inspection.json and inspection.png; those that stand there are replaced."""
+    out: Path | None = None
+    """Directory of inspection.json and inspection.png; those that stand there are replaced. Default:
+    PURIFIED_DIR-inspection."""
     dataset: str | None = None
     """Where the victim's data set lies now, if it has moved. An imported model needs one, and `--attack ATTACK
     --attack.FIELD ..` for the trigger to look for."""
@@ -45,7 +46,8 @@ def main(argv: list[str]) -> None:
     from bdjax import inspection
     from bdjax.report import inspection as report
 
-    report.check_directory(options.out)
+    out = options.out or options.purified.with_name(f"{options.purified.name}-inspection")
+    report.check_directory(out)
     with ready(options) as context:
         models = options.victim, options.purified, options.clean
         drawn = {"count": options.count, "seed": options.seed, "share": options.share}
@@ -53,6 +55,6 @@ def main(argv: list[str]) -> None:
             *models, options.dataset, **drawn, attack=attack, attack_config=getattr(options, "attack", None),
             tick=context.tick,
         )  # fmt: skip
-    say(report.write(result, options.out))
+    say(report.write(result, out))
     if options.json:
         say(json.dumps(result))
