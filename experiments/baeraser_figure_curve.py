@@ -7,7 +7,8 @@ Every run leaves the curve in result.json ("rounds", one a step) and the trigger
 one step of SGD here, with ω computed before each: the literal reading of the paper's algorithm. Data, MODEL and EPOCHS
 as in baeraser_table1.py, whose victims of 3x3 triggers these are.
 
-Not run so far. To expect: ASR falls first and ACC comes back ("about 8 iterations", of what the paper does not say).
+To expect: ASR falls first and ACC comes back ("about 8 iterations", of what the paper does not say). Here (BadNets,
+`cnn`, one seed): experiments/results/baeraser_figure_curve.
 """
 
 import json

@@ -7,7 +7,8 @@
 From 1 to 10 % of the number of training images, drawn from the test set. Data, MODEL and EPOCHS as in
 baeraser_table1.py, whose victims of 3x3 triggers these are. The tables' CSV has no numbers of this figure.
 
-Not run so far. To expect: less clean data, lower ACC and higher ASR; 500 images still take most of the ASR away.
+To expect: less clean data, lower ACC and higher ASR; 500 images still take most of the ASR away. Here (BadNets, `cnn`,
+one seed): experiments/results/baeraser_figure_holding.
 """
 
 import json
@@ -48,10 +49,12 @@ def draw(runs: Path, path: Path) -> None:
         for attack in sorted({result["attack"] for result in results}):
             own = [result for result in results if result["attack"] == attack]
             sizes = sorted({result["n_defender"] for result in own})
-            each = [[result["after"][rate] for result in own if result["n_defender"] == size] for size in sizes]
-            axis.plot(sizes, [100 * sum(values) / len(values) for values in each], marker="o", label=attack)
-        axis.set(xlabel="clean images", ylabel=f"{rate.upper()}, %")
-        axis.legend()
+            for when, style in (("before", "--"), ("after", "o-")):
+                each = [[result[when][rate] for result in own if result["n_defender"] == size] for size in sizes]
+                means = [100 * sum(values) / len(values) for values in each]
+                axis.plot(sizes, means, style, label=f"{attack}, {when}")
+        axis.set(xlabel="clean images", ylabel=f"{rate.upper()}, %", ylim=(-2, 102))
+        axis.legend(loc="center right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
