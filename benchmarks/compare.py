@@ -177,7 +177,8 @@ def _bdjax_until(request: dict[str, Any]) -> Any:
     problem = Path(request["problem"])
     interop.export_model(directory, "safetensors", problem.with_suffix(".safetensors"))
     np.savez(
-        problem, model=suspect.victim.model.name, shape=suspect.victim.model.shape, images=own.images,
+        problem, model=suspect.victim.model.name, shape=suspect.victim.model.shape,
+        classes=suspect.victim.model.classes, images=own.images,
         labels=own.labels, triggered=own.triggered, wanted=own.wanted, eligible=own.eligible,
         clean_images=own.clean_images, clean_labels=own.clean_labels,
     )  # fmt: skip

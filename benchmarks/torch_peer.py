@@ -48,7 +48,7 @@ class Job(NamedTuple):
 class SmallVGG(nn.Module):
     """I-BAU's: three blocks of two convolutions with batch normalisation and ELU, pooling, dropout; one dense layer."""
 
-    def __init__(self, shape: tuple[int, int, int], width: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], width: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         before = shape[2]
@@ -59,7 +59,7 @@ class SmallVGG(nn.Module):
                 before = after
             layers += [nn.MaxPool2d(2), nn.Dropout(rate)]
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(before * (shape[0] // 8) * (shape[1] // 8), CLASSES)
+        self.classifier = nn.Linear(before * (shape[0] // 8) * (shape[1] // 8), classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, C, H, W] to logits."""
@@ -69,7 +69,7 @@ class SmallVGG(nn.Module):
 class SmallCNN(nn.Sequential):
     """Three convolutions without biases, each pooled, normalised and through an ELU; one dense layer."""
 
-    def __init__(self, shape: tuple[int, int, int], width: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], width: int, classes: int) -> None:
         layers: list[nn.Module] = []
         before = shape[2]
         for after in (width, 2 * width, 4 * width):
@@ -80,7 +80,7 @@ class SmallCNN(nn.Sequential):
                 nn.ELU(),
             ]
             before = after
-        super().__init__(*layers, nn.Flatten(), nn.Linear(before * (shape[0] // 8) * (shape[1] // 8), CLASSES))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(before * (shape[0] // 8) * (shape[1] // 8), classes))
 
 
 class Block(nn.Module):
@@ -105,7 +105,7 @@ class Block(nn.Module):
 class ResNet18(nn.Module):
     """With the stem for CIFAR: one 3x3 convolution, no pooling."""
 
-    def __init__(self, shape: tuple[int, int, int], width: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], width: int, classes: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(shape[2], width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         before = width
@@ -114,7 +114,7 @@ class ResNet18(nn.Module):
             first = Block(before, after, 2 if stage else 1)
             setattr(self, f"layer{stage + 1}", nn.Sequential(first, Block(after, after, 1)))
             before = after
-        self.linear = nn.Linear(before, CLASSES)
+        self.linear = nn.Linear(before, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, C, H, W] to logits."""
@@ -124,12 +124,12 @@ class ResNet18(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def network(name: str, sizes: Any) -> nn.Module:
+def network(name: str, sizes: Any, classes: int = CLASSES) -> nn.Module:
     """A network of that name on the device, in training mode."""
     torch.manual_seed(0)
     kinds: dict[str, tuple[Any, int]] = {"small_vgg": (SmallVGG, 32), "resnet18": (ResNet18, 64), "cnn": (SmallCNN, 16)}
     kind, width = kinds[name]
-    return kind(tuple(sizes.shape), sizes.width or width).to(DEVICE)
+    return kind(tuple(sizes.shape), sizes.width or width, classes).to(DEVICE)
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -361,7 +361,7 @@ def until(problem: str, rounds: int, goal: float) -> Job:
     """Rounds of the release on an exported victim until the ASR is below `goal`; measuring is not timed."""
     given = np.load(problem)
     sizes = SimpleNamespace(shape=tuple(int(n) for n in given["shape"]), width=None)
-    model = network(str(given["model"]), sizes)
+    model = network(str(given["model"]), sizes, int(given["classes"]))
     left = model.load_state_dict(weights(problem.replace(".npz", ".safetensors")), strict=False)
     wrong = [name for name in (*left.missing_keys, *left.unexpected_keys) if "num_batches_tracked" not in name]
     if wrong:
