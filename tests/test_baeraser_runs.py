@@ -108,7 +108,8 @@ def test_the_figure_of_clean_images_is_drawn_from_results(tmp_path):
     for place, (attack, size) in enumerate([("badnets", 500), ("badnets", 2500), ("imc", 500)]):
         run = tmp_path / f"runs/{place}"
         run.mkdir(parents=True)
-        result = {"attack": attack, "n_defender": size, "after": {"acc": 0.5, "asr": 0.1}}
+        rates = {"before": {"acc": 0.6, "asr": 0.9}, "after": {"acc": 0.5, "asr": 0.1}}
+        result = {"attack": attack, "n_defender": size, **rates}
         (run / "result.json").write_text(json.dumps(result))
     module.draw(tmp_path / "runs", tmp_path / "h.png")
     with Image.open(tmp_path / "h.png") as picture:

@@ -69,7 +69,7 @@ def test_the_terminal_tells_all_three(seen):
 
 def test_a_defense_that_judged_on_its_way_is_not_asked_again(blobs_npz, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(neural_cleanse, "detect", lambda *_: pytest.fail("asked again"))
-    argv = ["run", "badnets", "neural_cleanse", "--dataset", blobs_npz, *FAST, "--out", tmp_path / "d", "--json"]
+    argv = ["run", "badnets", "neural_cleanse", "--dataset", blobs_npz, *FLAGS, "--out", tmp_path / "d", "--json"]
     short = ["--defense.epochs", "1", "--defense.unlearning-epochs", "1"]
     found = json.loads(bdjax(capsys, *argv, *short).splitlines()[-1])["detection"]
     assert len(found["classes"]) == 4 and found["truth"]["poisoned"]
