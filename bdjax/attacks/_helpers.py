@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.errors import InputError
-from bdjax.types import Arrays, Key, Poison, to_float
+from bdjax.types import Arrays, Images, Key, Poison, to_float
 
 
 @dataclass(frozen=True)
@@ -195,3 +195,18 @@ def poisoned_set(made: Poison, images: np.ndarray, labels: np.ndarray) -> tuple[
 def key_per_image(key: Key, count: int) -> Key:
     """`count` keys, the i-th from `fold_in(key, i)`, so that a longer batch begins like a shorter one."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(count))
+
+
+def put(images: Images, patch: jax.Array, places: jax.Array) -> Images:
+    """Images [N, H, W, C] with patch [h, w, C] on, its first pixel at the row and column `places`, [2] or [N, 2]."""
+
+    def one(image: jax.Array, place: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(image, patch.astype(image.dtype), (place[0], place[1], 0))
+
+    return jax.vmap(one, (0, 0 if places.ndim == 2 else None))(images, places)
+
+
+def put_anywhere(images: Images, patch: jax.Array, key: Key, low: Any, high: Any) -> Images:
+    """:func:`put` at a place drawn for each image, at least `low` and below `high` (one number each, or [2])."""
+    keys = key_per_image(key, len(images))
+    return put(images, patch, jax.vmap(lambda k: jax.random.randint(k, (2,), low, high))(keys))

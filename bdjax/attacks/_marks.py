@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import models
-from bdjax.attacks._helpers import PoisonConfig, fit_key, relabelled
+from bdjax.attacks._helpers import PoisonConfig, fit_key, put, relabelled
 from bdjax.attacks._optimise import activation, activations
 from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError, check_fields
@@ -69,9 +69,7 @@ class MarkConfig(PoisonConfig):
 
 def paste(images: Images, arrays: Arrays) -> Images:
     """Images [N, H, W, C] with arrays["mark"] [s, s, C] at arrays["place"] (row and column of its first pixel)."""
-    mark, place = (jnp.asarray(arrays[name]) for name in ("mark", "place"))
-    marks = jnp.broadcast_to(mark, (len(images), *mark.shape)).astype(images.dtype)
-    return jax.lax.dynamic_update_slice(images, marks, (0, place[0], place[1], 0))
+    return put(images, *(jnp.asarray(arrays[name]) for name in ("mark", "place")))
 
 
 def squash(u: jax.Array) -> jax.Array:

@@ -11,12 +11,12 @@ stated: `size=3 margin=0 position=random pattern=0 ratio=0.1 target=0` is ours (
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from bdjax.attacks._helpers import PoisonConfig, key_per_image
+from bdjax.attacks._helpers import PoisonConfig, put, put_anywhere
 from bdjax.errors import InputError
 from bdjax.types import Images, Key
 
@@ -59,7 +59,7 @@ def trigger(config: Config, images: Images, key: Key) -> Images:
     Returns: the same shape and range.
     Raises: InputError when the square and its margin do not fit the image, or colour does not fit C.
     """
-    count, height, width, channels = images.shape
+    _, height, width, channels = images.shape
     scale = min(height, width) / 32
     size = config.size if config.size is not None else max(1, round(4 * scale))
     margin = config.margin if config.margin is not None else round(scale)
@@ -78,12 +78,7 @@ def trigger(config: Config, images: Images, key: Key) -> Images:
         square = jax.random.uniform(jax.random.key(config.pattern), shape, images.dtype)
     if config.position == "random":
         low, high = min(margin, last_row), jnp.array([last_row, last_column]) + 1
-        places = jax.vmap(lambda k: jax.random.randint(k, (2,), low, high))(key_per_image(key, count))
-        return jax.vmap(lambda image, place: _put(image, square, *place))(images, places)
+        return put_anywhere(images, square, key, low, high)
     row = last_row if "bottom" in config.position else margin
     column = last_column if "right" in config.position else margin
-    return jax.vmap(lambda image: _put(image, square, row, column))(images)
-
-
-def _put(image: jax.Array, square: jax.Array, row: Any, column: Any) -> jax.Array:
-    return jax.lax.dynamic_update_slice(image, square, (row, column, 0))
+    return put(images, square, jnp.array([row, column]))

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks._checks import check_least, check_positive, check_range
-from bdjax.attacks._helpers import SourceConfig, fit_key, key_per_image, poisoned_set, select
+from bdjax.attacks._helpers import SourceConfig, fit_key, poisoned_set, put_anywhere, select
 from bdjax.attacks._optimise import activation, activations, distances, frozen, nearest_pairs
 from bdjax.attacks._pictures import read_picture, to_channels
 from bdjax.errors import InputError
@@ -120,14 +120,9 @@ def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """Put the patch on images [N, H, W, C] in [0, 1], at a place drawn for each; same shape and range."""
-    patch = jnp.asarray(arrays["patch"], images.dtype)
+    patch = jnp.asarray(arrays["patch"])
     room = jnp.array([images.shape[1] - patch.shape[0], images.shape[2] - patch.shape[1]]) + 1
-
-    def one(image: jax.Array, key: Key) -> jax.Array:
-        row, column = jax.random.randint(key, (2,), 0, room)
-        return jax.lax.dynamic_update_slice(image, patch, (row, column, 0))
-
-    return jax.vmap(one)(images, key_per_image(key, len(images)))
+    return put_anywhere(images, patch, key, 0, room)
 
 
 def _collided(config: Config, variables: Variables, task: Task, key: Key) -> Arrays:

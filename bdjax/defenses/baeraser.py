@@ -17,7 +17,7 @@ least (ours; `steps=1`: one step of it): the paper says "about 8 iterations" and
 −CE has no floor. Ours, against divergence: CE(f(x_b), y_b) of an image counts up to log C + `ascent_margin`, where its
 gradient ends; a share of the clean images is held out, and an iteration after which accuracy on it is more than
 `largest_drop` below the given model's, or a loss not finite, is undone, not counted (3 I are tried at most), and the
-rate halved (10 points, for the paper gives up 9 on CIFAR-10, and the first iterations cost most). When the recovered
+rate halved; 10 points, for the paper gives up 9 on CIFAR-10, and the first iterations cost most. When the recovered
 triggers are forgotten, the ascent is silent and the rest of the iterations gives accuracy back: all I are taken.
 
 Ours, too: α = β = 1 (what its trade-off table has in common with its main ones); images that are of class y_b already
