@@ -37,51 +37,55 @@ OUT = Path(os.environ.get("OUT", "runs/bibau_table2"))
 SEEDS = tuple(int(seed) for seed in os.environ.get("SEEDS", "0,1,2").split(","))
 UNLEARN = int(os.environ.get("UNLEARN", "20"))
 SIZE = int(os.environ["SIZE"]) if "SIZE" in os.environ else None
-COUNTS = {"BadNets": 5, "WaNet": 5, "IAD": 5, "ISSBA": 5, "Blended": 1}  # poisoned images of RA; 2 elsewhere
+COUNTS = {"BadNets": 5, "WaNet": 5, "IAD": 5, "ISSBA": 5, "Blended": 1}  # poisoned images of RA
+OTHERWISE = 5 if table1.DATA == "gtsrb" else 2
 
 
 # Where the paper's constants are lost and the defaults are the sheet's guesses: chosen on the validation images.
 CHOSEN: dict[str, Any] = {"likelihood": 0.1, "ewc": 1e-5, "clip": 100.0, "batch_size": 64}
 
 
-def _bibau(variant: Any) -> Callable[[str], Any]:
-    return lambda name: bibau.Config(
-        variant, preset=table1.ATTACKS[name][2], epochs=UNLEARN, norm=table1.NORM, **CHOSEN
-    )
+Rows = dict[str, tuple[str, Callable[[str], Any]] | None]
+"""A row's label: the defense and its Config for an attack of table1.ATTACKS; None: the victim itself."""
 
 
-DEFENSES: dict[str, tuple[str, Callable[[str], Any]] | None] = {
+def of_bibau(**changes: Any) -> tuple[str, Callable[[str], Any]]:
+    """A row of BI-BAU with what was chosen, changed so."""
+    given = {"epochs": UNLEARN, "norm": table1.NORM} | CHOSEN | changes
+    return "bibau", lambda name: bibau.Config(preset=table1.ATTACKS[name][2], **given)
+
+
+DEFENSES: Rows = {
     "none": None,
     "I-BAU": ("ibau", lambda name: config_of("defenses", "ibau")()),
     "IBU": ("ibu", lambda name: config_of("defenses", "ibu")()),
-    "BI-BAU (T)": ("bibau", _bibau("targeted")),
-    "BI-BAU (U)": ("bibau", _bibau("untargeted")),
+    "BI-BAU (T)": of_bibau(variant="targeted"),
+    "BI-BAU (U)": of_bibau(),
 }
-ROWS = [row for row in os.environ.get("ROWS", ",".join(DEFENSES)).split(",") if row]
 
 
-def main(names: list[str]) -> None:
-    """Run the attacks' rows, then write table.md from what is in OUT."""
-    names = names or ["BadNets", "Blended", "IAD"]
-    for kind, given, known in (("attack", names, table1.ATTACKS), ("row", ROWS, DEFENSES)):
-        if unknown := [name for name in given if name not in known]:
-            raise SystemExit(f"no {kind} {', '.join(unknown)}. Known: {', '.join(known)}.")
+def main(names: list[str], known: Rows = DEFENSES) -> None:
+    """Run the attacks' rows, those of `known` that ROWS names or all, then write table.md from what is in OUT."""
+    chosen = [row for row in os.environ.get("ROWS", ",".join(known)).split(",") if row]
+    for kind, given, all_ in (("attack", names, table1.ATTACKS), ("row", chosen, known)):
+        if unknown := [name for name in given if name not in all_]:
+            raise SystemExit(f"no {kind} {', '.join(unknown)}. Known: {', '.join(all_)}.")
     OUT.mkdir(parents=True, exist_ok=True)
     source = _validation(table1.SOURCE) if os.environ.get("VALIDATE") else table1.SOURCE
     for seed in SEEDS:
         for name in names:
-            for row in ROWS:
-                path = OUT / f"{name}-{seed}-{''.join(c for c in row if c.isalnum() or c == '-')}.json"
+            for row in chosen:
+                path = OUT / f"{name}-{seed}-{''.join(c for c in row if c.isalnum() or c in '-+.')}.json"
                 if not path.exists():
-                    found = one(name, row, seed, source)
+                    found = one(name, row, known[row], seed, source)
                     checkpoint.write_text(path, json.dumps(found, indent=1) + "\n")
                     sys.stdout.write(f"{json.dumps(found['rates'])} {name} {row} {seed}\n")
                     sys.stdout.flush()
     rows = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
-    checkpoint.write_text(OUT / "table.md", table(rows))
+    checkpoint.write_text(OUT / "table.md", table(rows, list(known)))
 
 
-def one(name: str, row: str, seed: int, source: str) -> dict[str, Any]:
+def one(name: str, row: str, defense: Any, seed: int, source: str) -> dict[str, Any]:
     """Plant or find the victim, purify it, attack it twice. Rates are fractions."""
     attack, changes, _ = table1.ATTACKS[name]
     planted = config_of("attacks", attack)(**changes)
@@ -89,12 +93,12 @@ def one(name: str, row: str, seed: int, source: str) -> dict[str, Any]:
     experiment = Experiment(attack, None, source, table1.MODEL, seed, planted, fit=table1.RECIPE, split=split)
     context = Context(1, store=OUT / "victims")
     directory = train(experiment, run.victim_directory_of(experiment, OUT), context)
-    if (defense := DEFENSES[row]) is not None:
+    if defense is not None:
         defending = Experiment(
             attack, defense[0], source, table1.MODEL, seed, planted, defense[1](name), table1.RECIPE, split
         )
         result, directory = run.run(defending, OUT, context=context)
-    retuned = {"retuning": retuning.Config(count=5 if table1.DATA == "gtsrb" else COUNTS.get(name, 2))}
+    retuned = {"retuning": retuning.Config(count=COUNTS.get(name, OTHERWISE))}
     again = {
         which: reactivation.reactivate(
             directory, which, retuned.get(which), seed=seed, earlier=retuned, control=defense is None, context=context
@@ -139,13 +143,13 @@ def _validation(source: str) -> str:
     return f"npz:{path}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], labels: list[str]) -> str:
     """Mean and standard deviation over seeds of every attack and row, in percent, as Markdown."""
     lines = ["| attack | defense | seeds | ACC | ASR | R-ACC | R-ASR | Q-ASR |", "|---|---|---|---|---|---|---|---|"]
     whats = (("before", "acc"), ("before", "asr"), ("ra", "acc"), ("ra", "asr"), ("qra", "asr"))
     for name in dict.fromkeys(row["attack"] for row in rows):
         own = [row for row in rows if row["attack"] == name]
-        groups = {label: [row["rates"] for row in own if row["row"] == label] for label in DEFENSES}
+        groups = {label: [row["rates"] for row in own if row["row"] == label] for label in ["none", *labels]}
         if not groups["none"]:
             groups["none"] = list({row["seed"]: {"before": row["victim"]} for row in own}.values())
         groups["clean model"] = [row["clean"] for row in own if row["clean"]]
@@ -163,4 +167,4 @@ def _spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:] or ["BadNets", "Blended", "IAD"])

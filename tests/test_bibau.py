@@ -19,7 +19,7 @@ from bdjax.engine import parallel
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
 from bdjax.models import head, penultimate
-from bdjax.types import DefenderView, Victim, Watch
+from bdjax.types import DefenderView, Victim, Watch, to_float
 
 KEY = jax.random.key(0)
 MODEL = perceptron()
@@ -223,6 +223,40 @@ def test_the_switches_are_the_rows_of_table_6(a, b, victim, view):
     base = run()
     assert bool((run(ewc=5.0) != base).any()) == a and bool((run(likelihood=9.0) != base).any()) == a
     assert bool((run(inverse_ewc=5.0) != base).any()) == b and bool((run(prior=9.0) != base).any()) == b
+
+
+def one_step(victim, view, model=MODEL, **changes):
+    """The variables after a single step on all 40 images."""
+    config = bibau.Config(epochs=1, batch_size=40, steps=1, constraints_a=False, constraints_b=False, **changes)
+    return bibau.purify(config, dataclasses.replace(victim, model=model), view, KEY)
+
+
+def test_separate_statistics_are_those_of_the_clean_images_alone(view):
+    model = models.create("cnn", (8, 8, 1), 4)
+    normed = Victim(model, model.init(KEY))
+    images = to_float(view.images)
+
+    def followed(images):
+        return model.apply(normed.variables, images, True)[2]
+
+    found = {kind: one_step(normed, view, model, batch_norm=kind) for kind in ("separate", "batch", "frozen")}
+    stats = {kind: variables["batch_stats"] for kind, variables in found.items()}
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), stats["separate"], followed(images))
+    jax.tree.map(assert_array_equal, stats["frozen"], normed.variables["batch_stats"])
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), stats["batch"], stats["separate"])
+    assert max(jax.tree.leaves(gaps)) > 1e-4
+    still = {kind: one_step(normed, view, model, batch_norm=kind, noise=0.0, step_size=1e-9) for kind in found}
+    for kind in ("separate", "batch"):  # where nothing has moved they are one
+        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), still[kind]["params"], still["batch"]["params"])
+
+
+def test_a_cosine_begins_at_the_peak_and_falls(victim, view):
+    def run(schedule, epochs):
+        config = bibau.Config(epochs=epochs, batch_size=40, steps=1, schedule=schedule, learning_rate=0.1)
+        return bibau.purify(config, victim, view, KEY)["params"]["body"]
+
+    assert_array_equal(run("cosine", 1), run("constant", 1))
+    assert bool((run("cosine", 2) != run("constant", 2)).any())
 
 
 def test_targeted_leaves_images_of_the_target_out(victim, view):

@@ -53,6 +53,7 @@ from bdjax.defenses._fisher import ewc, fisher
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import Name, direction
+from bdjax.engine.optimizer import rates as rates_of
 from bdjax.errors import InputError, check_fields
 from bdjax.models import head, penultimate
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
@@ -108,9 +109,12 @@ class Config:
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Of θ; SGD with momentum 0.9."""
     learning_rate: float = 1e-2
-    """Of θ."""
-    batch_norm: Literal["batch", "frozen"] = "batch"
-    """Statistics in the outer step: the batch's, clean and adversarial together (the running ones follow), or θ_b's."""
+    """Of θ, at its peak."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate, over all steps; cosine ends at zero."""
+    batch_norm: Literal["batch", "separate", "frozen"] = "batch"
+    """Statistics in the outer step: the batch's, clean and adversarial together; the clean images' and the adversarial
+    ones' own (the running ones follow both, or the clean ones alone); or θ_b's, which stay."""
     fisher_cap: float = 100.0
     """Largest entry of a Fisher whose mean is one. Ours: a few weights stand 1e4 times above the mean, and SGD with
     momentum diverges on the quadratic of EWC once 2 λ3 entry learning_rate > 3.8."""
@@ -162,14 +166,16 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     state = {"params": jax.tree.map(jnp.copy, original["params"]), "stats": jax.tree.map(jnp.copy, original["stats"])}
     state["opt"] = direction(config.optimizer, 0.9).init(state["params"])
     step, number = _outer(model, static), total // size
+    rates = rates_of(config.schedule, config.learning_rate, config.epochs * number)
     for epoch in range(config.epochs):
         epoch_key = jax.random.fold_in(key, epoch + 1)
         order = jax.random.permutation(jax.random.fold_in(epoch_key, 0), total)[: number * size]
         keys = jax.random.split(jax.random.fold_in(epoch_key, 1), (number, size))
         split = {"index": order.reshape(number, size), "start": keys}
+        whole = {"rate": jnp.asarray(rates[epoch * number : (epoch + 1) * number])}
         tick = partial(view.watch.tick, f"BI-BAU epoch {epoch + 1} of {config.epochs}")
-        state, metrics = run_epoch(step, state, split, {}, shared, tick=tick)
-        check_finite(metrics["loss"], config.learning_rate, epoch * number, "outer loss", "defense.learning_rate")
+        state, metrics = run_epoch(step, state, split, whole, shared, tick=tick)
+        check_finite(metrics["loss"], whole["rate"], epoch * number, "outer loss", "defense.learning_rate")
         variables = {"params": state["params"], "batch_stats": state["stats"]}
         some = slice(0, min(4, total))
         shown = to_float(view.images[some])
@@ -191,7 +197,7 @@ def inverse_ewc(distance: jax.Array, clip: Any, form: str) -> jax.Array:
 
 _DYNAMIC = (
     "step_size", "bound", "noise", "likelihood", "prior", "ewc", "inverse_ewc", "clip", "temperature", "mixing",
-    "angle", "learning_rate",
+    "angle",
 )  # fmt: skip
 
 
@@ -273,10 +279,15 @@ def _outer(model: Model, static: _Static) -> Callable:
         weight = jnp.ones(len(labels))
         if static.variant == "targeted":
             weight = (labels != static.target).astype(jnp.float32)
-        both, train = jnp.concatenate([images, moved]), static.batch_norm == "batch"
+        train = static.batch_norm != "frozen"
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, _, stats = model.apply({"params": params, "batch_stats": state["stats"]}, both, train, None, axis)
+            of = partial(model.apply, {"params": params, "batch_stats": state["stats"]})
+            if static.batch_norm == "separate":
+                logits, _, stats = of(images, train, None, axis)
+                logits = jnp.concatenate([logits, of(moved, train, None, axis)[0]])
+            else:
+                logits, _, stats = of(jnp.concatenate([images, moved]), train, None, axis)
             each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.concatenate([labels, labels]))
             clean = each[: len(labels)].mean()
             moved_ = (each[len(labels) :] * weight).sum() / jnp.maximum(weight.sum(), 1)
@@ -292,7 +303,7 @@ def _outer(model: Model, static: _Static) -> Callable:
         (_, (metrics, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
         gradient, metrics = parallel.average((gradient, metrics), axis)
         update, opt = direction(static.optimizer, 0.9).update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - hyper["learning_rate"] * u, state["params"], update)
+        params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
         return {"params": params, "stats": stats, "opt": opt}, metrics
 
     return step

@@ -13,11 +13,11 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bdjax.engine import parallel
 from bdjax.engine.epoch import Mode, check_finite, run_epoch
 from bdjax.engine.optimizer import Name, direction
+from bdjax.engine.optimizer import rates as schedule
 from bdjax.engine.step import draw, training_step
 from bdjax.errors import InputError
 from bdjax.types import Control, Key, Model, Variables, Watch
@@ -147,7 +147,7 @@ def fit_controlled(
         curve = np.array(state.pop("curve"))
         for epoch in range(begun):
             watch.recall(epoch + 1, train_loss=curve[epoch, 0], train_accuracy=curve[epoch, 1])
-    rates = _rates(config, steps)
+    rates = schedule(config.schedule, config.learning_rate, config.epochs * steps)
     shared = {
         "images": jnp.asarray(images),
         "labels": jnp.asarray(labels),
@@ -184,16 +184,3 @@ def _counted(watch: Watch, stage: str, before: int, total: int) -> Callable[[int
 def _init(model: Model, optimizer: Name, key: Key, start: Variables | None) -> dict[str, Any]:
     given = jax.tree.map(jnp.array, {**start}) if start else jax.jit(model.init)(key)
     return {**given, "opt_state": direction(optimizer, jnp.float32(0)).init(given["params"])}
-
-
-def _rates(config: FitConfig, steps: int) -> np.ndarray:
-    """Learning rate of every step of the run, float32 [epochs * steps]."""
-    total = config.epochs * steps
-    if config.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(config.learning_rate, total)
-    elif config.schedule == "step":
-        schedule = optax.piecewise_constant_schedule(config.learning_rate, {total // 2: 0.1, total * 3 // 4: 0.1})
-    else:
-        schedule = optax.constant_schedule(config.learning_rate)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes its step counter with floats
-        return np.broadcast_to(np.asarray(schedule(jnp.arange(total)), np.float32), (total,))
