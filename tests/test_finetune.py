@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bdjax import models
 from bdjax.defenses import actft, finetune
+from bdjax.defenses._relay import Relay
 from bdjax.defenses._tuning import tune
 from bdjax.engine import FitConfig, fit, parallel
 from bdjax.errors import InputError
@@ -48,6 +49,33 @@ class Seen(Watch):
     def observe(self, step, variables, **arrays):
         self.steps.append((step, jax.tree.map(np.array, variables)))
         self.losses.append(arrays.get("loss"))
+
+
+def test_a_watch_before_another_hands_everything_on():
+    heard = []
+
+    class All(Watch):
+        def tick(self, *given):
+            heard.append(("tick", *given))
+
+        def observe(self, step, variables, **arrays):
+            heard.append(("observe", step, variables, arrays))
+
+        def recall(self, step, **values):
+            heard.append(("recall", step, values))
+
+        def judge(self, scores):
+            heard.append(("judge", scores))
+
+    assert {name for name in vars(Watch) if name[0] != "_"} == {"tick", "observe", "recall", "judge"}
+    relay = Relay(All())
+    relay.tick("stage", 1, 2)
+    relay.observe(3, {}, loss=0.5)
+    relay.recall(4, loss=0.25)
+    relay.judge("scores")
+    assert heard == [
+        ("tick", "stage", 1, 2), ("observe", 3, {}, {"loss": 0.5}), ("recall", 4, {"loss": 0.25}), ("judge", "scores"),
+    ]  # fmt: skip
 
 
 # --- fine-tuning

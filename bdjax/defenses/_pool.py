@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.defenses._relay import Relay
 from bdjax.types import Images, Key, Variables, Watch
 
 
@@ -45,19 +46,16 @@ class Pool(NamedTuple):
         }
 
 
-class Showing(Watch):
+class Showing(Relay):
     """A watch that shows a pool beside whatever it is shown."""
 
     def __init__(self, watch: Watch, pool: Pool) -> None:
-        self._watch, self._shown = watch, pool.shown()
-
-    def tick(self, stage: str, done: int, total: int) -> None:
-        """Pass progress on."""
-        self._watch.tick(stage, done, total)
+        super().__init__(watch)
+        self._shown = pool.shown()
 
     def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
         """Pass it on with the pool."""
-        self._watch.observe(step, variables, **arrays, **self._shown)
+        super().observe(step, variables, **arrays, **self._shown)
 
 
 def draw(pool: Pool, keys: Key) -> tuple[jax.Array, jax.Array, Any]:

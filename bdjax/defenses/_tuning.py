@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from bdjax.defenses._batch import batch_of
+from bdjax.defenses._relay import Relay
 from bdjax.engine import FitConfig, fit
 from bdjax.types import Key, Variables, Victim, Watch
 
@@ -29,16 +30,13 @@ def tune(
     )  # fmt: skip
 
 
-class _Later(Watch):
+class _Later(Relay):
     """A watch that was shown some steps before."""
 
     def __init__(self, watch: Watch, before: int) -> None:
-        self._watch, self._before = watch, before
-
-    def tick(self, stage: str, done: int, total: int) -> None:
-        """Pass progress on."""
-        self._watch.tick(stage, done, total)
+        super().__init__(watch)
+        self._before = before
 
     def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
         """Pass the variables on, as of a later step."""
-        self._watch.observe(self._before + step, variables, **arrays)
+        super().observe(self._before + step, variables, **arrays)
