@@ -11,6 +11,7 @@ stride is 1, the padding keeps the size and the kernel is odd and square, both d
 and the derivatives of `kernel_gradient` are `conv` again, so the pair is closed under differentiation.
 """
 
+from functools import reduce
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_FEW = 4  # channels of an image at most: what the first layer sends back to it
 _ROWS = 160  # of images that one convolution of the kernel's gradient takes: its working set stays in the cache
 
 
@@ -38,7 +40,18 @@ def _turned(w: jax.Array) -> jax.Array:
 
 
 def _conv(x: jax.Array, w: jax.Array) -> jax.Array:
+    if w.shape[-1] <= _FEW:
+        return _to_few(x, w)
     return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=_LAYOUT)
+
+
+def _to_few(x: jax.Array, w: jax.Array) -> jax.Array:
+    """One matrix product for all places of the kernel, then their sum, each shifted: XLA's convolution is made for more
+    channels (0.4 of its time for 16 to 3, 0.95 for 32 to 3)."""
+    side, (_, height, width, _) = len(w), x.shape
+    parts = jnp.pad(jnp.einsum("nhwi,abio->nhwabo", x, w), ((0, 0), *((side // 2,) * 2,) * 2, *((0, 0),) * 3))
+    total = reduce(jnp.add, (parts[:, a : a + height, b : b + width, a, b] for a in range(side) for b in range(side)))
+    return lax.optimization_barrier(total)  # or XLA computes the sum anew for each use: 1.7 times slower than before
 
 
 def _kernel_gradient(x: jax.Array, g: jax.Array, *, side: int) -> jax.Array:
