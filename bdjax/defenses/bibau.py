@@ -31,8 +31,9 @@ clipped", pushes away from θ_b where the backdoor is sensitive; `inverse="recip
 Constraint set A is the likelihood and EWC, B the prior and the inverse EWC: Table 6 is four settings of two switches.
 Fixed by the paper: 20 epochs, batches of 256, 20 steps of 2.0 within 25.0 in 0..255 units. The norm's letter is lost:
 L2 here. λ, T, α, ξ, c, the optimiser and its rate are lost: the defaults are the sheet's suggestions, marked below.
-Tried on GTSRB (experiments/results/bibau_table2): that L2 ball removes little, L∞ does, and a clip c of 100 with a
-λ3 of 1e-5 is what keeps R-ASR low; no setting so far meets every figure of the paper.
+Tried on GTSRB (experiments/results/bibau_table2): that L2 ball removes little, L∞ does. A rate of 0.05 that falls along
+a cosine, statistics of their own for clean and adversarial images and a gentle inverse EWC (λ4 0.01, c 100) keep R-ASR
+low, at more ACC than a constant 0.01; ACC stays further under the victim's than the paper's.
 θ is in evaluation mode inside the ascent and in training mode in the outer step, θ_b always in evaluation mode (ours).
 """
 
