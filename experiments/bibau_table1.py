@@ -6,7 +6,7 @@
 Data: BDJAX_CIFAR10 names the source (default tfds:cifar10); DATA=gtsrb takes BDJAX_GTSRB and no flips. MODEL=small_vgg
 and EPOCHS=n make it smaller than the paper's ResNet-18 and 200 epochs (SGD 0.1, a tenth of it from epoch 100 and again
 from 150, crops and flips); fewer than 50 epochs: Adam 2e-3 along a cosine, batches of 32, no augmentation. The table
-then marks the cells. NORM=linf reads the lost letter of the bound 25.0 otherwise.
+then marks the cells. NORM=l2 reads the lost letter of the bound 25.0 otherwise.
 
 Setting: 10 % poisoned, target 0 (the clean-label ones as their modules say, target 0); 5 % of the training images are
 the defender's. What of BI-BAU's constants is lost and what stands for it is in bdjax/defenses/bibau.py.
@@ -27,7 +27,7 @@ DATA = os.environ.get("DATA", "cifar10")
 SOURCE = os.environ.get(f"BDJAX_{DATA.upper()}", f"tfds:{DATA}")
 EPOCHS = int(os.environ.get("EPOCHS", "200"))
 MODEL = os.environ.get("MODEL", "resnet18")
-NORM: Any = os.environ.get("NORM", "l2")
+NORM: Any = os.environ.get("NORM", "linf")
 
 NAME = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}.get(DATA, DATA)
 TITLE = f"BI-BAU Table 1, {NAME}"

@@ -198,16 +198,17 @@ def test_the_first_step_has_a_finite_gradient_though_nothing_has_moved(victim):
     assert bool(jnp.isfinite(jax.grad(objective)(image)).all())
 
 
-def test_adversarial_images_stay_within_25_of_255(victim, view):
+@pytest.mark.parametrize(("norm", "order"), [("l2", 2), ("linf", np.inf)])
+def test_adversarial_images_stay_within_25_of_255(norm, order, victim, view):
     seen = {}
 
     class Look(Watch):
         def observe(self, step, variables, **arrays):
             seen.update(arrays)
 
-    config = bibau.Config(**FAST)
+    config = bibau.Config(**FAST, norm=norm)
     bibau.purify(config, victim, dataclasses.replace(view, watch=Look()), KEY)
-    sizes = 255 * np.linalg.norm(np.array(seen["perturbation"]).reshape(4, -1), axis=1)
+    sizes = 255 * np.linalg.norm(np.array(seen["perturbation"]).reshape(4, -1), order, axis=1)
     assert (sizes <= 25 + 1e-3).all() and (sizes > 3).all()
     assert {"loss", "clean_loss", "adversarial_loss", "ewc", "inverse_ewc"} <= set(seen)
 

@@ -135,7 +135,7 @@ def _bibau(sizes: Sizes) -> Job:
     config, found = bibau.Config(epochs=1, batch_size=sizes.adversarial, fisher_batch=8), []
 
     def keep(step: Any, state: Any, split: Any, whole: Any, shared: Any, **_: Any) -> Any:
-        found.append((step, state, jax.tree.map(lambda leaf: leaf[:1], split), whole, shared))
+        found.append((step, state, *jax.tree.map(lambda leaf: leaf[:1], (split, whole)), shared))
         raise _Kept
 
     try:

@@ -29,11 +29,11 @@ clipped", pushes away from θ_b where the backdoor is sensitive; `inverse="recip
 +λ4 min(c, 1 / (Σ F^u (θ − θ_b)² + ε)). Targeted: images of class y_t get no x'.
 
 Constraint set A is the likelihood and EWC, B the prior and the inverse EWC: Table 6 is four settings of two switches.
-Fixed by the paper: 20 epochs, batches of 256, 20 steps of 2.0 within 25.0 in 0..255 units. The norm's letter is lost:
-L2 here. λ, T, α, ξ, c, the optimiser and its rate are lost: the defaults are the sheet's suggestions, marked below.
-Tried on GTSRB (experiments/results/bibau_table2): that L2 ball removes little, L∞ does. A rate of 0.05 that falls along
-a cosine, statistics of their own for clean and adversarial images and a gentle inverse EWC (λ4 0.01, c 100) keep R-ASR
-low, at more ACC than a constant 0.01; ACC stays further under the victim's than the paper's.
+Fixed by the paper: 20 epochs, batches of 256, 20 steps of 2.0 within 25.0 in 0..255 units, whose norm's letter is lost.
+L∞ here: an L2 ball of that radius leaves a BadNets victim's ASR at 73 % on GTSRB and 99 % on digits. λ, T, α, ξ, c, the
+optimiser, its rate and schedule are lost as well. Chosen by ACC, ASR and R-ASR on validation images of other victims
+(experiments/results/bibau_table2): statistics of their own for clean and adversarial images, a rate of 0.05 that falls
+along a cosine and a gentle inverse EWC (λ4 0.01, c 100) keep R-ASR low at more ACC than a constant 0.01 does.
 θ is in evaluation mode inside the ascent and in training mode in the outer step, θ_b always in evaluation mode (ours).
 """
 
@@ -87,19 +87,19 @@ class Config:
     """Length of a step in units of 0..255."""
     bound: float = 25.0
     """Largest ‖x' − x‖ in units of 0..255."""
-    norm: Literal["l2", "linf"] = "l2"
+    norm: Literal["linf", "l2"] = "linf"
     """Of the step and the bound."""
     noise: float = 0.5
     """Standard deviation of the start around x, in units of 0..255."""
-    likelihood: float = 1.0
+    likelihood: float = 0.1
     """λ1."""
     prior: float = 1.0
     """λ2."""
-    ewc: float = 1.0
+    ewc: float = 1e-5
     """λ3."""
-    inverse_ewc: float = 1.0
+    inverse_ewc: float = 0.01
     """λ4."""
-    clip: float = 1.0
+    clip: float = 100.0
     """c, where the inverse EWC stops to pull; positive."""
     inverse: Literal["negated", "reciprocal"] = "negated"
     """Form of the inverse EWC (see above)."""
@@ -109,13 +109,13 @@ class Config:
     """α, weight of the distillation against the label; in [0, 1]."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Of θ; SGD with momentum 0.9."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 0.05
     """Of θ, at its peak."""
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine"] = "cosine"
     """Of the learning rate, over all steps; cosine ends at zero."""
-    batch_norm: Literal["batch", "separate", "frozen"] = "batch"
-    """Statistics in the outer step: the batch's, clean and adversarial together; the clean images' and the adversarial
-    ones' own (the running ones follow both, or the clean ones alone); or θ_b's, which stay."""
+    batch_norm: Literal["separate", "batch", "frozen"] = "separate"
+    """Statistics in the outer step: the clean images' and the adversarial ones' own (the running ones follow the clean
+    ones), those of both together, or θ_b's, which stay."""
     fisher_cap: float = 100.0
     """Largest entry of a Fisher whose mean is one. Ours: a few weights stand 1e4 times above the mean, and SGD with
     momentum diverges on the quadratic of EWC once 2 λ3 entry learning_rate > 3.8."""
