@@ -147,8 +147,8 @@ def table(rows: list[dict[str, Any]], labels: list[str]) -> str:
     for name in dict.fromkeys(row["attack"] for row in rows):
         own = [row for row in rows if row["attack"] == name]
         groups = {label: [row["rates"] for row in own if row["row"] == label] for label in ["none", *labels]}
-        if not groups["none"]:
-            groups["none"] = list({row["seed"]: {"before": row["victim"]} for row in own}.values())
+        alone = {row["seed"]: {"before": row["victim"]} for row in own}
+        groups["none"] = list((alone | {row["seed"]: row["rates"] for row in own if row["row"] == "none"}).values())
         groups["clean model"] = [row["clean"] for row in own if row["clean"]]
         for label, found in groups.items():
             if found:
