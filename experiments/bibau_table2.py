@@ -146,9 +146,10 @@ def table(rows: list[dict[str, Any]], labels: list[str]) -> str:
     whats = (("before", "acc"), ("before", "asr"), ("ra", "acc"), ("ra", "asr"), ("qra", "asr"))
     for name in dict.fromkeys(row["attack"] for row in rows):
         own = [row for row in rows if row["attack"] == name]
-        groups = {label: [row["rates"] for row in own if row["row"] == label] for label in ["none", *labels]}
-        alone = {row["seed"]: {"before": row["victim"]} for row in own}
-        groups["none"] = list((alone | {row["seed"]: row["rates"] for row in own if row["row"] == "none"}).values())
+        victims = {row["seed"]: {"before": row["victim"]} for row in own}
+        victims |= {row["seed"]: row["rates"] for row in own if row["row"] == "none"}
+        groups = {"none": list(victims.values())}
+        groups |= {label: [row["rates"] for row in own if row["row"] == label] for label in labels if label != "none"}
         groups["clean model"] = [row["clean"] for row in own if row["clean"]]
         for label, found in groups.items():
             if found:

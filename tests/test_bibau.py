@@ -226,29 +226,25 @@ def test_the_switches_are_the_rows_of_table_6(a, b, victim, view):
     assert bool((run(inverse_ewc=5.0) != base).any()) == b and bool((run(prior=9.0) != base).any()) == b
 
 
-def one_step(victim, view, model=MODEL, **changes):
-    """The variables after a single step on all 40 images."""
-    config = bibau.Config(epochs=1, batch_size=40, steps=1, constraints_a=False, constraints_b=False, **changes)
-    return bibau.purify(config, dataclasses.replace(victim, model=model), view, KEY)
-
-
 def test_separate_statistics_are_those_of_the_clean_images_alone(view):
     model = models.create("cnn", (8, 8, 1), 4)
     normed = Victim(model, model.init(KEY))
-    images = to_float(view.images)
 
-    def followed(images):
-        return model.apply(normed.variables, images, True)[2]
+    def one_step(kind, **changes):
+        """The variables after a single step on all 40 images."""
+        config = bibau.Config(
+            epochs=1, batch_size=40, steps=1, constraints_a=False, constraints_b=False, batch_norm=kind, **changes
+        )
+        return bibau.purify(config, normed, view, KEY)
 
-    found = {kind: one_step(normed, view, model, batch_norm=kind) for kind in ("separate", "batch", "frozen")}
-    stats = {kind: variables["batch_stats"] for kind, variables in found.items()}
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), stats["separate"], followed(images))
+    stats = {kind: one_step(kind)["batch_stats"] for kind in ("separate", "batch", "frozen")}
+    followed = model.apply(normed.variables, to_float(view.images), True)[2]
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), stats["separate"], followed)
     jax.tree.map(assert_array_equal, stats["frozen"], normed.variables["batch_stats"])
     gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), stats["batch"], stats["separate"])
     assert max(jax.tree.leaves(gaps)) > 1e-4
-    still = {kind: one_step(normed, view, model, batch_norm=kind, noise=0.0, step_size=1e-9) for kind in found}
-    for kind in ("separate", "batch"):  # where nothing has moved they are one
-        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), still[kind]["params"], still["batch"]["params"])
+    still = [one_step(kind, noise=0.0, step_size=1e-9)["params"] for kind in ("separate", "batch")]
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), *still)  # where no image has moved they are one
 
 
 def test_a_cosine_begins_at_the_peak_and_falls(victim, view):

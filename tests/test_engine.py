@@ -15,7 +15,7 @@ from bdjax import models
 from bdjax.engine import FitConfig, fit, parallel, predict, run_epoch
 from bdjax.engine import clock as clock_module
 from bdjax.engine.clock import Clock, compiled_programs, peak_memory
-from bdjax.engine.optimizer import rates
+from bdjax.engine.optimizer import learning_rates
 from bdjax.engine.step import draw
 from bdjax.errors import InputError
 from bdjax.metrics import accuracy
@@ -216,10 +216,10 @@ def test_sgd_is_the_textbook_one(blobs):
 
 
 def test_learning_rates_by_hand():
-    assert_close(rates("constant", 0.5, 6), np.full(6, 0.5))
-    step = rates("step", 0.5, 8)
+    assert_close(learning_rates("constant", 0.5, 6), np.full(6, 0.5))
+    step = learning_rates("step", 0.5, 8)
     assert_close(step, np.array([0.5] * 4 + [0.05] * 2 + [0.005] * 2))
-    cosine = rates("cosine", 0.5, 8)
+    cosine = learning_rates("cosine", 0.5, 8)
     assert_close(cosine, np.array([0.25 * (1 + math.cos(math.pi * t / 8)) for t in range(8)]))
     assert cosine[0] == 0.5 and cosine[4] == pytest.approx(0.25) and cosine.dtype == np.float32
 

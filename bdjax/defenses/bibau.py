@@ -53,8 +53,7 @@ from bdjax.defenses._cosine import cosine
 from bdjax.defenses._fisher import ewc, fisher
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
-from bdjax.engine.optimizer import Name, direction
-from bdjax.engine.optimizer import rates as rates_of
+from bdjax.engine.optimizer import Name, direction, learning_rates
 from bdjax.errors import InputError, check_fields
 from bdjax.models import head, penultimate
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
@@ -167,7 +166,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     state = {"params": jax.tree.map(jnp.copy, original["params"]), "stats": jax.tree.map(jnp.copy, original["stats"])}
     state["opt"] = direction(config.optimizer, 0.9).init(state["params"])
     step, number = _outer(model, static), total // size
-    rates = rates_of(config.schedule, config.learning_rate, config.epochs * number)
+    rates = learning_rates(config.schedule, config.learning_rate, config.epochs * number)
     for epoch in range(config.epochs):
         epoch_key = jax.random.fold_in(key, epoch + 1)
         order = jax.random.permutation(jax.random.fold_in(epoch_key, 0), total)[: number * size]

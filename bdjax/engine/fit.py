@@ -16,8 +16,7 @@ import numpy as np
 
 from bdjax.engine import parallel
 from bdjax.engine.epoch import Mode, check_finite, run_epoch
-from bdjax.engine.optimizer import Name, direction
-from bdjax.engine.optimizer import rates as schedule
+from bdjax.engine.optimizer import Name, direction, learning_rates
 from bdjax.engine.step import draw, training_step
 from bdjax.errors import InputError
 from bdjax.types import Control, Key, Model, Variables, Watch
@@ -147,7 +146,7 @@ def fit_controlled(
         curve = np.array(state.pop("curve"))
         for epoch in range(begun):
             watch.recall(epoch + 1, train_loss=curve[epoch, 0], train_accuracy=curve[epoch, 1])
-    rates = schedule(config.schedule, config.learning_rate, config.epochs * steps)
+    rates = learning_rates(config.schedule, config.learning_rate, config.epochs * steps)
     shared = {
         "images": jnp.asarray(images),
         "labels": jnp.asarray(labels),

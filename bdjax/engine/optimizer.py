@@ -28,7 +28,7 @@ def direction(name: Name, momentum: jax.Array | float | None = None) -> optax.Gr
     return optax.GradientTransformation(base.init, update)
 
 
-def rates(schedule: Schedule, peak: float, total: int) -> np.ndarray:
+def learning_rates(schedule: Schedule, peak: float, total: int) -> np.ndarray:
     """Learning rate of each of `total` steps, float32 [total]: constant, cosine to zero, or x0.1 at 50 % and 75 %."""
     if schedule == "cosine":
         of = optax.cosine_decay_schedule(peak, total)
