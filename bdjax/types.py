@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NewType, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 Images: TypeAlias = jax.Array
 """float32 [N, H, W, C] in [0, 1] (uint8 [N, H, W, C] where a docstring says "stored")."""
@@ -35,8 +36,10 @@ def to_float(images: Any) -> Images:
 
 
 def quantised(images: Any) -> jax.Array:
-    """Float images in [0, 1] as uint8: clipped, then rounded to the nearest k/255; inside jit too."""
-    return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8)
+    """Float images in [0, 1] as uint8: clipped, then rounded to the nearest k/255, ties to even; inside jit too."""
+    scaled = jnp.clip(jnp.asarray(images, jnp.float32) * 255, 0, 255)
+    # next to 1.5 * 2**23 floats are whole and end in their own bits: half the time of XLA's conversion on a CPU
+    return lax.bitcast_convert_type(scaled + jnp.float32(1.5 * 2**23), jnp.uint32).astype(jnp.uint8)
 
 
 def to_uint8(images: Any) -> np.ndarray:

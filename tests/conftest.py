@@ -15,7 +15,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-pytest.register_assert_rewrite("commands", "dataset_checks")
+pytest.register_assert_rewrite("commands", "convolutions", "dataset_checks")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "bdjax-tests-jax")
@@ -102,6 +102,13 @@ def _one_device():
     from bdjax.engine import parallel
 
     with parallel.using(1):
+        yield
+
+
+@pytest.fixture
+def double():
+    """float64 inside the test."""
+    with jax.enable_x64(True):
         yield
 
 

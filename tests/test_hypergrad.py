@@ -47,12 +47,6 @@ def run(inner, outer, solve, jit=True):
     return jax.jit(function) if jit else function
 
 
-@pytest.fixture
-def double():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.parametrize("name", ENOUGH)
 def test_agrees_with_the_closed_form(double, name):
     inner, outer, delta, theta, closed, a = quadratic()

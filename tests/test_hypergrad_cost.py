@@ -16,12 +16,6 @@ SOLVING = [name for name in hypergrad.SOLVERS if name != "none" and not name.sta
 STOP_EARLY = ["cg", "normal_cg", "gmres", "bicgstab"]
 
 
-@pytest.fixture
-def double():
-    with jax.enable_x64(True):
-        yield
-
-
 def matrix(size=6, seed=0):
     """Symmetric, eigenvalues from 1 to about 4."""
     square = np.random.default_rng(seed).normal(size=(size, size))

@@ -29,9 +29,9 @@ What takes long (a surrogate, an optimised pattern) belongs into `prepare`: its 
 training set can be made again (:func:`poisoned_set`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -161,18 +161,18 @@ def stamped(
     `training`: as in :func:`trigger_of`.
     """
     program, arrays = _program(_stamp_of(attack, training), config, stored=True), jax.device_put(dict(arrays))
-
-    def launched() -> Iterator[tuple[int, jax.Array | None]]:
-        for start in range(0, len(images), CHUNK):
-            part = images[start : start + CHUNK]
-            short = CHUNK - len(part) if start else 0  # one shape is compiled, however many images
-            part = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
-            yield start, program(part, key, arrays, start)
-        yield len(images), None
-
     out = np.empty(images.shape, np.uint8 if config.quantise else np.float32)
-    for (start, made), _ in pairwise(launched()):  # one is computed while the one before is copied
-        out[start : start + CHUNK] = np.asarray(made)[: len(images) - start]
+
+    def stamp(start: int) -> None:
+        part = images[start : start + CHUNK]
+        short = CHUNK - len(part) if start else 0  # one shape is compiled, however many images
+        part = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
+        out[start : start + CHUNK] = np.asarray(program(part, key, arrays, start))[: len(images) - start]
+
+    if len(images):
+        stamp(0)  # alone, for it compiles
+    with ThreadPoolExecutor(3) as pool:  # one piece is copied in and one out while another is computed
+        list(pool.map(stamp, range(CHUNK, len(images), CHUNK)))
     return out
 
 

@@ -107,7 +107,8 @@ def _train(name: str, attack: str, dtype: str, sizes: Sizes) -> Job:
     config = config_of("attacks", attack)()
     attacks.plant(attack, config, task, jax.random.key(0))
     shown, called, key, control, attacker = asked[-1]
-    run = partial(fit_controlled, model, shown, called, recipe, key, control, attacker)
+    start = jax.jit(model.init)(jax.random.key(0))
+    run = partial(fit_controlled, model, shown, called, recipe, key, control, attacker, start=start)
     return Job(run, steps * sizes.batch, dtype=dtype)
 
 

@@ -8,10 +8,12 @@ stride is 1, the padding keeps the size and the kernel is odd and square, both d
     dL/dx  = conv(g, w turned by 180 degrees, its channels exchanged)
     dL/dw  = kernel_gradient(x, g), a convolution over the batch
 
-and the derivatives of `kernel_gradient` are `conv` again, so the pair is closed under differentiation.
+and the derivatives of `kernel_gradient` are `conv` again, so the pair is closed under differentiation. For stride 2 a
+third function is needed (:mod:`bdjax.models._strided`).
 """
 
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -20,7 +22,9 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
+from bdjax.models import _winograd
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
 _FEW = 4  # channels of an image at most: what the first layer sends back to it
 _ROWS = 160  # of images that one convolution of the kernel's gradient takes: its working set stays in the cache
 
@@ -42,7 +46,9 @@ def _turned(w: jax.Array) -> jax.Array:
 def _conv(x: jax.Array, w: jax.Array) -> jax.Array:
     if w.shape[-1] <= _FEW:
         return _to_few(x, w)
-    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=_LAYOUT)
+    if _winograd.pays(x, w.shape):
+        return _winograd.convolved(x, w)
+    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT)
 
 
 def _to_few(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -57,8 +63,12 @@ def _to_few(x: jax.Array, w: jax.Array) -> jax.Array:
 def _kernel_gradient(x: jax.Array, g: jax.Array, *, side: int) -> jax.Array:
     def of_piece(x: jax.Array, g: jax.Array) -> jax.Array:
         images, kernel = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)  # as data: inside a loop XLA is slow at
-        return lax.conv_general_dilated(images, kernel, (1, 1), pad, dimension_numbers=_LAYOUT)  # any other layout
+        return lax.conv_general_dilated(images, kernel, (1, 1), pad, dimension_numbers=LAYOUT)  # any other layout
 
+    if side == 1:
+        return (x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1]))[None, None]
+    if _winograd.pays(x, (side, side, x.shape[-1], g.shape[-1]), least=2**12):
+        return _winograd.kernel_gradient(x, g)
     pad = ((side // 2, side // 2),) * 2
     piece = max(5, _ROWS // x.shape[1])
     total = of_piece(x[:piece], g[:piece])
@@ -67,16 +77,35 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, *, side: int) -> jax.Array:
     return total.transpose(1, 2, 0, 3)
 
 
-_conv_p, _kernel_gradient_p = Primitive("plain_conv"), Primitive("plain_conv_kernel_gradient")
+def bilinear(name: str, run: Callable, static: str = "", images: bool = False) -> Primitive:
+    """A primitive that `run` computes; its caller says the derivatives. `static`: the name of a parameter, if any.
 
-for _primitive, _run in ((_conv_p, _conv), (_kernel_gradient_p, _kernel_gradient)):
-    _primitive.def_impl(jax.jit(_run, static_argnames="side") if _run is _kernel_gradient else jax.jit(_run))
-    _primitive.def_abstract_eval(
-        lambda *avals, _run=_run, **static: jax.core.ShapedArray(
-            (shaped := jax.eval_shape(lambda *a: _run(*a, **static), *avals)).shape, shaped.dtype
+    Under vmap: `images` says that the first operand is images and the other a kernel; with one kernel for all the
+    mapped axis joins the images. Else, or with a kernel each: the rules of `run`'s operations.
+    """
+    primitive = Primitive(name)
+
+    def mapped(args: Any, axes: Any, **given: Any) -> tuple[jax.Array, int]:
+        (x, w), (axis, w_axis) = args, axes
+        if not images or w_axis is not None:
+            return jax.vmap(partial(run, **given), axes)(x, w), 0
+        x = jnp.moveaxis(x, axis, 0)
+        out = primitive.bind(x.reshape(-1, *x.shape[2:]), w, **given)
+        return out.reshape(*x.shape[:2], *out.shape[1:]), 0
+
+    primitive.def_impl(jax.jit(run, static_argnames=static or None))
+    primitive.def_abstract_eval(
+        lambda *avals, **given: jax.core.ShapedArray(
+            (shaped := jax.eval_shape(partial(run, **given), *avals)).shape, shaped.dtype
         )
     )
-    mlir.register_lowering(_primitive, mlir.lower_fun(_run, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
+    batching.primitive_batchers[primitive] = mapped
+    return primitive
+
+
+_conv_p = bilinear("plain_conv", _conv, images=True)
+_kernel_gradient_p = bilinear("plain_conv_kernel_gradient", _kernel_gradient, "side")
 
 ad.defbilinear(
     _conv_p,
@@ -88,20 +117,3 @@ ad.defbilinear(
     lambda c, x, g, *, side: conv(g, _turned(c)),
     lambda c, x, g, *, side: conv(x, c),
 )
-
-
-def _conv_batched(args: Any, axes: Any) -> tuple[jax.Array, int]:
-    """One kernel for all: the mapped axis joins the images. A kernel each: lax's own rule, which groups channels."""
-    (x, w), (x_axis, w_axis) = args, axes
-    if w_axis is None:
-        x = jnp.moveaxis(x, x_axis, 0)
-        return conv(x.reshape(-1, *x.shape[2:]), w).reshape(*x.shape[:-1], w.shape[-1]), 0
-    return jax.vmap(_conv, axes)(x, w), 0
-
-
-def _kernel_gradient_batched(args: Any, axes: Any, *, side: int) -> tuple[jax.Array, int]:
-    return jax.vmap(lambda x, g: _kernel_gradient(x, g, side=side), axes)(*args), 0
-
-
-batching.primitive_batchers[_conv_p] = _conv_batched
-batching.primitive_batchers[_kernel_gradient_p] = _kernel_gradient_batched

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.models import _conv
+from bdjax.models import _conv, _strided
 from bdjax.types import Key
 
 
@@ -22,7 +22,6 @@ def conv(
     name: str | None = None,
 ) -> nn.Conv:
     """Square convolution, zero-padded by kernel // 2 on every side ("SAME" would pad stride 2 unevenly)."""
-    plain = stride == 1 and kernel % 2 == 1 and groups == 1 and jax.default_backend() == "cpu"
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -33,12 +32,19 @@ def conv(
         dtype=dtype,
         kernel_init=nn.initializers.he_normal(),
         name=name,
-        conv_general_dilated=_plain if plain else None,
+        conv_general_dilated=convolve if groups == 1 and kernel % 2 else None,
     )
 
 
-def _plain(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    return _conv.conv(x, kernel)
+def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **others: Any) -> jax.Array:
+    """`lax.conv_general_dilated` for odd kernels padded by their half; on a CPU with derivatives quick there."""
+    stride, side = max(strides), len(kernel)
+    if jax.default_backend() == "cpu" and stride <= 2:
+        if stride == 1 or side == 1:
+            return _conv.conv(x[:, ::stride, ::stride], kernel)
+        if _strided.fits(x, kernel):
+            return _strided.strided(x, kernel)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **others)
 
 
 def norm(

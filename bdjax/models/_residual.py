@@ -39,7 +39,10 @@ def shortcut(x: jax.Array, channels: int, stride: int, dtype: Any) -> jax.Array:
     """A 1x1 convolution where the shape changes, else the identity."""
     if stride == 1 and x.shape[-1] == channels:
         return x
-    return nn.Conv(channels, (1, 1), strides=stride, padding=0, use_bias=False, dtype=dtype)(x)
+    layer = nn.Conv(
+        channels, (1, 1), strides=stride, padding=0, use_bias=False, dtype=dtype, conv_general_dilated=_layers.convolve
+    )
+    return layer(x)
 
 
 def basic(x: jax.Array, channels: int, stride: int, train: bool, dtype: Any, axis_name: str | None) -> jax.Array:
