@@ -1,6 +1,15 @@
-"""`python -m bdjax` is the command line."""
+"""`bdjax` and `python -m bdjax` are the command line."""
 
-from bdjax.cli import main
+from bdjax import large_pages
+
+
+def main() -> None:
+    """Run one command in this process (:func:`bdjax.cli.main`)."""
+    large_pages.ask()
+    from bdjax.cli import main as run  # noqa: PLC0415, after what may begin the process anew
+
+    run()
+
 
 if __name__ == "__main__":
     main()

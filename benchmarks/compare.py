@@ -9,9 +9,10 @@ success rate on held-out images is below --goal, both sides from the same weight
 with the same images; bdjax by the schedule that --ibau asks for, PyTorch by the release's. Both are measured after each
 round, outside the time.
 
-Each side is a process of its own, bound to the same cores, with as many threads; both are started anew for every
-workload, prepare it and run it once before anything counts. A side that takes longer than --limit is stopped and the
-comparison goes on. The results so far are written after each workload, as compare.json and README.md in --out.
+Each side is a process of its own, bound to the same cores, with as many threads and, unless --pages small, large pages
+of memory (bdjax/large_pages.py; `bdjax` asks for them itself). Both are started anew for every workload, prepare it and
+run it once before anything counts. A side that takes longer than --limit is stopped and the comparison goes on. The
+results so far are written after each workload, as compare.json and README.md in --out.
 """
 
 import argparse
@@ -43,8 +44,8 @@ class Gone(Exception):
 class Worker:
     """One side of one workload."""
 
-    def __init__(self, python: str, side: str, threads: int, cache: str) -> None:
-        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45", "JAX_COMPILATION_CACHE_DIR": cache}
+    def __init__(self, python: str, side: str, threads: int, pages: str, cache: str) -> None:
+        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45", "JAX_COMPILATION_CACHE_DIR": cache, **_pages(pages)}
         self.side = side
         self._process = subprocess.Popen(
             [python, __file__, "--worker", side, "--threads", str(threads)],
@@ -94,6 +95,11 @@ class Worker:
 def _path() -> dict[str, str]:
     """This checkout first, so that an interpreter without an installed bdjax finds it."""
     return {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])}
+
+
+def _pages(asked: str) -> dict[str, str]:
+    """What both sides' C library is told of transparent huge pages."""
+    return {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(asked == 'large')}"}
 
 
 # --- what a worker does
@@ -254,6 +260,7 @@ def main() -> None:
             facts = {
                 "cores": os.cpu_count(),
                 "threads": options.threads,
+                "pages": options.pages,
                 "small": options.small,
                 "suite": options.suite,
             }
@@ -272,7 +279,7 @@ def _compared(request: dict[str, Any], options: argparse.Namespace, folder: str)
     with contextlib.ExitStack() as ended:
         workers = {}
         for side, python in zip(SIDES, (options.jax_python, options.torch_python), strict=True):
-            workers[side] = Worker(python, side, options.threads, str(Path(folder, "cache")))
+            workers[side] = Worker(python, side, options.threads, options.pages, str(Path(folder, "cache")))
             ended.callback(workers[side].end)
             ready[side] = workers[side].ask(request, options.limit)  # one after the other: neither disturbs the other
         for turn in range(options.repeats):
@@ -299,7 +306,8 @@ def _startup(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         "bdjax": [options.jax_python, "-m", "bdjax", "_bench", "first-step"],
         "torch": [options.torch_python, str(HERE / "torch_peer.py"), "first-step"],
     }
-    env = {**os.environ, **_path(), "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "startup"))}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(folder, "startup"))}
+    env = {**os.environ, **_path(), **_pages(options.pages), **cache}
     row: dict[str, Any] = {side: [] for side in SIDES}
     for turn in range(options.repeats + 1):  # the first fills caches
         for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
@@ -372,6 +380,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--suite", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--threads", type=int, default=2, help="threads and cores of each side")
+    parser.add_argument("--pages", choices=("large", "small"), default="large", help="of memory, for both sides")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one answer of a side")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="directory of compare.json and README.md")
     parser.add_argument("--victims", nargs="*", default=[], help="victim directories of bdjax, for until/NAME")
@@ -417,6 +426,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`",
         "",
         f"{'; '.join(versions)}; {result['cores']} cores, each side bound to the same {result['threads']}; "
+        f"{result['pages']} pages of memory; "
         f"{'XLA_FLAGS ' + result['xla_flags'] if result['xla_flags'] else 'no XLA_FLAGS'}; {result['date']}.",
         "Both sides in turn, the one that begins changing from pair to pair, after a run that does not count. Seconds "
         "of one run: median (least to most). Ratio: bdjax / PyTorch of each pair, below 1 where bdjax is faster.",

@@ -82,7 +82,15 @@ def test_the_page(compare):
         "ratio": 0.25, "torch_note": "channels-last", "bdjax_version": "jax 1", "torch_version": "torch 2",
         "bdjax_found": [found] * 3, "torch_found": [{**found, "reached": False}] * 3,
     }  # fmt: skip
-    facts = {"cores": 2, "threads": 2, "small": True, "xla_flags": "", "date": "2026-01-01", "command": "python c.py"}
+    facts = {
+        "cores": 2,
+        "threads": 2,
+        "pages": "large",
+        "small": True,
+        "xla_flags": "",
+        "date": "2026-01-01",
+        "command": "python c.py",
+    }
     page = compare.markdown({**facts, "rows": [row, {"name": "age", "failed": "torch: longer than 5 s"}]})
     assert "| until/v | 0.25 (0.25 to 0.75) | 2 (1 to 3) | 4 (4 to 8) | 3 | channels-last |" in page
     assert "| until/v | bdjax | 2 (1 to 3) | 2 | 3 of 3 | 90.00 → 88.00 | 100.00 → 5.00 |" in page
