@@ -12,7 +12,7 @@ from bdjax import registry
 
 HERE = Path(__file__).parents[1] / "benchmarks"
 FAKE = """
-import json, sys, time
+import json, os, sys, time
 side = sys.argv[sys.argv.index("--worker") + 1]
 turns = 0
 for line in sys.stdin:
@@ -24,7 +24,7 @@ for line in sys.stdin:
         time.sleep(60)
     print("a library says something")
     turns += 1
-    found = {"seconds": (1.0 if side == "bdjax" else 4.0) * turns, "version": side, "note": "n", "check": None}
+    found = {"seconds": (1.0 if side == "bdjax" else 4.0) * turns, "version": side, "note": os.environ["GLIBC_TUNABLES"], "check": None}
     if name == "differs":
         found["check"] = ord(side[0])
     print("@ " + json.dumps({"refused": "has no such workload"} if name == "none" else found), flush=True)
@@ -39,9 +39,9 @@ def compare(monkeypatch, tmp_path):
     return module
 
 
-def compared(compare, name, tmp_path, repeats=3, limit=30.0):
+def compared(compare, name, tmp_path, repeats=3, limit=30.0, pages="large"):
     options = argparse.Namespace(
-        jax_python=sys.executable, torch_python=sys.executable, threads=1, limit=limit, repeats=repeats
+        jax_python=sys.executable, torch_python=sys.executable, threads=1, limit=limit, repeats=repeats, pages=pages
     )
     return compare._compared({"prepare": name, "sizes": {}}, options, str(tmp_path))
 
@@ -51,6 +51,12 @@ def test_both_sides_run_in_turn_and_each_pair_has_its_ratio(compare, tmp_path, c
     assert row["bdjax"] == [2, 3, 4] and row["torch"] == [8, 12, 16]  # the first run does not count
     assert row["ratios"] == [0.25] * 3 and row["ratio"] == 0.25
     assert "a library says something" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("pages", "told"), [("large", "glibc.malloc.hugetlb=1"), ("small", "glibc.malloc.hugetlb=0")])
+def test_both_sides_get_the_same_pages_of_memory(compare, tmp_path, pages, told):
+    row = compared(compare, "works", tmp_path, repeats=1, pages=pages)
+    assert row["bdjax_note"] == row["torch_note"] == told
 
 
 @pytest.mark.parametrize(
