@@ -229,6 +229,13 @@ def test_what_does_not_fit_the_task_is_refused(name, fields, words):
         attacks.plant(name, config_of(name, **fields), task_of(), KEY)
 
 
+def test_a_ratio_is_refused_before_a_surrogate_is_trained(monkeypatch):
+    config = config_of("narcissus", target=1, ratio=0.3)
+    monkeypatch.setattr(registry.load("attacks", "narcissus"), "prepare", lambda *_: pytest.fail("it was prepared"))
+    with pytest.raises(InputError, match="The largest ratio here is 0.25"):
+        attacks.plant("narcissus", config, task_of(), KEY)
+
+
 @pytest.mark.parametrize("name", ["narcissus", "hidden_trigger"])
 def test_an_empty_class_is_named(name):
     task, fields = task_of(), {"target": 1, "ratio": 0.1}

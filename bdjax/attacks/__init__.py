@@ -44,6 +44,7 @@ from bdjax.attacks._helpers import (
     Part,
     PoisonConfig,
     SourceConfig,
+    candidates_of,
     check_target,
     fit_key,
     goal,
@@ -80,6 +81,8 @@ def plant(attack: str, config: Any, task: Task, key: Key) -> Backdoor:
         return module.train(config, task, key)
     if hasattr(module, "edit"):
         return module.edit(config, task.clean(), task, key)
+    if not hasattr(module, "poison"):
+        candidates_of(config, task.labels)  # refuses a ratio before what may take long
     arrays = module.prepare(config, task, keys_of(key).prepare) if hasattr(module, "prepare") else {}
     made = poison(attack, config, task, key, arrays)
     images, labels = poisoned_set(made, task.images, task.labels)

@@ -115,7 +115,14 @@ def check_target(config: PoisonConfig, classes: int) -> None:
 
 
 def select(config: PoisonConfig, labels: np.ndarray, key: Key) -> np.ndarray:
-    """Indices of the images to poison: exactly int(ratio * N), ascending, int32.
+    """Indices of the images to poison: exactly int(ratio * N), ascending, int32."""
+    candidates, wanted = candidates_of(config, labels)
+    chosen = jax.random.choice(key, len(candidates), (wanted,), replace=False)
+    return np.sort(candidates[np.asarray(chosen)]).astype(np.int32)
+
+
+def candidates_of(config: PoisonConfig, labels: np.ndarray) -> tuple[np.ndarray, int]:
+    """Indices of the images that may be poisoned, and how many shall be.
 
     Raises InputError when the label mode leaves fewer candidates than the ratio asks for.
     """
@@ -135,8 +142,7 @@ def select(config: PoisonConfig, labels: np.ndarray, key: Key) -> np.ndarray:
             f"attack.ratio={config.ratio} asks for {wanted} of {len(labels)} images, but {what}. "
             f"The largest ratio here is {len(candidates) / len(labels):.4g}."
         )
-    chosen = jax.random.choice(key, len(candidates), (wanted,), replace=False)
-    return np.sort(candidates[np.asarray(chosen)]).astype(np.int32)
+    return candidates, wanted
 
 
 def select_cover(config: PoisonConfig, labels: np.ndarray, poisoned: np.ndarray, key: Key) -> np.ndarray:
