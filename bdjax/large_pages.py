@@ -11,7 +11,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-_NAME = "glibc.malloc.hugetlb"
+TUNABLE = "glibc.malloc.hugetlb"
+"""1 asks for large pages, 0 does not."""
+
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -30,9 +32,9 @@ def wanted(environ: Mapping[str, str], mode: str) -> str | None:
     mode: of the kernel, as `always [madvise] never`; "" where there is none.
     """
     given = environ.get("GLIBC_TUNABLES", "")
-    if _NAME in given or "[madvise]" not in mode:
+    if TUNABLE in given or "[madvise]" not in mode:
         return None
-    return f"{given}:{_NAME}=1".lstrip(":")
+    return f"{given}:{TUNABLE}=1".lstrip(":")
 
 
 def _mode() -> str:

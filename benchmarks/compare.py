@@ -99,7 +99,9 @@ def _path() -> dict[str, str]:
 
 def _pages(asked: str) -> dict[str, str]:
     """What both sides' C library is told of transparent huge pages."""
-    return {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(asked == 'large')}"}
+    from bdjax import large_pages
+
+    return {"GLIBC_TUNABLES": f"{large_pages.TUNABLE}={int(asked == 'large')}"}
 
 
 # --- what a worker does

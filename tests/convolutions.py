@@ -42,3 +42,21 @@ def equal_to_second_order(ours, theirs, given):
     same(ours, theirs)
     same(ours[2], ours[3])  # a Hessian is symmetric: forward over reverse is reverse over reverse
     assert all(float(jnp.abs(leaf).max()) > 1e-3 for leaf in jax.tree.leaves(ours))
+
+
+def equal_to_third_order(ours, theirs, given):
+    """The third derivative along the directions of `given`, as :func:`equal_to_second_order` takes it."""
+    x, w, dx, dw = given
+
+    def third(conv):
+        second = lambda x, w: jax.jvp(partial(gradient, conv), (x, w), (dx, dw))[1]  # noqa: E731
+        return jax.jvp(second, (x, w), (dx, dw))[1]
+
+    same(third(ours), third(theirs))
+
+
+def equal_under_vmap(ours, theirs, given, axes):
+    """Value and gradient for three of the images, the kernels or both, stacked along `axes`."""
+    several = [v if axis is None else jnp.stack([v, 2 * v, -v], axis) for v, axis in zip(given, axes, strict=True)]
+    for function in (lambda conv: conv, lambda conv: partial(gradient, conv)):
+        same(*(jax.vmap(function(conv), axes)(*several) for conv in (ours, theirs)))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convolutions import LAX, equal_to_second_order, gradient, same
+from convolutions import LAX, equal_to_second_order, equal_to_third_order, gradient, same
 
 from bdjax.models import _conv, _layers
 
@@ -28,13 +28,7 @@ def test_equals_lax_to_second_order(double, side, batch):
 
 
 def test_third_order(double):
-    x, w, dx, dw = arrays(dtype=jnp.float64)
-
-    def third(conv):
-        second = lambda x, w: jax.jvp(partial(gradient, conv), (x, w), (dx, dw))[1]  # noqa: E731
-        return jax.jvp(second, (x, w), (dx, dw))[1]
-
-    same(third(_conv.conv), third(LAX))
+    equal_to_third_order(_conv.conv, LAX, arrays(dtype=jnp.float64))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-12), (jnp.bfloat16, 0.04)])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convolutions import LAX, equal_to_second_order, gradient, same
+from convolutions import LAX, equal_to_second_order, equal_to_third_order, equal_under_vmap, gradient
 
 from bdjax.models import _conv, _layers, _strided, _winograd
 
@@ -40,21 +40,12 @@ def test_stride_2_to_second_order(double, way):
 
 
 def test_stride_2_to_third_order(double):
-    x, w, dx, dw = arrays()
-
-    def third(conv):
-        second = lambda x, w: jax.jvp(partial(gradient, conv), (x, w), (dx, dw))[1]  # noqa: E731
-        return jax.jvp(second, (x, w), (dx, dw))[1]
-
-    same(third(_strided.strided), third(LAX_STRIDED))
+    equal_to_third_order(_strided.strided, LAX_STRIDED, arrays())
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 4)])
 def test_stride_2_under_vmap(double, axes):
-    x, w, *_ = arrays()
-    x, w = (v if axis is None else jnp.stack([v, 2 * v, -v], axis) for v, axis in zip((x, w), axes, strict=True))
-    for function in (lambda conv: conv, lambda conv: partial(gradient, conv)):
-        same(*(jax.vmap(function(conv), axes)(x, w) for conv in (_strided.strided, LAX_STRIDED)))
+    equal_under_vmap(_strided.strided, LAX_STRIDED, arrays()[:2], axes)
 
 
 def test_a_mapped_strided_convolution_keeps_its_derivatives(double):
@@ -77,30 +68,26 @@ def test_the_layer_takes_stride_2_where_it_fits(kernel, size, ours):
     np.testing.assert_allclose(layer.apply(variables, x), theirs, rtol=1e-5, atol=1e-5)
 
 
-def winograd(monkeypatch, tiles=None):
-    """Everything that it can do goes by Winograd's filtering, in pieces of `tiles`."""
+@pytest.fixture
+def winograd(request, monkeypatch):
+    """Everything that it can do goes by Winograd's filtering, in pieces of so many tiles."""
     monkeypatch.setattr(_winograd, "pays", lambda x, shape, **_: shape[0] == 3)
-    if tiles:
-        monkeypatch.setattr(_winograd, "_TILES", tiles)
+    monkeypatch.setattr(_winograd, "_TILES", request.param)
+    jax.clear_caches()
+    yield
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("tiles", [6, 12, 18, 1024])
-def test_winograd_to_second_order(double, monkeypatch, tiles):
+@pytest.mark.parametrize("winograd", [6, 12, 18, 1024], indirect=True)
+def test_winograd_to_second_order(double, winograd):
     """Five images of 6 tiles: pieces of one, two with one left, three with two left, and all at once."""
-    winograd(monkeypatch, tiles)
     equal_to_second_order(_conv.conv, LAX, arrays())
-    jax.clear_caches()
 
 
+@pytest.mark.parametrize("winograd", [12], indirect=True)
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
-def test_winograd_under_vmap(double, monkeypatch, axes):
-    winograd(monkeypatch, 12)
-    x, w, *_ = arrays()
-    x, w = (v if axis is None else jnp.stack([v, 2 * v, -v], axis) for v, axis in zip((x, w), axes, strict=True))
-    for function in (lambda conv: conv, lambda conv: partial(gradient, conv)):
-        same(*(jax.vmap(function(conv), axes)(x, w) for conv in (_conv.conv, LAX)))
-    jax.clear_caches()
+def test_winograd_under_vmap(double, winograd, axes):
+    equal_under_vmap(_conv.conv, LAX, arrays()[:2], axes)
 
 
 def test_winograd_by_hand():

@@ -14,7 +14,7 @@ from jax import lax
 from jax.interpreters import ad
 
 from bdjax.models._conv import LAYOUT, bilinear
-from bdjax.models._pieces import summed
+from bdjax.models._pieces import places, summed
 
 _SIDE = 3
 _MANY = 256  # channels from which on one matrix product is quicker than XLA's convolution
@@ -44,8 +44,8 @@ def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
 def _strided(x: jax.Array, w: jax.Array) -> jax.Array:
     if w.shape[2] < _MANY:
         return lax.conv_general_dilated(x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=LAYOUT)
-    places = jnp.concatenate([place for row in _places(x) for place in row], -1)
-    return jnp.einsum("nhwi,io->nhwo", places, w.reshape(-1, w.shape[-1]))
+    seen = jnp.concatenate([place for row in places(x, _SIDE) for place in row], -1)
+    return jnp.einsum("nhwi,io->nhwo", seen, w.reshape(-1, w.shape[-1]))
 
 
 def _input_gradient(g: jax.Array, w: jax.Array) -> jax.Array:
@@ -63,16 +63,9 @@ def _input_gradient(g: jax.Array, w: jax.Array) -> jax.Array:
 def _kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     def of_piece(x: jax.Array, g: jax.Array) -> jax.Array:
         sent = g.reshape(-1, g.shape[-1])
-        return jnp.stack([jnp.stack([at.reshape(-1, x.shape[-1]).T @ sent for at in row]) for row in _places(x)])
+        return jnp.stack([jnp.stack([at.reshape(-1, x.shape[-1]).T @ sent for at in row]) for row in places(x, _SIDE)])
 
     return summed(of_piece, max(1, _PIXELS // (g.shape[1] * g.shape[2])), x, g)
-
-
-def _places(x: jax.Array) -> list[list[jax.Array]]:
-    """Pixels under each place of the kernel: 3 times 3 arrays [N, H / 2, W / 2, I]."""
-    _, height, width, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)))
-    return [[padded[:, a : a + height - 1 : 2, b : b + width - 1 : 2] for b in range(_SIDE)] for a in range(_SIDE)]
 
 
 _strided_p = bilinear("strided_conv", _strided, images=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bdjax.models._pieces import summed
+from bdjax.models._pieces import places, summed
 
 _B = (
     ((0, 1), (2, -1)),
@@ -87,11 +87,7 @@ def _piece(x: jax.Array) -> int:
 
 def _tiles(x: jax.Array) -> Grid:
     """B^T d B of all tiles: 4 times 4 arrays [N, H / 2, W / 2, I]."""
-    _, height, width, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return _transformed(
-        [[padded[:, a : a + height - 1 : 2, b : b + width - 1 : 2] for b in range(4)] for a in range(4)], _B
-    )
+    return _transformed(places(x, 4), _B)
 
 
 def _transformed(grid: Grid, rows: Rows) -> Grid:
