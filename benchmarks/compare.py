@@ -11,8 +11,10 @@ round, outside the time.
 
 Each side is a process of its own, bound to the same cores, with as many threads and, unless --pages small, large pages
 of memory (bdjax/large_pages.py; `bdjax` asks for them itself). Both are started anew for every workload, prepare it and
-run it once before anything counts. A side that takes longer than --limit is stopped and the comparison goes on. The
-results so far are written after each workload, as compare.json and README.md in --out.
+run it once before anything counts. A side that takes longer than --limit is stopped and the comparison goes on; where
+that is PyTorch, and it compiled its networks (on a GPU), it is started once more without compiling, and the row says
+so: --compile-limit is how long compiling may take. The results so far are written after each workload, as compare.json
+and README.md in --out.
 """
 
 import argparse
@@ -39,6 +41,10 @@ ANSWER = "@ "  # how a worker's answers begin; anything else that it prints is p
 
 class Gone(Exception):
     """A worker that died, took too long, or has no such workload; the message says it."""
+
+
+class Late(Gone):
+    """A worker that took too long."""
 
 
 class Worker:
@@ -73,7 +79,7 @@ class Worker:
         try:
             line = self._lines.get(timeout=limit)
         except queue.Empty:
-            raise Gone(f"{self.side}: longer than {limit:g} s") from None
+            raise Late(f"{self.side}: longer than {limit:g} s") from None
         if line is None:
             raise Gone(f"{self.side}: ended early (its message is above)")
         found = json.loads(line)
@@ -223,6 +229,7 @@ def _torch_side(threads: int) -> tuple[str, Any]:
     version = torch_peer.begin(threads)
 
     def prepare(request: dict[str, Any]) -> tuple[Any, str]:
+        torch_peer.compiling = request.get("compiled", True)
         if request["prepare"].startswith("until/"):
             return torch_peer.until(request["problem"], request["rounds"], request["goal"])
         return torch_peer.job(request["prepare"], SimpleNamespace(**request["sizes"], picture=request["picture"]))
@@ -257,8 +264,6 @@ def main() -> None:
             except Gone as error:
                 row = {"failed": str(error)}
             rows.append({"name": name, **row})
-            sys.stdout.write(line(rows[-1]) + "\n")
-            sys.stdout.flush()
             facts = {
                 "cores": os.cpu_count(),
                 "threads": options.threads,
@@ -270,6 +275,8 @@ def main() -> None:
             result = {"kind": "comparison", **facts, "command": _command(), "rows": rows}
             (options.out / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
             (options.out / "README.md").write_text(markdown(result))
+            sys.stdout.write(line(rows[-1]) + "\n")
+            sys.stdout.flush()
 
 
 def _compared(request: dict[str, Any], options: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -280,10 +287,8 @@ def _compared(request: dict[str, Any], options: argparse.Namespace, folder: str)
         request["picture"] = _picture(request["sizes"], folder)
     with contextlib.ExitStack() as ended:
         workers = {}
-        for side, python in zip(SIDES, (options.jax_python, options.torch_python), strict=True):
-            workers[side] = Worker(python, side, options.threads, options.pages, str(Path(folder, "cache")))
-            ended.callback(workers[side].end)
-            ready[side] = workers[side].ask(request, options.limit)  # one after the other: neither disturbs the other
+        for side in SIDES:  # one after the other: neither disturbs the other
+            workers[side], ready[side] = _ready(side, request, options, folder, ended)
         for turn in range(options.repeats):
             for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
                 answers[side].append(workers[side].ask({"go": True}, options.limit))
@@ -301,6 +306,30 @@ def _compared(request: dict[str, Any], options: argparse.Namespace, folder: str)
         if max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) > 0.01:
             raise Gone(f"the two sides do not begin with the same model: {mine} and {theirs} (ACC, ASR)")
     return row | _ratios(row)
+
+
+def _ready(
+    side: str, request: dict[str, Any], options: argparse.Namespace, folder: str, ended: contextlib.ExitStack
+) -> tuple[Worker, dict[str, Any]]:
+    """A worker that has prepared the workload, and its answer; PyTorch without compiling, if that takes too long."""
+    python = {"bdjax": options.jax_python, "torch": options.torch_python}[side]
+    cache = str(options.cache.absolute() if options.cache else Path(folder, "cache"))
+
+    def started(compiled: bool, limit: float) -> tuple[Worker, dict[str, Any]]:
+        worker = Worker(python, side, options.threads, options.pages, cache)
+        ended.callback(worker.end)
+        try:
+            return worker, worker.ask({**request, "compiled": compiled}, limit)
+        except Late:
+            worker.end()  # its memory on the device is needed
+            raise
+
+    if side == "bdjax" or not options.compile_limit:
+        return started(True, options.limit)
+    try:
+        return started(True, options.compile_limit)
+    except Late:
+        return started(False, options.limit)
 
 
 def _startup(options: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -384,6 +413,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="threads and cores of each side")
     parser.add_argument("--pages", choices=("large", "small"), default="large", help="of memory, for both sides")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one answer of a side")
+    parser.add_argument("--compile-limit", type=float, default=0, help="seconds for torch.compile; 0: no second start")
+    parser.add_argument("--cache", type=Path, help="of bdjax's compiled programs; default an empty one")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="directory of compare.json and README.md")
     parser.add_argument("--victims", nargs="*", default=[], help="victim directories of bdjax, for until/NAME")
     parser.add_argument("--dataset", default="", help="where the victims' data set lies now, if it has moved")

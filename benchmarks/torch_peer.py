@@ -31,6 +31,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 CLASSES = 10
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
+compiling = GPU
+"""Whether networks are compiled; compare.py clears it where that takes too long."""
 
 
 class Job(NamedTuple):
@@ -173,13 +175,14 @@ def finished(value: Any = None) -> Any:
 
 def prepared(model: nn.Module, form: torch.memory_format) -> nn.Module:
     """In a memory format, and compiled on a GPU."""
-    return torch.compile(model.to(memory_format=form)) if GPU else model.to(memory_format=form)
+    model = model.to(memory_format=form)
+    return torch.compile(model) if GPU and compiling else model
 
 
 def best_form(trial: Callable[[torch.memory_format], Callable[[], Any]]) -> tuple[torch.memory_format, str]:
     """The memory format in which `trial(format)()` is faster; channels-last on a GPU, without a trial."""
     if GPU:
-        return torch.channels_last, "channels-last, compiled"
+        return torch.channels_last, f"channels-last, {'compiled' if compiling else 'not compiled: it took too long'}"
     seconds = {}
     for name, form in (("channels-last", torch.channels_last), ("channels-first", torch.contiguous_format)):
         run = trial(form)
@@ -314,7 +317,9 @@ class Unlearning:
 
     def __init__(self, model: nn.Module, data: Any, batch: int, form: torch.memory_format) -> None:
         self.model = model.to(memory_format=form).eval()
-        self.forward = torch.compile(self.model) if GPU else self.model  # of single gradients: it has no second ones
+        self.forward = (
+            torch.compile(self.model) if GPU and compiling else self.model
+        )  # of single gradients: it has no second ones
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, 1e-3, fused=True)
         images, labels = data

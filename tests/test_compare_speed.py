@@ -20,7 +20,7 @@ for line in sys.stdin:
     name = request.get("prepare", "")
     if name == "dies":
         sys.exit(3)
-    if name == "lasts":
+    if name == "lasts" or name == "compiles" and side == "torch" and request["compiled"]:
         time.sleep(60)
     print("a library says something")
     turns += 1
@@ -40,10 +40,11 @@ def compare(monkeypatch, tmp_path):
     return module
 
 
-def compared(compare, name, tmp_path, repeats=3, limit=30.0, pages="large"):
+def compared(compare, name, tmp_path, repeats=3, limit=30.0, pages="large", compile_limit=0):
     options = argparse.Namespace(
-        jax_python=sys.executable, torch_python=sys.executable, threads=1, limit=limit, repeats=repeats, pages=pages
-    )
+        jax_python=sys.executable, torch_python=sys.executable, threads=1, limit=limit, repeats=repeats, pages=pages,
+        cache=None, compile_limit=compile_limit,
+    )  # fmt: skip
     return compare._compared({"prepare": name, "sizes": {}}, options, str(tmp_path))
 
 
@@ -72,6 +73,12 @@ def test_both_sides_get_the_same_pages_of_memory(compare, tmp_path, pages, told)
 def test_a_side_that_fails_is_named(compare, name, limit, words, tmp_path):
     with pytest.raises(compare.Gone, match=words):
         compared(compare, name, tmp_path, limit=limit)
+
+
+def test_pytorch_is_started_again_without_compiling_where_that_takes_too_long(compare, tmp_path):
+    assert compared(compare, "compiles", tmp_path, repeats=1, compile_limit=0.5)["ratios"] == [0.25]
+    with pytest.raises(compare.Gone, match=r"torch: longer than 0.5 s"):
+        compared(compare, "compiles", tmp_path, limit=0.5)
 
 
 def test_fields_of_the_defense_are_values(compare):

@@ -1,8 +1,8 @@
 """How fast this machine runs what the library does: every workload in a process of its own, compilation apart.
 
 Each is started twice with a compilation cache of its own, empty the first time: that tells the compile time cold and
-cached, and the peak of memory is this workload's alone. Nothing here imports jax: a parent that holds an accelerator
-would leave its children none.
+cached, and the peak of memory is this workload's alone. `cold=False` starts each once, for when minutes count. Nothing
+here imports jax: a parent that holds an accelerator would leave its children none.
 """
 
 import json
@@ -45,6 +45,7 @@ def bench(
     repeats: int = 5,
     small: bool = False,
     limit: float = 1800.0,
+    cold: bool = True,
     say: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Measure the workloads of a suite whose names match.
@@ -52,6 +53,8 @@ def bench(
     Args:
       only: names or patterns with commas between, such as "ibau/*,age"; "": all.
       repeats: timed runs of each. limit: seconds after which one is given up. say: is given each row as it is made.
+      cold: measure compilation with an empty cache, then with the filled one. False: one process a workload, with the
+        cache that JAX_COMPILATION_CACHE_DIR names; "compile" is what that left to do.
 
     Returns: {"suite", "rows", "env"}; a row that failed has "failed" in place of numbers.
     Raises InputError for a pattern that matches nothing.
@@ -64,12 +67,12 @@ def bench(
     env: dict[str, Any] = {}
     for name in chosen(only):
         with tempfile.TemporaryDirectory() as cache:
-            given = {"JAX_COMPILATION_CACHE_DIR": cache}
+            given = {"JAX_COMPILATION_CACHE_DIR": cache} if cold else {}
             try:
                 row = (
                     _startup(repeats, given, limit)
                     if name == STARTUP
-                    else _row(name, suite, repeats, small, given, limit)
+                    else _row(name, suite, repeats, small, given, limit, cold)
                 )
             except (subprocess.TimeoutExpired, RuntimeError) as error:
                 told = f"longer than {limit:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
@@ -89,9 +92,13 @@ def chosen(only: str, known: Sequence[str] = NAMES) -> list[str]:
     return [name for name in known if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _row(name: str, suite: str, repeats: int, small: bool, given: dict[str, str], limit: float) -> dict[str, Any]:
+def _row(
+    name: str, suite: str, repeats: int, small: bool, given: dict[str, str], limit: float, cold: bool
+) -> dict[str, Any]:
     size = "small" if small else "full"
     row = json.loads(_ask(["measure", name, suite, str(repeats), size], given, limit).splitlines()[-1])
+    if not cold:
+        return row
     again = json.loads(_ask(["measure", name, suite, "0", size], given, limit).splitlines()[-1])
     return row | {"compile_cached": again["compile"]}
 

@@ -9,7 +9,7 @@ from bdjax.cli._common import check_file, parse, say
 from bdjax.options import Common
 
 ORDER = 65
-USAGE = "[--suite cpu|gpu] [--only A,B] [--repeats N] [--small] [--markdown] [--out FILE.json]"
+USAGE = "[--suite cpu|gpu] [--only A,B] [--repeats N] [--small] [--no-cold] [--markdown] [--out FILE.json]"
 SUMMARY = "images a second, share of the machine's peak, memory and compile time of each workload"
 
 
@@ -27,6 +27,8 @@ class Flags(Common):
     """Tiny sizes, to see that everything runs; the numbers mean nothing."""
     markdown: bool = False
     """End with the table as Markdown."""
+    cold: bool = True
+    """Compile with an empty cache, then again with the filled one; else once, with the cache that there is."""
     limit: float = 1800.0
     """Seconds after which a workload is given up."""
     out: Path | None = None
@@ -52,7 +54,13 @@ def main(argv: list[str]) -> None:
 
     say(report.HEADING)
     result = bench.bench(
-        options.suite, options.only, repeats=options.repeats, small=options.small, limit=options.limit, say=told
+        options.suite,
+        options.only,
+        repeats=options.repeats,
+        small=options.small,
+        limit=options.limit,
+        cold=options.cold,
+        say=told,
     )
     say(report.markdown(result) if options.markdown else report.notes(result))
     if options.out:
