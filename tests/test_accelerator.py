@@ -1,5 +1,6 @@
 """experiments/accelerator: the budget, steps that fail or take too long, what is packed, the images, and all of it."""
 
+import functools
 import importlib
 import json
 import os
@@ -10,8 +11,13 @@ import time
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+from bdjax import bench, models
+from bdjax.evaluation import clean_indices
+from bdjax.types import Data
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "experiments" / "accelerator" / "run.sh"
@@ -142,6 +148,54 @@ def test_a_run_that_is_stopped_packs_what_it_has(tmp_path):
         assert process.wait(30) != 0
         assert sorted(path.name for path in out.iterdir()) == ["files-0.zip", "results.jsonl"]
         assert "logs/machine.log" in zipfile.ZipFile(out / "files-0.zip").namelist()
+
+
+def test_what_an_accelerator_is_given_can_be_carried_out(module, tmp_path, monkeypatch):
+    """At full size, which is not run here: workloads that exist, models that fit, shares that the sets have."""
+    papers, speed = module("papers"), module("speed")
+    assert set(speed.COMPARED) < set(bench.NAMES) >= set(speed.WORKLOADS)
+    images = np.zeros((50_000, 1, 1, 3), np.uint8), np.arange(50_000) % 10
+    data = Data("cifar10", *images, *(part[:10_000] for part in images), tuple("abcdefghij"))
+    begun = []
+    run = module("records").Run("ibau", tmp_path / "r", tmp_path, tmp_path, "tfds:cifar10", time.time() + 1000)
+    for name in ("_trained", "_export"):
+        monkeypatch.setattr(papers, name, lambda *_: tmp_path)
+    monkeypatch.setattr(papers, "_directory", lambda *_: tmp_path)
+    monkeypatch.setattr(papers, "_defended", lambda run, victim, experiment: begun.append(experiment))
+    rates = {"acc": 0.5, "asr": 0.5}
+    found = {
+        "before": rates,
+        "after": rates,
+        "n_test": 1,
+        "n_asr": 1,
+        "metric": "",
+        "seconds": {"attack": 1, "compile": 1},
+    }
+    monkeypatch.setattr(papers.reactivation, "reactivate", lambda *_, **__: found)
+    (tmp_path / "manifest.json").touch()
+    for step in (papers.ibau, papers.bibau, papers.age, papers.baeraser):
+        step(run)
+    models_ = [(experiment.model, experiment.fit.precision, experiment.seed) for experiment in begun]
+    assert models_ == [
+        *(("small_vgg", "float32", seed) for seed in (0, 1, 2)), ("resnet18", "bfloat16", 0),
+        ("resnet18_imagenet", "float32", 0), ("small_vgg", "float32", 0),
+    ]  # fmt: skip
+    for experiment in begun:
+        models.create(experiment.model, (32, 32, 3), 10, experiment.fit.dtype)
+        assert len(clean_indices(experiment.split, data, experiment.seed)) == experiment.split.size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small_vgg", "resnet18"])
+def test_parity_at_full_size_can_be_traced(module, name):
+    parity = module("parity")
+    model = models.create(name, parity.FULL.shape, parity.CLASSES)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    given = variables["params"], variables["batch_stats"], parity.inputs(parity.FULL)
+    found = jax.eval_shape(functools.partial(parity.quantities, model, parity.FULL), *given)
+    assert found["logits"].shape == (32, 10) and set(found) == set(parity.QUANTITIES)
+    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)  # noqa: E731
+    assert shapes(found["hypergradient"]) == shapes(found["gradient"]) == shapes(variables["params"])
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ pinned() { # the pin of a package in constraints.txt, for Python 3.12 and newer 
 mkdir -p "$carry/wheels"
 rm -f "$carry"/wheels/*.whl "$carry/images.npz"
 # the first five are missing there; the rest is for a machine whose own are out of pyproject.toml's range
-names=(jaxopt dm-pix tyro docstring-parser typeguard flax optax orbax-checkpoint)
+names=(jaxopt dm-pix tyro docstring-parser typeguard flax optax chex orbax-checkpoint)
 pins=()
 for name in "${names[@]}"; do pins+=("$(pinned "$name")"); done
 "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \

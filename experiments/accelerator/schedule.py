@@ -36,7 +36,7 @@ STEPS = (
     Step("bench", 160),
     Step("compare", 110),
     Step("ibau", 130),
-    Step("bibau", 110),
+    Step("bibau", 130),
     Step("age", 80),
     Step("baeraser", 90),
 )
