@@ -113,6 +113,16 @@ def test_what_fails_or_takes_too_long_is_a_row(monkeypatch):
     assert bench.bench(only="age", limit=0.01)["rows"][0]["failed"] == "longer than 0.01 s"
 
 
+def test_where_minutes_count_a_workload_is_started_once_with_the_cache_that_there_is(monkeypatch):
+    asked = []
+    answer = lambda arguments, given, limit: asked.append((arguments[0], given)) or '{"name": "age", "compile": 1}'  # noqa: E731
+    monkeypatch.setattr(bench, "_ask", answer)
+    (row,) = bench.bench(only="age", cold=False)["rows"]
+    assert asked == [("measure", {})] and "compile_cached" not in row
+    (row,) = bench.bench(only="age")["rows"]
+    assert len(asked) == 3 and "JAX_COMPILATION_CACHE_DIR" in asked[-1][1] and row["compile_cached"] == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
