@@ -26,12 +26,17 @@ WORKLOADS = (
 COMPARED = ("train/small_vgg/clean/bfloat16", "train/resnet18/clean/bfloat16", "ibau/release")
 """Of benchmarks/compare.py, where PyTorch compiles its networks for tens of seconds each."""
 
+_LEAST = 15.0  # seconds in which a process starts, compiles and runs the smaller ones
+
 
 def bench(run: Run) -> None:
     """Each workload in a process of its own, with the compilation cache of this run."""
     names, repeats = (("ibau/release",), 1) if run.smoke else (WORKLOADS, 5)
     rows: list[dict[str, Any]] = []
     for name in names:  # one call each: `bench` goes by its own order
+        if rows and run.left() < _LEAST:
+            run.record("left out", name=name, reason=f"{run.left():.0f} s are left")
+            continue
         limit = max(1.0, min(60.0, run.left()))
         found = benchmarks.bench("gpu", name, repeats=repeats, small=run.smoke, limit=limit, cold=False)
         rows += found["rows"]
