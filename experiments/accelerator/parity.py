@@ -128,7 +128,7 @@ def parity(run: Run) -> None:
     """
     prepare_jax()
     sizes = SMOKE if run.smoke else FULL
-    began = []
+    began, failed = [], []
     for name in sizes.models:
         given = run.work / f"parity-{name}.npz"
         params, stats = start(name, sizes)
@@ -138,19 +138,35 @@ def parity(run: Run) -> None:
         arguments = jax.device_put((params, stats, inputs(sizes)))
         programs = [_lowered(name, sizes, arguments, *variant) for variant in VARIANTS]
         with ThreadPoolExecutor(len(VARIANTS)) as pool:
-            compiled = pool.map(_compiled, programs)
-            for (dtype, precision), (program, compiling) in zip(VARIANTS, compiled, strict=True):
-                jax.block_until_ready(program(*arguments))
-                begin = time.perf_counter()
-                found = jax.block_until_ready(program(*arguments))
-                seconds = time.perf_counter() - begin
+            waiting = [pool.submit(_compiled, program) for program in programs]
+            for (dtype, precision), compiled in zip(VARIANTS, waiting, strict=True):
+                facts: dict[str, Any] = {"model": name, "dtype": dtype, "precision": precision}
+                try:
+                    found, seconds, compiling = _ran(*compiled.result(), arguments)
+                except jax.errors.JaxRuntimeError as error:  # out of memory, say: the others may fit
+                    run.record("parity failed", **facts, reason=str(error).partition("\n")[0])
+                    failed.append(str(error))
+                    continue
                 exact = _answer(run, name, process)
-                rows = {what: distance(flat(found[what]), exact[what]) for what in QUANTITIES}
-                run.record(
-                    "parity", model=name, dtype=dtype, precision=precision, images=sizes.images,
-                    iterations=sizes.iterations, **rows, seconds=seconds, compile_seconds=compiling,
-                    reference_seconds=float(exact["seconds"]),
-                )  # fmt: skip
+                facts |= {what: distance(found[what], exact[what]) for what in QUANTITIES}
+                facts |= {"images": sizes.images, "iterations": sizes.iterations}
+                facts |= {
+                    "seconds": seconds,
+                    "compile_seconds": compiling,
+                    "reference_seconds": float(exact["seconds"]),
+                }
+                run.record("parity", **facts)
+    if failed:
+        raise RuntimeError(f"{len(failed)} programs failed: {failed[0]}")
+
+
+def _ran(program: Any, compiling: float, arguments: Any) -> tuple[dict[str, np.ndarray], float, float]:
+    """What a program gives as vectors, the seconds of its second run, and those of compiling it."""
+    jax.block_until_ready(program(*arguments))
+    begin = time.perf_counter()
+    found = jax.block_until_ready(program(*arguments))
+    seconds = time.perf_counter() - begin
+    return {what: flat(found[what]) for what in QUANTITIES}, seconds, compiling
 
 
 def _lowered(name: str, sizes: Sizes, arguments: Any, dtype: str, precision: str) -> Any:
