@@ -132,6 +132,7 @@ def test_records_are_read_up_to_where_they_were_cut_off(module, tmp_path):
     assert records.read(file) == [{"kind": "step", "value": 1.5}] and records.read(tmp_path / "none") == []
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_packs_what_it_has(tmp_path):
     """SIGTERM to run.sh alone; then one to a run whose Python process is killed outright."""
     for number, victim in ((signal.SIGTERM, "run.sh"), (signal.SIGKILL, "python")):
