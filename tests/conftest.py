@@ -1,4 +1,4 @@
-"""Every test sees four simulated devices, strict dtype promotion, and warnings as errors."""
+"""Every test sees four simulated devices, strict dtype promotion, warnings as errors, and XLA at its least effort."""
 
 import dataclasses
 import functools
@@ -8,8 +8,15 @@ import os
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+_FLAGS = (
+    "--xla_force_host_platform_device_count=4",
+    "--xla_cpu_parallel_codegen_split_count=1",  # every core has a test process: small programs are not worth splitting
+)
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
+    "true"  # most of the suite's time is compilation; in child processes, too
+)
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -22,6 +29,17 @@ os.environ.setdefault(
 )  # children too
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+LARGE = (
+    "densenet121", "efficientnet_v2_s", "googlenet", "mobilenet_v3_small", "vgg16", "vgg19", "vgg19_bn", "vit_b_32",
+)  # fmt: skip
+"""Networks of many layers, which take seconds to trace and compile; smaller ones of the same kinds are tested first."""
+
+
+def large_are_slow(names):
+    """Cases for `parametrize` by the names of models: those of LARGE are marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in names]
 
 
 @functools.lru_cache
@@ -94,6 +112,21 @@ def _room():
     if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _optimisation(request):
+    """Compile a module marked `optimised` as users do: it is about cost, memory, generated code or exact rounding."""
+    if request.node.get_closest_marker("optimised") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
+        yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

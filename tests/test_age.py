@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import large_are_slow
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.signal import correlate2d
 
@@ -142,7 +143,7 @@ def test_the_later_part_by_layers_and_by_scalars():
     assert age.later(layers, 1.0, "layers") == age.later(layers, 1.0, "scalars") == list("abcde")
 
 
-@pytest.mark.parametrize("name", registry.names("models"))
+@pytest.mark.parametrize("name", large_are_slow(registry.names("models")))
 def test_every_model_tells_what_each_kernel_gives_in_forward_order(name):
     model = models.create(name, (32, 32, 3), 10)
     variables, order = jax.eval_shape(model.init, KEY), []

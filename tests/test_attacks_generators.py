@@ -52,6 +52,7 @@ def hiding(config, images, since):
     return encoder, decoder, {name: {"params": p, "batch_stats": {}} for name, p in params.items()}, place, batch
 
 
+@pytest.mark.slow
 def test_hiding_is_paid_by_cross_entropy_and_square(blobs):
     config = dataclasses.replace(ISSBA, weight=7.0, wait=0, ramp=1)
     images = jnp.asarray(blobs[0][:6], jnp.float32) / 255
@@ -73,6 +74,7 @@ def test_steps_are_counted_from_the_first_batch_that_is_read(blobs, monkeypatch)
     assert int(hiding(ISSBA, images, since=-1)[-1].state["since"]) == 0
 
 
+@pytest.mark.slow
 def test_the_decoder_learns_to_read_and_the_trigger_is_the_stored_code(blobs):
     losses, config = Losses(), dataclasses.replace(ISSBA, bits=1, epochs=10, learning_rate=1e-3)
     arrays = issba.prepare(config, trained_task(*blobs, losses), KEY)
@@ -87,6 +89,7 @@ def test_the_decoder_learns_to_read_and_the_trigger_is_the_stored_code(blobs):
     assert bool((out != other).any(axis=(1, 2, 3)).all())
 
 
+@pytest.mark.slow
 def test_issba_plants_in_a_tiny_task(blobs):
     planted = attacks.plant("issba", dataclasses.replace(ISSBA, ratio=0.2, target=1), trained_task(*blobs), KEY)
     assert len(planted.poison.indices) == 40 and (planted.poison.labels == 1).all()
@@ -96,6 +99,7 @@ def test_issba_plants_in_a_tiny_task(blobs):
 # --- both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["pmap", "jit"])
 @pytest.mark.parametrize("name", ["iad", "issba"])
 def test_four_devices_do_what_one_does(name, form, blobs):
@@ -124,6 +128,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stage"), [("iad", "mask network"), ("iad", "training"), ("issba", "encoder")])
 def test_a_killed_training_resumes_and_the_stored_arrays_make_the_same_trigger(
     name, stage, blobs, blobs_npz, tmp_path, monkeypatch
@@ -187,6 +192,7 @@ def test_a_value_out_of_range_is_refused(name, fields, words):
         registry.load("attacks", name).Config(**fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
     [

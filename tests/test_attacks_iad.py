@@ -124,6 +124,7 @@ def test_the_mask_network_learns_by_the_sum_of_the_paper(blobs):
     np.testing.assert_array_equal(batch.images, images)
 
 
+@pytest.mark.slow
 def test_masks_become_sparse_and_patterns_differ(blobs):
     planted = attacks.plant("iad", dataclasses.replace(IAD, epochs=12), trained_task(*blobs), KEY)
     images = jnp.asarray(blobs[0][:20], jnp.float32) / 255

@@ -288,6 +288,7 @@ def test_what_does_not_fit_the_task_is_refused(name, blobs):
             attacks.plant(name, config_of(name), task_of((images, labels * 0)), KEY)
 
 
+@pytest.mark.slow
 def test_a_victim_by_the_command_line_remembers_its_mark(blobs_npz, tmp_path, capsys):
     flags = ["--attack.target", "1", "--attack.iterations", "5", "--attack.epochs", "2", "--attack.ratio", "0.1"]
     fits = ["--fit.epochs", "2", "--fit.batch-size", "40", "--devices", "1"]

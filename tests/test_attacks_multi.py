@@ -147,6 +147,7 @@ def test_pictures_show_every_trigger(coded):
     assert few.pictures(4)["labels"].tolist() == [0]
 
 
+@pytest.mark.slow
 def test_a_run_ends_as_any_other(blobs_npz, tmp_path, capsys):
     out = tmp_path / "r"
     argv = [
@@ -230,6 +231,7 @@ def test_parts_have_stages_arrays_and_files_of_their_own(blobs, blobs_npz, tmp_p
     assert "parts" not in attack_record(Experiment("badnets"), "f")["attack"]
 
 
+@pytest.mark.slow
 def test_a_clean_model_is_trained_once_for_all_parts(blobs_npz, tmp_path, monkeypatch):
     seen, trains = [], 'task.fit(task.images, task.labels, key, stage="surrogate")["params"]["body"]'
     (tmp_path / "own.py").write_text(OWN.replace(trains, 'task.clean()["params"]["head"]["kernel"]'))

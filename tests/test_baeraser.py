@@ -216,6 +216,7 @@ def test_without_a_suspect_the_model_is_given_back_as_it_is(nothing, view, modul
     assert step == 1 and len(arrays["suspected"]) == 0 and arrays["recovered"].shape == (0, 8, 8, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [baeraser, mesa_finetune])
 def test_two_devices_do_what_one_does(recovered, view, module):
     changes = {"epochs": 2, "batch_size": 6, "learning_rate": 0.05, "form": "additive"}

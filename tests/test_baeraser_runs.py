@@ -26,6 +26,7 @@ def published():
     return papers.read(EXPERIMENTS / "papers")
 
 
+@pytest.mark.slow
 def test_a_run_tells_its_suspects_and_shows_its_triggers(finished, capsys, tmp_path):
     argv = ["defend", finished[0] / "victim", "baeraser", "--devices", "1", "--out", tmp_path / "d", *SMALL]
     out = bdjax(capsys, *argv, "--defense.largest-drop", "1", "--defense.size", "2")

@@ -48,6 +48,7 @@ def test_the_steps_of_training_are_counted_by_the_engine(monkeypatch, blobs):
     model = perceptron()
     run = lambda: fit(model, *blobs, FitConfig(1, 40, "sgd"), jax.random.key(0))  # noqa: E731
     prepared(monkeypatch, workloads.Job(run, 200))
+    jax.clear_caches()  # another test of this process may have compiled the same step
     row, job, steps = _measure.first_call("fit", "cpu", False)
     assert row["compile"] > 0 and [entry[0] for entry in steps.values()] == [5]
     products = 5 * 2 * 40 * (2 * 64 * 8 + 3 * 8 * 4)
@@ -83,6 +84,7 @@ def test_names_and_patterns():
     assert bench.chosen("") == list(bench.NAMES)
 
 
+@pytest.mark.slow
 def test_the_command_measures_cold_cached_and_after(capsys, tmp_path):
     argv = ["bench", "--small", "--repeats", "2", "--only", "trigger/badnets", "--json", "--out", tmp_path / "b.json"]
     out = bdjax(capsys, *argv).splitlines()
@@ -93,6 +95,7 @@ def test_the_command_measures_cold_cached_and_after(capsys, tmp_path):
     assert re.match(r"trigger/badnets +[\d.e-]+ \([\d.e-]+ to [\d.e-]+\)", out[1]) and "mean nothing" in "\n".join(out)
 
 
+@pytest.mark.slow
 def test_a_start_is_timed_from_outside(monkeypatch):
     """The one that fills the cache is told apart; the child says when its first step is over."""
     monkeypatch.setattr(bench, "_ask", lambda *_: time.sleep(next(pauses)))
@@ -104,6 +107,7 @@ def test_a_start_is_timed_from_outside(monkeypatch):
     assert said == ["first step"]
 
 
+@pytest.mark.slow
 def test_what_fails_or_takes_too_long_is_a_row(monkeypatch):
     monkeypatch.setattr(bench, "_row", lambda *_: bench._ask(["measure", "ibau/none", "cpu", "1", "nothing"], {}, 60))
     (row,) = bench.bench(only="age")["rows"]

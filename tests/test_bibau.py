@@ -226,6 +226,7 @@ def test_the_switches_are_the_rows_of_table_6(a, b, victim, view):
     assert bool((run(inverse_ewc=5.0) != base).any()) == b and bool((run(prior=9.0) != base).any()) == b
 
 
+@pytest.mark.slow
 def test_separate_statistics_are_those_of_the_clean_images_alone(view):
     model = models.create("cnn", (8, 8, 1), 4)
     normed = Victim(model, model.init(KEY))
@@ -316,6 +317,7 @@ def test_a_target_that_is_no_class_is_refused(victim, view):
         bibau.purify(bibau.Config(variant="targeted", target=4), victim, view, KEY)
 
 
+@pytest.mark.slow
 def test_every_models_penultimate_layer_feeds_its_head():
     """logits = penultimate @ head + bias: the convention that methods which read both depend on."""
     for name in ("cnn", "small_vgg"):

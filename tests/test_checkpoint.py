@@ -265,6 +265,7 @@ def train(folder=None):
         return fit(model, images, labels, config, jax.random.key(0), saver=folder and EpochSaver(folder))
 
 
+@pytest.mark.slow
 def test_a_training_killed_at_any_moment_goes_on_to_the_very_same_bits(tmp_path):
     folder, dice = tmp_path / "epochs", random.Random()
     tests, root = Path(__file__).parent, Path(__file__).parents[1]

@@ -160,6 +160,7 @@ def test_what_cannot_work_is_refused(argv, words, model, data, capsys, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_attack_of_its_own_is_not_exchanged_for_another(finished, capsys):
     said = refused(capsys, "evaluate", finished[0], "--attack", "blended")
     assert "records its own attack (badnets)" in said

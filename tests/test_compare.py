@@ -16,6 +16,8 @@ from bdjax.errors import InputError
 from bdjax.experiment import Experiment, SplitConfig
 from bdjax.report import solvers as report
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ibau.Config(batch_size=8, norm_bound=2.0)
 SPLIT = SplitConfig(size=16)
 

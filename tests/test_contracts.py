@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 from pathlib import Path
 
@@ -38,7 +39,17 @@ def task(images):
     return untrained_task(*images, model)
 
 
+PREPARED = {}
+"""What attacks prepared, by name and Config."""
+
+
 def arrays_of(name, config, task):
+    if (name, config) not in PREPARED:
+        PREPARED[name, config] = prepare(name, config, task)
+    return PREPARED[name, config]
+
+
+def prepare(name, config, task):
     module, key = registry.load("attacks", name), jax.random.key(5)
     if hasattr(module, "edit") and config.labels != "clean":  # its default share may be less than one of so few images
         config = dataclasses.replace(config, ratio=0.5)
@@ -184,17 +195,23 @@ def test_detect_scores_every_class_and_gives_a_verdict(name):
     np.testing.assert_array_equal(again.classes, found.classes)
 
 
+def purify(name, seed=0, watch=None):
+    """(variables of the victim, purified variables)."""
+    model, module = perceptron(), registry.load("defenses", name)
+    variables = model.init(jax.random.key(0))
+    view, config = view_of(module, watch), module.Config()
+    config = dataclasses.replace(config, **quick_changes(name, config))
+    return variables, module.purify(config, Victim(model, variables), view, jax.random.key(seed))
+
+
+purified = functools.cache(purify)
+"""The same, computed once for all tests that ask for the same arguments."""
+
+
 @pytest.mark.parametrize("name", DEFENSES)
 class TestDefense:
-    def purify(self, name, seed=0, watch=None):
-        model, module = perceptron(), registry.load("defenses", name)
-        variables = model.init(jax.random.key(0))
-        view, config = view_of(module, watch), module.Config()
-        config = dataclasses.replace(config, **quick_changes(name, config))
-        return variables, module.purify(config, Victim(model, variables), view, jax.random.key(seed))
-
     def test_returns_finite_variables_of_the_same_structure_and_leaves_the_victim_alone(self, name):
-        variables, cleaned = self.purify(name)
+        variables, cleaned = purified(name)
         assert jax.tree.structure(variables) == jax.tree.structure(cleaned)
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(cleaned))
         assert all(
@@ -209,16 +226,16 @@ class TestDefense:
             def observe(self, step, variables, **arrays):
                 seen.append((step, jax.tree.map(np.asarray, variables)))
 
-        _, one = self.purify(name)
-        _, two = self.purify(name, watch=Nosy())
+        _, one = purified(name)
+        _, two = purify(name, watch=Nosy())
         jax.tree.map(np.testing.assert_array_equal, one, two)
         assert [step for step, _ in seen] == list(range(1, len(seen) + 1)) and seen
         jax.tree.map(np.testing.assert_array_equal, seen[-1][1], one)
 
     def test_second_run_compiles_nothing(self, name):
-        self.purify(name)
+        purified(name)
         before = compiled_programs()
-        self.purify(name, seed=1)
+        purify(name, seed=1)
         assert compiled_programs() == before
 
 

@@ -11,6 +11,8 @@ from convolutions import LAX, equal_to_second_order, equal_to_third_order, gradi
 
 from bdjax.models import _conv, _layers
 
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
+
 SIDES, BATCHES = [1, 3, 5], [1, 19, 20, 45]  # the kernel's gradient goes over the batch in pieces of 20
 
 

@@ -10,6 +10,8 @@ from convolutions import LAX, equal_to_second_order, equal_to_third_order, equal
 
 from bdjax.models import _conv, _layers, _strided, _winograd
 
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
+
 LAX_STRIDED = partial(
     jax.lax.conv_general_dilated,
     window_strides=(2, 2),

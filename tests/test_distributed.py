@@ -16,6 +16,8 @@ from conftest import perceptron
 from bdjax import checkpoint, datasets
 from bdjax.engine import FitConfig, fit
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 RECIPE = {"epochs": 2, "batch_size": 64, "optimizer": "sgd", "learning_rate": 0.1}
 TRAIN = ["train", "badnets", "--model", "cnn", "--attack.target", "1", "--fit.epochs", "2", "--fit.batch-size", "40"]

@@ -129,6 +129,7 @@ def flat(outputs):
     return jnp.concatenate([value.reshape(len(value), -1) for value in outputs], 1)
 
 
+@pytest.mark.slow
 def test_actft_is_a_plain_computation_on_the_convolutions(convolutional, blobs):
     """One batch with every image triggered, two epochs: two steps with momentum on the concatenated maps."""
     watch = Seen()

@@ -139,6 +139,7 @@ def victims(blobs_npz, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_a_name_has_the_trigger_of_a_victim_of_the_same_seed(victims, blobs_npz):
     """Noise that `prepare` draws is drawn by the same key, whether it is planted or only shown."""
     path = str(victims["noise"].with_suffix(".py"))
@@ -236,6 +237,7 @@ def test_victims_of_other_data(victims, flat, tmp_path):
         gallery.gallery((str(other),))
 
 
+@pytest.mark.slow
 def test_the_gallery_of_all_shows_or_leaves_out_every_attack_of_the_registry():
     result, pictures = gallery.gallery(count=2)
     shown = [row["attack"] for row in result["rows"]]

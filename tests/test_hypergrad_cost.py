@@ -12,6 +12,8 @@ import pytest
 from bdjax import hypergrad, models
 from bdjax.errors import InputError
 
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
+
 SOLVING = [name for name in hypergrad.SOLVERS if name != "none" and not name.startswith("unrolled")]
 STOP_EARLY = ["cg", "normal_cg", "gmres", "bicgstab"]
 

@@ -156,6 +156,7 @@ def test_every_field_changes_the_result(name):
     assert any(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))
 
 
+@pytest.mark.slow
 def test_bfloat16_products_hardly_turn_the_step():
     """One θ step of SGD with rate 1 is the hypergradient itself."""
     model = models.create("cnn", (8, 8, 1), 4)

@@ -107,6 +107,7 @@ def test_means(result, places):
     assert some["means"]["0.2"]["cka_clean"] == pytest.approx(np.mean([row["cka_clean"] for row in rows[1:]]))
 
 
+@pytest.mark.slow
 def test_bec_is_one_for_the_victim_and_zero_for_the_clean_model(places):
     same = inspect(places["victim"], places["victim"], places["clean"])
     none = inspect(places["victim"], places["clean"], places["clean"])
@@ -145,6 +146,7 @@ def test_without_a_clean_model_there_is_cka_only(result, places):
     assert "so there is no BEC, only CKA" in report.table(found)
 
 
+@pytest.mark.slow
 def test_all_to_all_has_no_cluster_of_a_target(places, tmp_path):
     found = inspect(places["other"], places["clean"])
     assert found["target"] is None and found["n_triggered"] == found["n_clean"] == 40

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import large_are_slow
 
 from bdjax import checkpoint, interop, models
 from bdjax.errors import InputError
@@ -45,11 +46,20 @@ def imported(case, out, **options):
     return interop.import_model(FILES[case], out, **(given | options))
 
 
+class Imported(dict):
+    """Fixtures as model directories, imported when first asked for: case -> (directory, manifest)."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def __missing__(self, case):
+        self[case] = self.root / case, imported(case, self.root / case)
+        return self[case]
+
+
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """Every fixture as a model directory: case -> (directory, manifest)."""
-    root = tmp_path_factory.mktemp("imported")
-    return {case: (root / case, imported(case, root / case)) for case in FILES}
+    return Imported(tmp_path_factory.mktemp("imported"))
 
 
 def variables_of(directory, manifest):
@@ -89,14 +99,14 @@ def test_torchvision_s_own_networks(name, tmp_path):
         np.testing.assert_array_equal(before[tensor], after[tensor])
 
 
-@pytest.mark.parametrize("case", FILES)
+@pytest.mark.parametrize("case", large_are_slow(FILES))
 def test_logits_are_those_of_pytorch(case, directories):
     model, variables = variables_of(*directories[case])
     images, logits = stored(case)
     np.testing.assert_allclose(jax.jit(model.logits)(variables, images), logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", FILES)
+@pytest.mark.parametrize("case", large_are_slow(FILES))
 @pytest.mark.parametrize(("form", "end"), [("torch", "pt"), ("safetensors", "safetensors")])
 def test_what_came_in_goes_out_bit_for_bit(case, form, end, directories, tmp_path):
     out = tmp_path / f"out.{end}"
@@ -109,7 +119,7 @@ def test_what_came_in_goes_out_bit_for_bit(case, form, end, directories, tmp_pat
         assert after[name].tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("case", FILES)
+@pytest.mark.parametrize("case", large_are_slow(FILES))
 def test_the_model_and_how_it_was_read_stand_in_the_manifest(case, directories):
     _, manifest = directories[case]
     called = {"attack_result": "preact_resnet18", "defense_result": "vgg19_bn"}
@@ -293,6 +303,7 @@ print(seconds, most[0])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of memory")
 def test_a_resnet_of_45_megabytes_takes_two_seconds_and_three_times_its_size(tmp_path):
     path, _ = resnet(tmp_path)

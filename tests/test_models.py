@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import large_are_slow
 
 from bdjax import augment, models, registry
 from bdjax.errors import InputError
 from bdjax.types import Model
 
 NAMES = registry.names("models")
+CASES = large_are_slow(NAMES)
 SHAPE, CLASSES = (8, 8, 1), 4
 NARROW = {
     "densenet121": 4, "efficientnet_v2_s": 4, "googlenet": 8, "mobilenet_v3_small": 4, "preact_resnet18": 4,
@@ -72,7 +74,7 @@ def same(a, b):
 # --- every model
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_evaluation_is_finite_deterministic_and_one_image_at_a_time(name):
     model, variables = ready(name)
     apply = jax.jit(model.apply)
@@ -86,7 +88,7 @@ def test_evaluation_is_finite_deterministic_and_one_image_at_a_time(name):
     np.testing.assert_allclose(apply(variables, others)[0][0], logits[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_training_moves_the_running_statistics_a_tenth_of_the_way(name):
     model, variables = ready(name)
     start, images = jax.tree.map(np.array, variables), pictures(4, model.shape)
@@ -101,7 +103,7 @@ def test_training_moves_the_running_statistics_a_tenth_of_the_way(name):
     assert same(variables, start)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("shape", "classes"), [((9, 13, 3), 2), ((32, 32, 3), 43), ((28, 28, 1), 10)])
 def test_any_height_width_channels_and_classes(name, shape, classes):
     shape = large_enough(name, shape)
@@ -111,7 +113,7 @@ def test_any_height_width_channels_and_classes(name, shape, classes):
     assert features["flat"].ndim == 2 and model.shape == shape and model.classes == classes
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_bfloat16_is_for_activations_only(name):
     model, variables = shapes_of(name, dtype=jnp.bfloat16)
     images = jax.ShapeDtypeStruct((2, *model.shape), jnp.float32)
@@ -122,7 +124,7 @@ def test_bfloat16_is_for_activations_only(name):
         assert {leaf.dtype for leaf in jax.tree.leaves(features)} == {jnp.dtype("bfloat16")}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_smallest_side_works_and_the_error_names_it(name):
     least = registry.load("models", name).SMALLEST
     model, variables = shapes_of(name, (least, least, 1))
@@ -132,7 +134,7 @@ def test_the_smallest_side_works_and_the_error_names_it(name):
             models.create(name, shape, CLASSES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_same_arguments_give_the_same_object(name):
     assert models.create(name, (32, 32, 3), 7) is models.create(name, (32, 32, 3), 7)
     assert models.create(name, (32, 32, 3), 7) is not models.create(name, (32, 32, 3), 8)

@@ -146,6 +146,7 @@ def test_an_interrupted_one_goes_on(cleaned, file, clean, capsys, tmp_path):
     assert (half / "purified.pth").read_bytes() == (out / "purified.pth").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_directory_brings_its_own_data_and_its_trigger_is_measured(finished, capsys, tmp_path):
     victim = finished[0] / "victim"
     said = bdjax(capsys, "purify", victim, "--model", "cnn", *QUICK, "--out", tmp_path / "o", "--json")
@@ -156,6 +157,7 @@ def test_a_run_directory_brings_its_own_data_and_its_trigger_is_measured(finishe
     assert "badnets" in (tmp_path / "o" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_imported_directory_keeps_its_format(finished, blobs_npz, capsys, tmp_path):
     weights = tmp_path / "v.safetensors"
     bdjax(capsys, "export", finished[0] / "victim", "--format", "safetensors", "--out", weights)
@@ -167,6 +169,7 @@ def test_an_imported_directory_keeps_its_format(finished, blobs_npz, capsys, tmp
     assert (tmp_path / "o" / "purified.safetensors").is_file() and result["asr"] is None
 
 
+@pytest.mark.slow
 def test_a_backdoorbench_result_says_its_model_itself(capsys, tmp_path):
     rng, labels = np.random.default_rng(0), np.arange(20, dtype=np.int32) % 5
     images = rng.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)

@@ -161,6 +161,7 @@ def planted(blobs_npz, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["badnets", "wanet"])
 def test_both_reactivations_write_a_result_and_a_model_that_evaluate_reads(planted, attack, tmp_path):
     small = {"retuning": {"share": 0.25, "epochs": 2}, "query_reactivation": {"count": 20, "hidden": 8, "epochs": 2}}

@@ -35,6 +35,7 @@ def finished(file, out):
     return {name: value for name, value in found.items() if name != "cells.json"}
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_loses_nothing_and_ends_with_the_same_bits(undisturbed, tmp_path):
     file, expected = undisturbed
     assert len(expected) > 20
@@ -91,6 +92,7 @@ def test_what_is_compared_can_differ(undisturbed):
     assert bench.differing(expected, {k: v for k, v in expected.items() if k != name}) == [name]
 
 
+@pytest.mark.slow
 def test_two_processes_that_make_the_same_run_leave_one(undisturbed, tmp_path):
     file, expected = undisturbed
     argv = [sys.executable, "-m", "bdjax", "_cell", str(file), "0", "0", str(tmp_path / "out"), "1"]

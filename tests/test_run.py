@@ -9,6 +9,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 from commands import DEFEND, PLANT, bdjax
 from PIL import Image
 
@@ -56,6 +57,7 @@ def test_json_is_the_last_line_and_a_finished_run_is_not_repeated(finished, blob
     assert (out / "result.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_train_then_defend_in_other_processes_equals_run(finished, blobs_npz, tmp_path):
     _, result = finished
     env = {**os.environ, "XLA_FLAGS": ""}
@@ -146,6 +148,7 @@ def test_other_values_compile_nothing_new(blobs_npz, tmp_path):
     assert compiled_programs() == before
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_to_the_same_bits(blobs_npz, tmp_path):
     argv = ["train", "badnets", "--dataset", blobs_npz, *PLANT[:4], "--fit.epochs", "40", "--fit.batch-size", "40"]
     command = [sys.executable, "-m", "bdjax", *argv, "--devices", "1"]

@@ -83,6 +83,7 @@ def _corner(variables, images, train=False, keys=None, axis_name=None):
     return jnp.stack([0 * seen, 30 * (seen - 0.5), 0 * seen - 9], 1), {}, {}
 
 
+@pytest.mark.slow
 def test_the_place_is_learnt_where_the_backdoor_answers_nowhere_else(dark):
     """Class 1 is what is bright in rows 5 to 7, columns 1 to 3 of 8: no patch at random places is universal."""
     model = Model("corner", (8, 8, 1), 3, BRIGHT.init, _corner)
@@ -121,6 +122,7 @@ def test_a_pool_puts_its_patches_where_they_were_learnt():
         assert_allclose(image, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_label_after_another_learns_what_all_at_once_do(blobs):
     victim, view = Victim(perceptron(), perceptron().init(KEY)), DefenderView(blobs[0][:50], blobs[1][:50])
     whole, *parts = (recover(dataclasses.replace(FEW, together=count), victim, view, KEY) for count in (0, 1, 3))
@@ -132,6 +134,7 @@ def test_one_label_after_another_learns_what_all_at_once_do(blobs):
         assert_allclose(part.asr, whole.asr, atol=0.05)
 
 
+@pytest.mark.slow
 def test_two_devices_learn_what_one_does(blobs):
     victim, view = Victim(perceptron(), perceptron().init(KEY)), DefenderView(blobs[0][:50], blobs[1][:50])
     for changes in ({"form": "additive", "strength": 0.5}, {"place_rate": 0.1, "thresholds": (0.9, 1.0)}):

@@ -9,6 +9,8 @@ from bdjax import cli
 from bdjax.errors import InputError
 from bdjax.experiment import Experiment
 
+pytestmark = pytest.mark.slow
+
 GRID = """
 from bdjax.engine import FitConfig
 from bdjax.experiment import Experiment
