@@ -8,6 +8,10 @@ import os
 import tempfile
 from pathlib import Path
 
+if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})  # 10 % faster than sharing all
+
 _FLAGS = (
     "--xla_force_host_platform_device_count=4",
     "--xla_cpu_parallel_codegen_split_count=1",  # every core has a test process: small programs are not worth splitting
@@ -28,7 +32,7 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "bdjax-tests-jax")
 )  # children too
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 LARGE = (

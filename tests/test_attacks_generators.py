@@ -67,6 +67,7 @@ def test_hiding_is_paid_by_cross_entropy_and_square(blobs):
     assert 0 < codes.mean() < 1 and int(batch.state["since"]) == 6
 
 
+@pytest.mark.slow
 def test_steps_are_counted_from_the_first_batch_that_is_read(blobs, monkeypatch):
     images = jnp.asarray(blobs[0][:6], jnp.float32) / 255
     assert int(hiding(ISSBA, images, since=-1)[-1].state["since"]) == -1  # no chance to read 90 % at the beginning

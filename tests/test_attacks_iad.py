@@ -78,6 +78,7 @@ def test_a_step_triggers_its_share_crosses_its_share_and_leaves_the_rest(blobs, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), batch.state, stats)
 
 
+@pytest.mark.slow
 def test_images_of_the_target_class_are_left_as_they_are_when_asked(blobs):
     config = dataclasses.replace(IAD, exclude_target=True)
     images, labels = jnp.asarray(blobs[0][:20], jnp.float32) / 255, jnp.asarray(blobs[1][:20])
@@ -99,6 +100,7 @@ def test_an_epoch_holds_exactly_its_shares_and_no_batch_on_any_device_more_than_
             assert found.sum() == int(share * cut.size + 1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_as_full_as_its_capacity_is_triggered_whole(blobs):
     config, images = dataclasses.replace(IAD, ratio=0.1, cross=0.1), jnp.asarray(blobs[0][:30], jnp.float32) / 255
     most = capacity(0.1, 30)

@@ -256,6 +256,7 @@ def test_narcissus_learns_the_tasks_classes_then_the_target_alone():
     assert [call.stage for call in calls] == ["surrogate"]
 
 
+@pytest.mark.slow
 def test_narcissus_adds_the_target_to_other_images_as_one_class_more():
     files = {
         "x.npy": np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3)).astype(np.uint8),

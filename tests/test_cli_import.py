@@ -81,6 +81,7 @@ def test_evaluate_measures_accuracy_alone_or_with_a_trigger(model, data, picture
     assert tried["asr"] == pytest.approx((said(images) == 2)[labels != 2].mean())
 
 
+@pytest.mark.slow
 def test_defend_cleans_it_and_what_comes_out_is_a_model_like_any_other(model, data, picture, capsys, tmp_path):
     argv = ["defend", model, *DEFEND, "--dataset", data, *picture, "--attack.target", "2", "--out", tmp_path / "d"]
     result = answered(capsys, *argv)
@@ -175,6 +176,7 @@ def test_what_stands_there_is_replaced_only_by_force(model, capsys, tmp_path):
     assert checkpoint.read_manifest(tmp_path / "m")["hash"] != first
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_here_is_exported(finished, capsys, tmp_path):
     told = answered(capsys, "export", finished[0], "--format", "safetensors", "--out", tmp_path / "m.safetensors")
     assert told["names"] == "bdjax" and told["input"] is None

@@ -109,6 +109,7 @@ def test_an_out_that_may_not_be_written_or_has_no_room(square, tmp_path, capsys,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_directories_without_a_poisoned_set(blobs_npz, square, tmp_path, capsys):
     out = tmp_path / "set.npz"
     assert "nowhere is not a directory" in refused(capsys, "poisoned", "nowhere", "--out", out)

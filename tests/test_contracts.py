@@ -250,7 +250,7 @@ def test_selection_draws_all_when_asked_and_names_the_largest_ratio():
 
 def test_fit_is_a_task_recipe(blobs):
     """The lift hands poisoned data to the recipe: what comes back is a trained model."""
-    model = models.create("cnn", (8, 8, 1), 4)
+    model = perceptron()
     recipe = FitConfig(epochs=1, batch_size=50)
     task = dataclasses.replace(untrained_task(*blobs, model), fit=lambda x, y, key: fit(model, x, y, recipe, key))
     planted = attacks.plant("badnets", config_of("badnets", target=0), task, jax.random.key(0))

@@ -152,6 +152,7 @@ def test_a_name_has_the_trigger_of_a_victim_of_the_same_seed(victims, blobs_npz)
     assert other["rows"][0]["psnr"] != made["psnr"]
 
 
+@pytest.mark.slow
 def test_a_victim_is_shown_with_its_own_config(victims, tmp_path):
     """And so is the purified model in the directory of a run."""
     shutil.copytree(victims["badnets"], tmp_path / "run" / "purified")

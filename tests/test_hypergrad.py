@@ -193,6 +193,7 @@ def digits_hessian():
         return lambda v: (dense @ v.ravel()).reshape(v.shape), np.asarray(dense), b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMPLICIT)
 def test_agrees_with_a_dense_solve_on_digits(double, name, digits_hessian):
     """With a ridge above the largest |eigenvalue|, to the tolerance that each solver states."""

@@ -147,7 +147,9 @@ def test_every_field_is_tried():
     assert set(CHANGES) | {"schedule"} == {f.name for f in dataclasses.fields(ibau.Config)}
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("batch_norm", "products") else n for n in CHANGES]
+)
 def test_every_field_changes_the_result(name):
     base = ibau.Config(rounds=1, batch_size=8, outer_lr=1e-3)
     model = models.create("cnn", (8, 8, 1), 4) if name in ("batch_norm", "products") else None

@@ -24,6 +24,7 @@ def models(finished, blobs_npz, tmp_path_factory):
     return folder / "m", folder / "d"
 
 
+@pytest.mark.slow
 def test_an_imported_model_is_looked_into_with_the_trigger_that_is_given(models, finished, blobs_npz, capsys, tmp_path):
     argv = ["inspect", *models, "--dataset", blobs_npz, *TRIGGER, "--count", 20, "--out", tmp_path / "in", "--json"]
     found = json.loads(bdjax(capsys, *argv).splitlines()[-1])

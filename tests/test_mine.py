@@ -18,6 +18,7 @@ def gaussians(key, rho, count):
     return z, rho * z + (1 - rho**2) ** 0.5 * noise, other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.7, -0.9])
 def test_it_recovers_the_mutual_information_of_correlated_gaussians(rho):
     params = _mine.init(KEY, 1, 1, 32)

@@ -181,6 +181,7 @@ def test_both_reactivations_write_a_result_and_a_model_that_evaluate_reads(plant
         assert checkpoint.read_manifest(out / "model")["reactivation"]["name"] == name
 
 
+@pytest.mark.slow
 def test_the_clean_model_is_attacked_alike_and_trained_where_there_is_none(planted, tmp_path):
     config = retuning.Config(share=0.25, epochs=1)
     context = victim.Context(1, store=tmp_path / "victims")
@@ -196,6 +197,7 @@ def test_the_clean_model_is_attacked_alike_and_trained_where_there_is_none(plant
     assert len(list((tmp_path / "victims").glob("[0-9a-f]*"))) == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_reactivated_is_refused(planted, tmp_path, blobs):
     with pytest.raises(InputError, match="badnets is no re-activation attack. Choose from query_react"):
         reactivation.reactivate(planted / "badnets", "badnets")
@@ -214,6 +216,7 @@ def test_what_cannot_be_reactivated_is_refused(planted, tmp_path, blobs):
         reactivation.reactivate(planted / "badnets", "retuning", clean=tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_the_command_attacks_again_and_prints_both_lines(planted, tmp_path, capsys):
     from bdjax import cli
 

@@ -121,6 +121,7 @@ def test_clean_images_from_the_training_split_leave_the_test_split_whole(finishe
     np.testing.assert_array_equal(evaluation.clean_images, train[evaluation.clean_indices])
 
 
+@pytest.mark.slow
 def test_other_values_compile_nothing_new(blobs_npz, tmp_path):
     def once(name, seed, **changes):
         experiment = Experiment("badnets", "ibau", blobs_npz, seed=seed)
