@@ -6,7 +6,7 @@ on the device they are uint8 (:func:`to_float` converts). Labels are int32. Noth
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, NewType, TypeAlias
 
@@ -288,3 +288,21 @@ class DefenderView:
     watch: Watch = field(default_factory=Watch)
     trigger: Trigger | None = None
     """The true trigger, only for a method that asks for it (:func:`bdjax.defenses.needs_trigger`)."""
+
+    def split(self, share: float, key: Key) -> tuple["DefenderView", "DefenderView"]:
+        """Two views with images of every class in both, as far as a class has two: to learn from, and to judge by.
+
+        Args: share: of the images that the first view gets, in (0, 1), rounded by class; key: draws them.
+        """
+        order = np.asarray(jax.random.permutation(key, len(self.labels)))
+        first = []
+        for label in np.unique(self.labels):
+            of_class = order[self.labels[order] == label]
+            count = round(share * len(of_class))
+            first.append(of_class[: min(max(count, 1), max(len(of_class) - 1, 1))])
+        chosen = np.zeros(len(self.labels), bool)
+        chosen[np.concatenate(first)] = True
+        if chosen.all():  # every class has one image: the last in the drawn order judges
+            chosen[order[-1]] = False
+        learn, judge = (replace(self, images=self.images[part], labels=self.labels[part]) for part in (chosen, ~chosen))
+        return learn, judge

@@ -1,0 +1,174 @@
+"""Targeted unlearning: the smallest perturbation of a linear model by hand, suspicion, the split, the way back."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import perceptron
+from quarters import Seen, clean_images, victim
+
+from bdjax.defenses import _smallest
+from bdjax.defenses import targeted_unlearning as method
+from bdjax.engine import parallel
+from bdjax.errors import InputError
+from bdjax.types import DefenderView, Model, Victim
+
+KEY = jax.random.key(3)
+QUICK = method.Config(rounds=2, steps=3, search_steps=4, refresh_steps=2, batch_size=16, starts=2)
+
+
+class Rounds(Seen):
+    """Keeps what each round shows, and the verdict."""
+
+    def __init__(self):
+        super().__init__()
+        self.rounds, self.scores = [], None
+
+    def judge(self, scores):
+        self.scores = scores
+
+    def observe(self, step, variables, **arrays):
+        super().observe(step, variables, **arrays)
+        self.rounds.append((step, variables, arrays))
+
+
+def linear(weights):
+    """logits = the image, flattened, times `weights`."""
+
+    def apply(variables, images, train=False, keys=None, axis_name=None):
+        flat = images.reshape(len(images), -1)
+        return flat @ variables["params"]["weights"], {"flat": flat}, {}
+
+    variables = {"params": {"weights": jnp.asarray(weights, jnp.float32)}, "batch_stats": {}}
+    return Victim(Model("linear", (4, 4, 1), weights.shape[1], None, apply), variables)
+
+
+def test_the_smallest_perturbation_of_a_linear_model_is_its_weight_vector():
+    """Logits (0, w·x): class 0 leads by −w·x, so δ is along w, and its norm the lead of most images over ‖w‖."""
+    weights = np.full(16, -1.0, np.float32)
+    weights[[3, 7, 8]] = 4.0, 2.0, 4.0
+    suspect = linear(np.stack([np.zeros(16, np.float32), weights], 1))
+    images = np.random.default_rng(0).uniform(0.4, 0.6, (40, 4, 4, 1)).astype(np.float32)
+    lead = -images.reshape(40, -1) @ weights
+    assert (lead > 0).all()
+    start = _smallest.none(suspect.model, 2.0)
+    found = _smallest.search(suspect.model, suspect.variables, images, np.zeros(40, np.int32), start, 120, 40, 2.0, KEY)
+    delta = np.asarray(found.deltas[1]).ravel()
+    norm = np.linalg.norm(weights)
+    assert delta @ weights / np.linalg.norm(delta) / norm > 0.9  # pixels are clipped to [0, 1]
+    assert np.quantile(lead, 0.5) / norm < found.radii[1] < 1.3 * np.quantile(lead, _smallest._WORKS) / norm
+    assert found.radii[0] == 2.0  # no image of another class: nothing to reach
+
+
+def test_the_class_with_the_back_door_is_nearest_and_only_it_is_suspicious():
+    config = dataclasses.replace(method.Config(), largest_radius=0.5)
+    for planted in (True, False):
+        watch = Seen()
+        view = dataclasses.replace(clean_images(), watch=watch)
+        scores = method.detect(config, victim(planted), view, KEY)
+        assert scores.poisoned is planted
+        if planted:
+            assert scores.target == 1 and watch.arrays["recovered_labels"][0] == 1
+            delta = np.asarray(watch.arrays["recovered"][0])[..., 0]
+            assert np.unravel_index(np.abs(delta).argmax(), delta.shape) == (0, 0)  # where the back door looks
+
+
+def test_groups_of_classes_find_what_all_together_do(monkeypatch):
+    suspect, view = victim(True), clean_images()
+    given = (suspect.model, suspect.variables, view.images, view.labels, _smallest.none(suspect.model, 1.0))
+    whole = _smallest.search(*given, 6, 8, 1.0, KEY)
+    monkeypatch.setattr(_smallest, "_TOGETHER", 16)  # two classes at a time, the last group is filled up
+    parts = _smallest.search(*given, 6, 8, 1.0, KEY)
+    np.testing.assert_allclose(parts.radii, whole.radii, rtol=1e-5)
+    np.testing.assert_allclose(parts.deltas, whole.deltas, atol=1e-5)
+
+
+def test_four_devices_search_as_one():
+    suspect, view = victim(True), clean_images()
+    given = (suspect.model, suspect.variables, view.images, view.labels, _smallest.none(suspect.model, 1.0))
+    one = _smallest.search(*given, 3, 8, 1.0, KEY)
+    with parallel.using(4):
+        four = _smallest.search(*given, 3, 8, 1.0, KEY)
+    np.testing.assert_allclose(four.radii, one.radii, rtol=1e-5)
+    np.testing.assert_allclose(four.deltas, one.deltas, atol=1e-4)
+
+
+def test_the_back_door_is_closed_and_the_images_are_still_recognised():
+    suspect, watch = victim(True), Rounds()
+    view = dataclasses.replace(clean_images(), watch=watch)
+    config = dataclasses.replace(method.Config(), largest_radius=0.5, learning_rate=0.5)
+    cleaned = method.purify(config, suspect, view, KEY)
+    images = np.asarray(view.images, np.float32) / 255
+    triggered = images.copy()
+    triggered[:, 0, 0] = 1.0
+    others = view.labels != 1
+
+    def rate(variables, x, labels):
+        return float((np.asarray(suspect.model.logits(variables, x)).argmax(-1) == labels).mean())
+
+    assert rate(suspect.variables, triggered[others], 1) > 0.9
+    assert rate(cleaned, triggered[others], 1) < 0.1
+    assert rate(cleaned, images, view.labels) >= rate(suspect.variables, images, view.labels) - 0.1
+    assert watch.scores.poisoned and watch.scores.target == 1
+    radius = [float(arrays["radius"]) for _, _, arrays in watch.rounds if "radius" in arrays]
+    assert radius[-1] > 2 * radius[0] or radius[0] >= 1
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_ruined_model_is_not_handed_back(good, monkeypatch):
+    """The model answers rightly before and in the first `good` of two rounds: the last good one is returned."""
+    suspect, watch = victim(True), Rounds()
+    view = dataclasses.replace(clean_images(), watch=watch)
+    right = iter([True] * (1 + good) + [False] * 2)
+    monkeypatch.setattr(method, "predict", lambda model, variables, images: judge.labels + (0 if next(right) else 1))
+    judge = view.split(1 - QUICK.validation, jax.random.fold_in(KEY, 0))[1]
+    cleaned = method.purify(dataclasses.replace(QUICK, patience=3), suspect, view, KEY)
+    step, shown, arrays = watch.rounds[-1]
+    assert int(arrays["rolled_back_to"]) == good and step == 3
+    expected = suspect.variables if good == 0 else watch.rounds[0][1]
+    for tree in (cleaned, shown):
+        jax.tree.map(np.testing.assert_array_equal, tree["params"], expected["params"])
+
+
+def test_a_view_is_split_by_class_and_by_key():
+    labels = np.repeat(np.arange(5, dtype=np.int32), [40, 20, 10, 2, 1])
+    view = DefenderView(np.arange(73, dtype=np.uint8).reshape(73, 1, 1, 1), labels)
+    learn, judge = view.split(0.8, KEY)
+    assert np.bincount(learn.labels, minlength=5).tolist() == [32, 16, 8, 1, 1]
+    assert np.bincount(judge.labels, minlength=5).tolist() == [8, 4, 2, 1, 0]
+    both = np.concatenate([learn.images, judge.images]).ravel()
+    assert sorted(both.tolist()) == list(range(73))
+    assert not np.array_equal(view.split(0.8, jax.random.key(4))[0].images, learn.images)
+    single = DefenderView(view.images[:3], np.arange(3, dtype=np.int32))  # one image a class: somebody must judge
+    assert [len(part.labels) for part in single.split(0.9, KEY)] == [2, 1]
+
+
+def test_the_suspicious_classes_share_the_starts():
+    model = perceptron()
+    radii = np.array([1.0, 0.2, 0.3, 1.0], np.float32)
+    found = _smallest.Perturbations(np.arange(4, dtype=np.int32), jnp.ones((4, *model.shape)), radii)
+    started = method._starts(dataclasses.replace(QUICK, starts=4), model, found, KEY)
+    assert started.goals.tolist() == [1, 2, 1, 2]
+    np.testing.assert_array_equal(started.deltas[:2], found.deltas[:2])  # found already; the others are random
+    np.testing.assert_allclose(_smallest.norms(started.deltas[2:]).ravel(), [0.06, 0.09], rtol=1e-5)
+    calm = method._starts(QUICK, model, found._replace(radii=np.array([1.0, 0.9, 0.95, 1.0], np.float32)), KEY)
+    assert calm.goals.tolist() == [1, 1]  # nobody is suspicious: the nearest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": 0}, "defense.rounds must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "defense.learning_rate must be positive"),
+        ({"enlarged": 0.9}, "defense.enlarged must be at least 1"),
+        ({"patched_fraction": 0.0}, r"defense.patched_fraction must be in \(0, 1\]"),
+        ({"threshold": 1.0}, r"defense.threshold must be in \(0, 1\)"),
+        ({"validation": 0.0}, r"defense.validation must be in \(0, 1\)"),
+        ({"distillation": 1.5}, r"defense.distillation must be in \[0, 1\]"),
+    ],
+)
+def test_refused_values(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(QUICK, **change)
