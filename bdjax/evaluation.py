@@ -1,5 +1,6 @@
 """What a model is measured on: held-out images, clean and triggered, drawn once for a run."""
 
+import copy
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
@@ -86,11 +87,22 @@ class Evaluation:
 
     def shorten(self, count: int) -> None:
         """Measure on the first `count` held-out images only."""
+        self._keep(np.arange(min(count, len(self.images))))
+
+    def sample(self, count: int) -> "Evaluation":
+        """The same on `count` held-out images drawn at random, always the same ones; itself where there are no more."""
+        if len(self.images) <= count:
+            return self
+        drawn = copy.copy(self)
+        drawn._keep(np.sort(np.random.default_rng(0).permutation(len(self.images))[:count]))
+        return drawn
+
+    def _keep(self, index: np.ndarray) -> None:
         size = len(self.images)
         for name in ("triggered", "wanted", "eligible"):
             of_parts = getattr(self, name).reshape(len(self.parts), size, *getattr(self, name).shape[1:])
-            setattr(self, name, np.concatenate(of_parts[:, :count]))
-        self.images, self.labels = self.images[:count], self.labels[:count]
+            setattr(self, name, np.concatenate(of_parts[:, index]))
+        self.images, self.labels = self.images[index], self.labels[index]
 
     def pictures(self, count: int = 6) -> dict[str, np.ndarray]:
         """A few eligible images, clean and triggered, for the figure; of parts one each in turn, and at least one."""

@@ -69,7 +69,7 @@ def demo(seed: int = 0) -> Experiment:
     """What `bdjax demo` runs: BadNets on handwritten digits, cleaned by I-BAU."""
     # 398 clean images in batches of 8 keep the release's 50 batches a round; clipping, as in its GTSRB notebook, keeps
     # δ an image on black paper. All was chosen on seeds 100 to 113, with the ASR of triggered *training* images.
-    settings = config_of("defenses", "ibau")(batch_size=8, clamp=True, outer_lr=2e-3, rounds=7)
+    settings = config_of("defenses", "ibau")(batch_size=8, clamp=True, norm_bound=10.0, outer_lr=2e-3, rounds=7)
     return Experiment("badnets", "ibau", seed=seed, defense_config=settings, fit=FitConfig(epochs=15))
 
 
@@ -134,7 +134,8 @@ def from_json(kind: type, values: dict[str, Any]) -> Any:
     def back(name: str, value: Any) -> Any:
         if isinstance(value, list):
             return tuple(value)
-        return float(value) if isinstance(value, str) and hints[name] is float else value  # "inf"
+        number = float in (hints[name], *typing.get_args(hints[name]))
+        return float(value) if isinstance(value, str) and number else value  # "inf"
 
     return kind(**{name: back(name, value) for name, value in values.items()})
 

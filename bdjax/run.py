@@ -28,6 +28,9 @@ from bdjax.suspect import Suspect, read_clean, read_recorded, read_suspect
 from bdjax.types import Data, Scores
 from bdjax.victim import Context, check_fingerprint, check_same, experiment_of, train
 
+_CURVE = 1000
+"""Held-out images, at most, that a model is measured on after each round of a defense, clean and triggered."""
+
 
 def defend(
     victim: Path,
@@ -96,7 +99,8 @@ def _defend(
     checkpoint.write_text(lines, "")
 
     clock = Clock()
-    watch = Recorder(context.tick, clock, evaluation.measure, lines if checkpoint.first() else None)
+    curve = evaluation.sample(_CURVE)
+    watch = Recorder(context.tick, clock, curve.measure, lines if checkpoint.first() else None)
     with parallel.using(context.devices):
         key = stream(experiment.seed, "defense")
         view = suspect.view(watch, needs_trigger(module, experiment.defense_config))
@@ -133,6 +137,7 @@ def _defend(
         "peak_memory_bytes": memory,
         "peak_memory_of": what,
         "rounds": watch.rows,
+        "n_rounds": len(curve.images),
         "attack_config": to_json(experiment.attack_config),
         "defense_config": to_json(experiment.defense_config),
         "fit": to_json(experiment.fit),

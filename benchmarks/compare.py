@@ -182,7 +182,7 @@ def _bdjax_until(request: dict[str, Any]) -> Any:
     from bdjax.types import Watch
 
     directory, goal = Path(request["victim"]), request["goal"]
-    config = ibau.Config(**{"rounds": request["rounds"], "batch_size": 100, **request["ibau"]})
+    config = ibau.Config(**{"rounds": request["rounds"], "batch_size": 100, "norm_bound": 10.0, **request["ibau"]})
     split = SplitConfig(size=request["clean"])
     suspect = read_suspect(directory, "ibau", config, split=split, dataset=request["dataset"] or None)
     own = suspect.evaluation
