@@ -13,7 +13,7 @@ from bdjax.interop import reader
 
 FIXTURES = Path(__file__).parent / "fixtures" / "torch"
 CNN = ["--model", "cnn", "--size", "8"]
-QUICK = ["--defense", "naive_at", "--defense.rounds", "1", "--defense.batch-size", "10", "--methods", "age,universal",
+QUICK = ["--defense", "naive_at", "--defense.rounds", "1", "--defense.batch-size", "10", "--methods", "age,targeted_unlearning,universal",
          "--devices", "1"]  # fmt: skip
 
 
@@ -57,6 +57,14 @@ def test_everything_is_there_and_readable(cleaned, file, clean, capsys):
     assert (out.parent / "again.pt").read_bytes() == (out / "purified.pth").read_bytes()
 
 
+def test_the_perturbations_of_the_audit_are_tried_on_both_models(cleaned):
+    _, result = cleaned
+    rows = result["perturbations"] if "targeted_unlearning" in result["audit"]["before"]["methods"] else None
+    assert rows and all(0 <= row[phase] <= 1 for row in rows for phase in ("before", "after"))
+    assert all(row["norm"] > 0 and 0 < row["n"] < result["n_held_out"] for row in rows)
+    assert f"of {rows[0]['n']} held-out images before" in result["notes"][0]
+
+
 def test_the_weights_have_the_names_and_types_that_came_in_and_the_original_is_kept_bit_for_bit(cleaned, file, capsys):
     out, _ = cleaned
     before, after = (reader.state_dicts(reader.read(path)[1])[""] for path in (file, out / "purified.pth"))
@@ -95,7 +103,7 @@ def test_the_audit_is_that_of_the_audit_command_on_the_held_out_images(cleaned):
     out, result = cleaned
     for name, phase in (("audit", "before"), ("audit-after", "after")):
         found = json.loads((out / f"{name}.json").read_text())
-        assert list(found["methods"]) == ["age", "universal"] and found["n"] == 50
+        assert list(found["methods"]) == ["age", "targeted_unlearning", "universal"] and found["n"] == 50
         assert result["audit"][phase]["methods"] == found["methods"]
     one, two = (result["audit"][phase]["methods"]["age"]["classes"] for phase in ("before", "after"))
     assert one != two
@@ -175,7 +183,7 @@ def test_a_backdoorbench_result_says_its_model_itself(capsys, tmp_path):
     images = rng.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
     np.savez(tmp_path / "d.npz", x_train=images[:10], y_train=labels[:10], x_test=images[10:], y_test=labels[10:])
     argv = ["purify", FIXTURES / "attack_result.pt", "--clean", f"npz:{tmp_path / 'd.npz'}", *QUICK]
-    argv[argv.index("age,universal")] = "age"
+    argv[argv.index("age,targeted_unlearning,universal")] = "age"
     bdjax(capsys, *argv, "--out", tmp_path / "o")
     result = json.loads((tmp_path / "o" / "result.json").read_text())
     assert result["model"]["model"] == "preact_resnet18" and result["weights"]["file"] == "purified.pt"

@@ -35,6 +35,16 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What a reader must know before believing any of it."""
     accuracy, after = result["accuracy"], result["audit"]["after"]
     found = [
+        f"The smallest perturbation towards class {result['classes'][row['class']]} turned {100 * row['before']:.0f} % "
+        f"of {row['n']} held-out images before and {100 * row['after']:.0f} % after."
+        for row in result["perturbations"][:1]
+    ]
+    if result["rolled_back_to"] is not None:
+        found.append(
+            "Accuracy on images that the defense had kept apart fell too far: it gave back "
+            + (f"round {result['rolled_back_to']:g}." if result["rolled_back_to"] else "the model as it came in.")
+        )
+    found += [
         "An audit is a reason to look and, in either direction, no proof: of twenty clean and twenty backdoored digit "
         "models it accused three and thirteen (experiments/results/audit_errors). "
         "Nothing here shows that a backdoor is gone; only its trigger could."
