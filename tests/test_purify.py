@@ -108,7 +108,9 @@ def test_the_audit_is_that_of_the_audit_command_on_the_held_out_images(cleaned):
     one, two = (result["audit"][phase]["methods"]["age"]["classes"] for phase in ("before", "after"))
     assert one != two
     shown = result["audit"]["before"]["pictures"]
-    assert {one["method"] for one in shown} == {"universal"} and all((out / one["file"]).is_file() for one in shown)
+    assert {one["method"] for one in shown} == {"targeted_unlearning", "universal"} and all(
+        (out / one["file"]).is_file() for one in shown
+    )
 
 
 def test_the_table_of_a_directory_has_its_run(cleaned, capsys):
