@@ -13,8 +13,10 @@ from bdjax.interop import reader
 
 FIXTURES = Path(__file__).parent / "fixtures" / "torch"
 CNN = ["--model", "cnn", "--size", "8"]
-QUICK = ["--defense", "naive_at", "--defense.rounds", "1", "--defense.batch-size", "10", "--methods", "age,targeted_unlearning,universal",
-         "--devices", "1"]  # fmt: skip
+QUICK = [
+    "--defense", "naive_at", "--defense.rounds", "1", "--defense.batch-size", "10", "--devices", "1",
+    "--methods", "age,targeted_unlearning,universal",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
