@@ -256,12 +256,12 @@ def _audited(
 def _turned(recovered: dict[str, np.ndarray], before: Suspect, after: Suspect) -> list[dict[str, Any]]:
     """How many held-out images the smallest perturbations of the model that came in turn to their class, in it and in
     the cleaned model: an estimate of success that needs no trigger. Empty where the audit did not search for them."""
-    if "targeted_unlearning/recovered" not in recovered:
+    if "targeted_unlearning/perturbation_labels" not in recovered:
         return []
     images, labels = to_float(before.evaluation.images), before.evaluation.labels
     rows = []
     for delta, goal in zip(
-        recovered["targeted_unlearning/recovered"], recovered["targeted_unlearning/recovered_labels"], strict=True
+        recovered["targeted_unlearning/perturbation"], recovered["targeted_unlearning/perturbation_labels"], strict=True
     ):
         others = images[labels != goal]
         stamped = np.clip(np.asarray(others) + delta, 0, 1)

@@ -70,8 +70,8 @@ def test_the_class_with_the_back_door_is_nearest_and_only_it_is_suspicious():
         scores = method.detect(config, victim(planted), view, KEY)
         assert scores.poisoned is planted
         if planted:
-            assert scores.target == 1 and watch.arrays["recovered_labels"][0] == 1
-            delta = np.asarray(watch.arrays["recovered"][0])[..., 0]
+            assert scores.target == 1 and watch.arrays["perturbation_labels"][0] == 1
+            delta = np.asarray(watch.arrays["perturbation"][0])[..., 0]
             assert np.unravel_index(np.abs(delta).argmax(), delta.shape) == (0, 0)  # where the back door looks
 
 
@@ -130,6 +130,14 @@ def test_a_ruined_model_is_not_handed_back(good, monkeypatch):
     expected = suspect.variables if good == 0 else watch.rounds[0][1]
     for tree in (cleaned, shown):
         jax.tree.map(np.testing.assert_array_equal, tree["params"], expected["params"])
+
+
+def test_one_image_is_too_few():
+    view = clean_images()
+    single = dataclasses.replace(view, images=view.images[:1], labels=view.labels[:1])
+    for call in (method.detect, method.purify):
+        with pytest.raises(InputError, match="clean images to learn from; it needs two.*split.size"):
+            call(QUICK, victim(True), single, KEY)
 
 
 def test_a_view_is_split_by_class_and_by_key():

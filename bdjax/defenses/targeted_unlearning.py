@@ -19,7 +19,7 @@ This is the minimax form of I-BAU (Zeng et al., ICLR 2022, arXiv:2110.03735) wit
 targeted perturbations from several starts, in the direct term alone; the suspicion is Neural Cleanse's (Wang et al.,
 IEEE S&P 2019), with perturbations in place of masks; the second term is distillation (Hinton et al., 2015,
 arXiv:1503.02531) on mixtures (Zhang et al., ICLR 2018, arXiv:1710.09412). The combination and all constants are ours,
-chosen on six victims by the ASR of triggered training images (experiments/foreign/README.md).
+chosen on five victims by the ASR of triggered training images (experiments/foreign/README.md).
 
 Limits: an all-to-all backdoor has no class that all other images are sent to.
 """
@@ -41,7 +41,7 @@ from bdjax.defenses._smallest import Perturbations, largest, none, norms, search
 from bdjax.engine import parallel, predict, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction
-from bdjax.errors import check_fields
+from bdjax.errors import InputError, check_fields
 from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_float
 
 
@@ -107,7 +107,9 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     """
     found = _of_all_classes(config, victim, view, key)
     nearest = np.argsort(found.radii, kind="stable")[:3]
-    view.watch.observe(0, victim.variables, recovered=found.deltas[nearest], recovered_labels=found.goals[nearest])
+    view.watch.observe(
+        0, victim.variables, perturbation=found.deltas[nearest], perturbation_labels=found.goals[nearest]
+    )
     return _scores(config, found)
 
 
@@ -177,6 +179,11 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
 
 
 def _of_all_classes(config: Config, victim: Victim, view: DefenderView, key: Key) -> Perturbations:
+    if len(view.labels) < 2:
+        raise InputError(
+            f"targeted_unlearning got {len(view.labels)} clean images to learn from; it needs two at the least, and "
+            "some hundred are better. Use a larger --split.size, or a smaller --defense.validation."
+        )
     cap = largest(victim.model, config.largest_radius)
     return search(
         victim.model, victim.variables, view.images, view.labels, none(victim.model, cap), config.search_steps,

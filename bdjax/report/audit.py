@@ -58,7 +58,7 @@ def recovered(result: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[tup
     """("clean", ..) and each method that recovered something: its name, at most 8 images [h, w, C] in [0, 1], titles.
 
     Args: arrays: "clean" [n, H, W, C]; "METHOD/recovered" [k, h, w, C] with "METHOD/recovered_labels" [k], of which the
-    most suspicious classes are taken; "METHOD/perturbation" [1, H, W, C].
+    most suspicious classes are taken; "METHOD/perturbation" [n, H, W, C], the first of which is shown.
     """
     rows = [("clean", list(_unit(arrays["clean"]))[:8], [""] * 8)]
     for name in result["methods"]:
