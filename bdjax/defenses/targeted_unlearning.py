@@ -105,12 +105,15 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     Returns: per class the median radius over its own; the model is called poisoned above 1 / threshold. The watch is
       shown the perturbations of the three most suspicious classes.
     """
-    found = _of_all_classes(config, victim, view, key)
-    nearest = np.argsort(found.radii, kind="stable")[:3]
+    perturbations = _of_all_classes(config, victim, view, key)
+    nearest = np.argsort(perturbations.radii, kind="stable")[:3]
     view.watch.observe(
-        0, victim.variables, perturbation=found.deltas[nearest], perturbation_labels=found.goals[nearest]
+        0,
+        victim.variables,
+        perturbation=perturbations.deltas[nearest],
+        perturbation_labels=perturbations.goals[nearest],
     )
-    return _scores(config, found)
+    return _scores(config, perturbations)
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
@@ -126,14 +129,14 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """
     model, cap = victim.model, largest(victim.model, config.largest_radius)
     learning, validation = view.split(1 - config.validation, jax.random.fold_in(key, 0))
-    found = _of_all_classes(config, victim, learning, jax.random.fold_in(key, 1))
-    view.watch.judge(_scores(config, found))
-    median = float(np.median(found.radii))
+    perturbations = _of_all_classes(config, victim, learning, jax.random.fold_in(key, 1))
+    view.watch.judge(_scores(config, perturbations))
+    median = float(np.median(perturbations.radii))
     refresh = partial(
         search, model, images=learning.images, labels=learning.labels, steps=config.refresh_steps,
         batch_size=config.search_batch * 3 // 2, cap=cap,
     )  # fmt: skip
-    present = _starts(config, model, found, jax.random.fold_in(key, 2))
+    present = _starts(config, model, perturbations, jax.random.fold_in(key, 2))
     present = refresh(victim.variables, start=present, key=jax.random.fold_in(key, 3), steps=2 * config.refresh_steps)
 
     def accuracy(variables: Variables) -> float:
@@ -149,14 +152,13 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         "distillation": jnp.float32(config.distillation),
     }  # fmt: skip
     kept, kept_round, quiet, round_ = victim.variables, 0, 0, 0
-    variables = victim.variables
     while round_ < config.rounds and quiet < config.patience:
-        own = jax.random.fold_in(jax.random.fold_in(key, 4), round_)
+        round_key = jax.random.fold_in(jax.random.fold_in(key, 4), round_)
         length = norms(present.deltas)
         unlearned = present.deltas * jnp.minimum(config.enlarged, median / length)
         shared["deltas"] = jnp.concatenate([jnp.zeros((1, *model.shape)), unlearned])
         tick = partial(view.watch.tick, f"unlearning round {round_ + 1} of at most {config.rounds}")
-        split = _batches(config, len(learning.labels), own)
+        split = _batches(config, len(learning.labels), round_key)
         state, metrics = run_epoch(_step(model), state, split, {}, shared, tick=tick)
         check_finite(
             metrics["loss"], config.learning_rate, round_ * config.steps, "unlearning loss", "defense.learning_rate"
@@ -164,7 +166,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         round_ += 1
         variables = {**victim.variables, "params": jax.tree.map(jnp.copy, state["params"])}
         again = present._replace(radii=np.minimum(1.4 * present.radii, cap).astype(np.float32))
-        present = refresh(variables, start=again, key=jax.random.fold_in(own, 9))
+        present = refresh(variables, start=again, key=jax.random.fold_in(round_key, 9))
         smallest, right = float(present.radii.min()) / median, accuracy(variables)
         quiet = quiet + 1 if smallest >= 1 or present.radii.min() >= cap else 0
         if right >= lowest:
@@ -191,22 +193,22 @@ def _of_all_classes(config: Config, victim: Victim, view: DefenderView, key: Key
     )  # fmt: skip
 
 
-def _scores(config: Config, found: Perturbations) -> Scores:
-    classes = (np.median(found.radii) / found.radii).astype(np.float32)
+def _scores(config: Config, perturbations: Perturbations) -> Scores:
+    classes = (np.median(perturbations.radii) / perturbations.radii).astype(np.float32)
     target = int(classes.argmax())
     return Scores(classes, target, float(classes[target]), bool(classes[target] > 1 / config.threshold))
 
 
-def _starts(config: Config, model: Model, found: Perturbations, key: Key) -> Perturbations:
+def _starts(config: Config, model: Model, perturbations: Perturbations, key: Key) -> Perturbations:
     """`starts` perturbations of the suspicious classes: each class's own first, the others from random directions."""
-    order = np.argsort(found.radii, kind="stable")
-    suspicious = order[found.radii[order] < config.threshold * np.median(found.radii)][: config.starts]
+    order = np.argsort(perturbations.radii, kind="stable")
+    suspicious = order[perturbations.radii[order] < config.threshold * np.median(perturbations.radii)][: config.starts]
     classes = np.resize(suspicious if len(suspicious) else order[:1], config.starts)
     noise = jax.random.normal(key, (config.starts, *model.shape))
-    radii = found.radii[classes]
+    radii = perturbations.radii[classes]
     noise = noise / norms(noise) * (0.3 * radii)[:, None, None, None]
     first = np.arange(config.starts) < max(1, len(suspicious))
-    deltas = jnp.where(jnp.asarray(first)[:, None, None, None], found.deltas[classes], noise)
+    deltas = jnp.where(jnp.asarray(first)[:, None, None, None], perturbations.deltas[classes], noise)
     return Perturbations(classes.astype(np.int32), deltas, radii)
 
 
