@@ -13,7 +13,7 @@ import jax
 
 from bdjax import registry
 from bdjax.engine import FitConfig
-from bdjax.errors import InputError
+from bdjax.errors import InputError, check_fields
 from bdjax.types import ArrayFile
 
 
@@ -29,10 +29,20 @@ class SplitConfig:
     order: Literal["shuffled", "given", "stratified"] = "shuffled"
     """Drawn by the seed, or the first ones in file order as in I-BAU's release; stratified: by the seed within each
     class, each in proportion, and of each class that has two on both sides."""
+    validation: float = 0.2
+    """Share of them that the defense does not learn from: its rounds are judged by accuracy on these. In [0, 1); 0: it
+    learns from all and nothing is judged, as in the papers. So it is, too, where the share is fewer than 10 images."""
+    largest_drop: float = 0.1
+    """Loss of accuracy on the validation images, as a fraction in [0, 1], beyond which an earlier round is returned."""
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise InputError(f"split.size must be at least 1 image, got {self.size}.")
+        check_fields(
+            self,
+            "split",
+            (("size",), "at least 1 image", lambda v: v is None or v >= 1),
+            (("validation",), "in [0, 1)", lambda v: 0 <= v < 1),
+            (("largest_drop",), "in [0, 1]", lambda v: 0 <= v <= 1),
+        )
 
 
 @dataclass(frozen=True)

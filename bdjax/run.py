@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from bdjax import checkpoint, datasets
 from bdjax import victim as victims
 from bdjax.defenses import needs_trigger, purifier
+from bdjax.defenses._guard import guarded, split_off
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
@@ -103,8 +104,10 @@ def _defend(
     watch = Recorder(context.tick, clock, curve.measure, lines if checkpoint.first() else None)
     with parallel.using(context.devices):
         key = stream(experiment.seed, "defense")
+        split = experiment.split
         view = suspect.view(watch, needs_trigger(module, experiment.defense_config))
-        cleaned = module.purify(experiment.defense_config, suspect.victim, view, key)
+        view = split_off(view, split.validation, jax.random.fold_in(stream(experiment.seed, "split"), 1))
+        cleaned = guarded(module, experiment.defense_config, suspect.victim, view, key, split.largest_drop)
         jax.block_until_ready(cleaned)
     seconds, compiling = clock.read()
     after = evaluation.measure(cleaned)
@@ -125,6 +128,7 @@ def _defend(
         "n_test": len(evaluation.images),
         "n_asr": int(evaluation.eligible.sum()),
         "n_defender": len(evaluation.clean_labels),
+        "n_validation": 0 if view.validation is None else len(view.validation.labels),
         "before": before,
         "after": after,
         **_beside(rates, before, after),
