@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from bdjax import checkpoint, datasets
 from bdjax import victim as victims
+from bdjax.defenses import _success as success
 from bdjax.defenses import needs_trigger, purifier
 from bdjax.defenses._guard import guarded, split_off
 from bdjax.engine import parallel
@@ -26,7 +27,7 @@ from bdjax.metrics import score
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
 from bdjax.suspect import Suspect, read_clean, read_recorded, read_suspect
-from bdjax.types import Data, Scores
+from bdjax.types import Data, DefenderView, Scores, Variables
 from bdjax.victim import Context, check_fingerprint, check_same, experiment_of, train
 
 _CURVE = 1000
@@ -119,6 +120,8 @@ def _defend(
     if found is not None:
         known = None if manifest["kind"] == "imported" else experiment.attack
         verdict = {**_verdict(found, known, evaluation), "seconds": clock.read()[0]}
+    clock = Clock()
+    estimated = _estimate(suspect, cleaned, view, watch.scores, context) if context.estimate else None
     result = {
         "attack": experiment.attack,
         "defense": experiment.defense,
@@ -132,11 +135,13 @@ def _defend(
         "before": before,
         "after": after,
         **_beside(rates, before, after),
+        "estimate": estimated,
         "detection": verdict,
         "seconds": {
             "attack": manifest["seconds"]["attack"],
             "defense": seconds,
             "compile": manifest["seconds"]["compile"] + compiling,
+            "estimate": clock.read()[0],
         },
         "peak_memory_bytes": memory,
         "peak_memory_of": what,
@@ -175,6 +180,21 @@ def _defend(
     )
     _write_json(directory / "result.json", result)
     return result
+
+
+def _estimate(
+    suspect: Suspect, cleaned: Variables, view: DefenderView, found: Scores | None, context: Context
+) -> dict[str, Any] | None:
+    """What is left of the attack by triggers recovered from the model; None without images to judge by."""
+    if view.validation is None:
+        return None
+    key = jax.random.fold_in(stream(suspect.experiment.seed, "defense"), 1)
+    watch = Recorder(context.tick)
+    own, judged = replace(view, watch=watch, trigger=None), view.validation
+    with parallel.using(context.devices):
+        labels = success.most_suspicious(found) if found else success.suspicious(suspect.victim, own, key)
+        before = success.recover(suspect.victim, labels, own, jax.random.fold_in(key, 1))
+        return success.estimate(before, suspect.victim, cleaned, own, judged, jax.random.fold_in(key, 2)).plain()
 
 
 def _neighbour(victim: Path, manifest: dict[str, Any]) -> Path | None:

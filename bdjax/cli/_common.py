@@ -88,7 +88,7 @@ def ready(options: Any) -> Iterator[Any]:
     from bdjax.victim import Context
 
     with bar() as tick, traced(getattr(options, "profile", None)):
-        yield Context(getattr(options, "devices", 0), tick)
+        yield Context(getattr(options, "devices", 0), tick, getattr(options, "estimate", True))
 
 
 def prepare_jax() -> None:

@@ -31,9 +31,9 @@ from bdjax.errors import InputError
 from bdjax.hypergrad import hypergradient, solver
 from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_float
 
-PENALTY = 1e-3
-"""Weight of ‖δ‖² in the inner objective, as in I-BAU's release."""
-
+GROWTH = 3.0
+"""Perturbations are unlearned at no more than so many times the radius that first led to their class."""
+SHARE = 1.0
 KEPT = 0.15
 """Share of a batch that are clean images of the suspicious classes."""
 
@@ -70,12 +70,14 @@ class Rounds:
     """The user's field of the learning rate, for messages."""
     patched_fraction: float
     distillation: float
-    enlarged: float
-    patience: int
+    enlarged: float = 1.2
+    patience: int = 5
     solver: str = "none"
     solver_iterations: int = 5
     solver_step: float = 0.1
     ridge: float = 0.0
+    penalty: float = 1e-3
+    """Weight of ‖δ‖² in the inner objective."""
 
 
 def all_classes(search_: Search, victim: Victim, view: DefenderView, key: Key, name: str) -> Perturbations:
@@ -109,41 +111,75 @@ def unlearn(rounds: Rounds, search_: Search, victim: Victim, view: DefenderView,
     Returns: the variables after the last round. After each round the watch is shown them, the perturbations and
       `radius` (the smallest, over the median of all classes before).
     """
-    model, cap = victim.model, largest(victim.model, search_.largest_radius)
-    perturbations = all_classes(search_, victim, view, jax.random.fold_in(key, 1), rounds.name)
-    view.watch.judge(scores(search_, perturbations))
-    median = float(np.median(perturbations.radii))
-    refresh = partial(
-        search, model, images=view.images, labels=view.labels, steps=search_.refresh_steps,
-        batch_size=search_.batch_size * 3 // 2, cap=cap,
-    )  # fmt: skip
-    present = _starts(search_, model, perturbations, jax.random.fold_in(key, 2))
-    present = refresh(victim.variables, start=present, key=jax.random.fold_in(key, 3), steps=2 * search_.refresh_steps)
+    model = victim.model
+    hunt = Hunt(search_, victim, view, key, rounds.name)
     state = {"params": jax.tree.map(jnp.copy, victim.variables["params"])}
     state["opt"] = direction("adam").init(state["params"])
     shared: dict[str, Any] = {
         "images": jnp.asarray(view.images), "labels": jnp.asarray(view.labels), "victim": dict(victim.variables),
         **{name: jnp.float32(getattr(rounds, name)) for name in _DYNAMIC},
     }  # fmt: skip
-    of_targets = np.flatnonzero(np.isin(view.labels, present.goals))
+    of_targets = np.flatnonzero(np.isin(view.labels, hunt.present.goals))
     step = _step(model, rounds.solver, rounds.solver_iterations)
     quiet, round_, variables = 0, 0, victim.variables
     while round_ < rounds.rounds and quiet < rounds.patience:
         round_key = jax.random.fold_in(jax.random.fold_in(key, 4), round_)
-        unlearned = present.deltas * jnp.minimum(rounds.enlarged, median / norms(present.deltas))
         split, carried = _batches(rounds, search_.starts, len(view.labels), of_targets, round_key)
-        shared |= {"deltas": unlearned, "carried": jnp.float32(carried)}
+        shared |= {"deltas": hunt.enlarged(rounds.enlarged), "carried": jnp.float32(carried)}
         tick = partial(view.watch.tick, f"{rounds.name} round {round_ + 1} of at most {rounds.rounds}")
         state, metrics = run_epoch(step, state, split, {}, shared, tick=tick)
         check_finite(metrics["loss"], rounds.learning_rate, round_ * rounds.steps, "unlearning loss", rounds.rate_field)
         round_ += 1
         variables = {**victim.variables, "params": jax.tree.map(jnp.copy, state["params"])}
-        again = present._replace(radii=np.minimum(1.4 * present.radii, cap).astype(np.float32))
-        present = refresh(variables, start=again, key=jax.random.fold_in(round_key, 9))
-        smallest = float(present.radii.min())
-        quiet = quiet + 1 if smallest >= min(median, cap) else 0
-        view.watch.observe(round_, variables, perturbation=present.deltas, radius=jnp.float32(smallest / median))
+        hunt.refresh(variables, jax.random.fold_in(round_key, 9))
+        quiet = quiet + 1 if hunt.radius >= 1 else 0
+        view.watch.observe(round_, variables, perturbation=hunt.present.deltas, radius=jnp.float32(hunt.radius))
     return variables
+
+
+class Hunt:
+    """The perturbations that lead to suspicious classes, searched anew as the model changes."""
+
+    present: Perturbations
+    """`starts` of them, in the present model."""
+
+    def __init__(self, search_: Search, victim: Victim, view: DefenderView, key: Key, name: str) -> None:
+        """Search all classes, tell the watch the verdict, and begin with several starts for each suspicious class.
+
+        Args: as of :func:`unlearn`; name: of the defense, for messages.
+        """
+        self._search, self._model, self._view = search_, victim.model, view
+        self._cap = largest(victim.model, search_.largest_radius)
+        found = all_classes(search_, victim, view, jax.random.fold_in(key, 1), name)
+        self.scores = scores(search_, found)
+        view.watch.judge(self.scores)
+        self._median = float(np.median(found.radii))
+        self.present = _starts(search_, victim.model, found, jax.random.fold_in(key, 2))
+        # a class that cannot be reached any more shall not be unlearned by ever larger perturbations
+        self._bound = jnp.minimum(SHARE * self._median, GROWTH * found.radii[self.present.goals])[:, None, None, None]
+        self._again(victim.variables, jax.random.fold_in(key, 3), 2 * search_.refresh_steps)
+
+    @property
+    def radius(self) -> float:
+        """The smallest radius over the median of all classes in the given model; at least 1 where none leads there."""
+        smallest = float(self.present.radii.min())
+        return max(1.0, smallest / self._median) if smallest >= self._cap else smallest / self._median
+
+    def enlarged(self, times: float) -> jax.Array:
+        """The perturbations [starts, H, W, C] at `times` their radius, within their bound."""
+        return self.present.deltas * jnp.minimum(times, self._bound / norms(self.present.deltas))
+
+    def refresh(self, variables: Variables, key: Key) -> None:
+        """Search them anew in a model, from 1.4 times their radius on; key: draws batches."""
+        radii = np.minimum(1.4 * self.present.radii, self._cap).astype(np.float32)
+        self.present = self.present._replace(radii=radii)
+        self._again(variables, key, self._search.refresh_steps)
+
+    def _again(self, variables: Variables, key: Key, steps: int) -> None:
+        size = self._search.batch_size * 3 // 2
+        self.present = search(
+            self._model, variables, self._view.images, self._view.labels, self.present, steps, size, self._cap, key
+        )
 
 
 def _starts(search_: Search, model: Model, perturbations: Perturbations, key: Key) -> Perturbations:
@@ -185,7 +221,7 @@ def _batches(
     return split, carried
 
 
-_DYNAMIC = ("learning_rate", "distillation", "solver_step", "ridge")  # other values compile nothing new
+_DYNAMIC = ("learning_rate", "distillation", "solver_step", "ridge", "penalty")  # other values compile nothing new
 
 
 @lru_cache(maxsize=16)
@@ -217,7 +253,8 @@ def _step(model: Model, solver_name: str, iterations: int) -> Callable:
             """This device's share of −CE of the images that carry a perturbation, + penalty ‖δ‖²."""
             logits = model.logits({**shared["victim"], "params": params}, stamped(deltas))
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return PENALTY * (deltas**2).sum() / devices - (losses * carries).sum() / shared["carried"]
+            entropy = jnp.where(carries, losses, 0).sum() / shared["carried"]
+            return shared["penalty"] * (deltas**2).sum() / devices - entropy
 
         value, gradient, _ = hypergradient(
             inner, outer, shared["deltas"], state["params"],
