@@ -1,10 +1,11 @@
 """Whether a defense worked, without the trigger: what the triggers recovered from the model do to the cleaned one.
 
-For each of the most suspicious classes two triggers are recovered from the model before the defense: the smallest
-additive perturbation (:mod:`bdjax.defenses._smallest`) and the smallest patch (mask and pattern, as Neural Cleanse's:
-Wang et al., IEEE S&P 2019). They are put on clean images of other classes that the defense did not learn from; the
-flip rate is the share that the model calls by the trigger's class. The same triggers are recovered from the cleaned
-model anew; one that is more than `LARGER` times as large as before is no sign of the old backdoor and counts as none.
+For the most suspicious class, and others close to it, two triggers are recovered from the model before the defense:
+the smallest additive perturbation (:mod:`bdjax.defenses._smallest`), enlarged by a fifth, and the smallest patch (mask
+and pattern, as Neural Cleanse's: Wang et al., IEEE S&P 2019). They are put on clean images of other classes that the
+defense did not learn from; the flip rate is the share that the model calls by the trigger's class. The same triggers
+are recovered from the cleaned model anew; one that is more than `LARGER` times as large as before is no sign of the old
+backdoor and counts as none.
 
 The estimate is the largest flip rate that is left. It is a lower bound of what an attacker can do with triggers of
 these two forms, and says nothing of triggers that neither form expresses (experiments/foreign has how well it follows
@@ -30,8 +31,13 @@ from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_
 
 LARGER = 1.5
 """A trigger recovered from the cleaned model counts if it is at most so many times as large as the one before."""
-CLASSES = 2
-"""The most suspicious classes that triggers are recovered for."""
+ENLARGED = 1.2
+"""The smallest perturbation reaches only some of the images; it is put on them at so many times its radius."""
+CLASSES = 3
+"""Classes that triggers are recovered for, at most."""
+NEAR = 0.8
+"""Beside the most suspicious class those whose score is this share of its own, as of an attack with several targets.
+Triggers of other classes are natural: they work as well in a model without a backdoor."""
 _PATCH_STEPS, _PATCH_BATCH, _PATCH_RATE = 80, 24, 0.2
 _WORKS = 0.8  # share of the images a patch must send to its class to be kept
 
@@ -115,15 +121,17 @@ def estimate(
 
 
 def suspicious(victim: Victim, view: DefenderView, key: Key) -> np.ndarray:
-    """The classes that the smallest additive perturbations lead to, int32 [K]."""
-    radii = _targeted.all_classes(_targeted.Search(), victim, view, key, "the estimate of success").radii
-    return np.argsort(radii, kind="stable")[:CLASSES].astype(np.int32)
+    """The classes that far smaller additive perturbations lead to than to others, int32 [K], K from 1 to `CLASSES`."""
+    settings = _targeted.Search()
+    found = _targeted.all_classes(settings, victim, view, key, "the estimate of success")
+    return most_suspicious(_targeted.scores(settings, found))
 
 
 def most_suspicious(scores: Scores) -> np.ndarray:
-    """The classes of a verdict that triggers are recovered for, int32 [K]."""
-    ranked = np.argsort(-np.nan_to_num(scores.classes, nan=-np.inf), kind="stable")
-    return ranked[:CLASSES].astype(np.int32)
+    """The classes of a verdict that triggers are recovered for, int32 [K]: the first, and those close to it."""
+    values = np.nan_to_num(scores.classes, nan=-np.inf)
+    ranked = np.argsort(-values, kind="stable")[:CLASSES]
+    return ranked[values[ranked] >= min(NEAR * values[ranked[0]], values[ranked[0]])].astype(np.int32)
 
 
 def recover(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) -> Recovered:
@@ -139,7 +147,7 @@ def recover(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) ->
         model, victim.variables, view.images, view.labels, start, settings.steps, size, cap, jax.random.fold_in(key, 0)
     )
     masks, patterns, areas = _patches(victim, labels, view, jax.random.fold_in(key, 1))
-    deltas = np.asarray(additive.deltas)
+    deltas = ENLARGED * np.asarray(additive.deltas)
     sizes = np.stack([np.sqrt((deltas**2).sum((1, 2, 3))), areas])
     return Recovered(labels, deltas, masks, patterns, sizes)
 
@@ -208,7 +216,8 @@ def _patch_step(model: Model) -> Callable:
         better = (rate >= _WORKS) & (size < state["smallest"])
         here = {"mask": mask, "pattern": jax.nn.sigmoid(state["moved"]["pattern"])}
         best = jax.tree.map(lambda new, old: jnp.where(better[:, None, None, None], new, old), here, state["best"])
-        update, opt = _ADAM.update(gradient, state["opt"])
+        with jax.numpy_dtype_promotion("standard"):
+            update, opt = _ADAM.update(gradient, state["opt"])
         moved = jax.tree.map(lambda p, u: p - _PATCH_RATE * u, state["moved"], update)
         cost = state["cost"] * jnp.where(rate >= _WORKS, 1.1, 1 / 1.1**1.5)
         smallest = jnp.where(better, size, state["smallest"])
