@@ -45,7 +45,7 @@ _SHOWN = 8  # pictures of predictions that changed, of each sort
 def purify(
     source: Path,
     out: Path,
-    defense: str = "targeted_unlearning",
+    defense: str = "auto",
     config: Any = None,
     *,
     clean: str | None = None,

@@ -113,8 +113,10 @@ def test_auto_refuses_what_cleans_nothing_by_itself(name):
         auto.Config(methods=(name,))
 
 
-def test_auto_needs_images_to_judge_by():
+def test_auto_judges_few_images_by_themselves(monkeypatch):
     few = clean_images()
-    few = dataclasses.replace(few, images=few.images[:20], labels=few.labels[:20])
-    with pytest.raises(InputError, match="auto got 20 clean images.*it needs 50"):
-        auto.purify(auto.Config(), victim(True), few, KEY)
+    few = dataclasses.replace(few, images=few.images[:20], labels=few.labels[:20], watch=Rounds())
+    healed = victim(False).variables
+    auto.purify(methods(monkeypatch, heal=healed), victim(True), few, KEY)
+    assert [row["tried"] for row in few.watch.rows if "tried" in row] == [0]
+    assert few.watch.rows[-1]["chosen"] == 0

@@ -33,7 +33,6 @@ from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_
 
 GROWTH = 3.0
 """Perturbations are unlearned at no more than so many times the radius that first led to their class."""
-SHARE = 1.0
 KEPT = 0.15
 """Share of a batch that are clean images of the suspicious classes."""
 
@@ -156,7 +155,7 @@ class Hunt:
         self._median = float(np.median(found.radii))
         self.present = _starts(search_, victim.model, found, jax.random.fold_in(key, 2))
         # a class that cannot be reached any more shall not be unlearned by ever larger perturbations
-        self._bound = jnp.minimum(SHARE * self._median, GROWTH * found.radii[self.present.goals])[:, None, None, None]
+        self._bound = jnp.minimum(self._median, GROWTH * found.radii[self.present.goals])[:, None, None, None]
         self._again(victim.variables, jax.random.fold_in(key, 3), 2 * search_.refresh_steps)
 
     @property

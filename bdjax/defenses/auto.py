@@ -49,23 +49,17 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     Args:
       config: the methods and the bars; victim: the model; key: each method gets its own.
       view: clean images (stored [n, H, W, C]) and labels [n]; of its `validation` the tries are judged, or of a fifth
-        of the images where there is none.
+        of the images where there is none; of fewer than 50 images by those that are learnt from.
 
     Returns: the variables. The watch is shown each method's rounds, after each try its place in `methods` (`tried`),
       `estimated_rate` and `validation_accuracy`; at the end `chosen`, the place of the one returned, or -1 for none.
-    Raises InputError where there are too few images to judge by.
     """
     if view.validation is None:
         view = split_off(view, 0.2, jax.random.fold_in(key, 0))
-    judged = view.validation
-    if judged is None:
-        raise InputError(
-            f"auto got {len(view.labels)} clean images, too few to keep some apart to judge by; it needs 50. Use a "
-            "larger --split.size, or one method."
-        )
+    judged = view.validation or view
     right = accuracy(victim, victim.variables, judged)
     before, steps, best = None, _Steps(view.watch), (2.0, victim.variables, -1)
-    own = DefenderView(view.images, view.labels, steps, view.trigger, judged)
+    own = DefenderView(view.images, view.labels, steps, view.trigger, view.validation)
     for place, name in enumerate(config.methods):
         module = registry.load("defenses", name)
         cleaned = guarded(module, module.Config(), victim, own, jax.random.fold_in(key, 1 + place), 0.1)

@@ -175,11 +175,12 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     shared["fisher"] = _fishers(settings, static, victim, view, original, shared, size, jax.random.fold_in(key, 0))
     state = {"params": jax.tree.map(jnp.copy, original["params"]), "stats": jax.tree.map(jnp.copy, original["stats"])}
     state["opt"] = direction(settings.optimizer, 0.9).init(state["params"])
+    of_targets = np.zeros(0, int) if hunt is None else np.flatnonzero(np.isin(view.labels, hunt.present.goals))
     step, number = _outer(model, static), settings.steps_per_epoch or total // size
     rates = learning_rates(config.schedule, settings.learning_rate, settings.epochs * number)
     for epoch in range(settings.epochs):
         epoch_key = jax.random.fold_in(key, epoch + 1)
-        split = _batches(total, size, number, len(shared["deltas"]), epoch_key)
+        split = _batches(total, size, number, len(shared["deltas"]), of_targets, epoch_key)
         whole = {"rate": jnp.asarray(rates[epoch * number : (epoch + 1) * number])}
         tick = partial(view.watch.tick, f"BI-BAU epoch {epoch + 1} of {settings.epochs}")
         state, metrics = run_epoch(step, state, split, whole, shared, tick=tick)
@@ -229,9 +230,15 @@ def _fishers(
     return found
 
 
-def _batches(total: int, size: int, number: int, starts: int, key: Key) -> dict[str, jax.Array]:
-    """Of one epoch, each [number, size]: images, the key of each, and where its ascent begins (0: at the image)."""
+def _batches(total: int, size: int, number: int, starts: int, of_targets: np.ndarray, key: Key) -> dict[str, jax.Array]:
+    """Of one epoch, each [number, size]: images, the key of each, and where its ascent begins (0: at the image).
+
+    A share of each batch is of the suspicious classes, lest these be unlearned.
+    """
     order = batches(jax.random.fold_in(key, 0), total, size, number)
+    if kept := round(_targeted.KEPT * size) if len(of_targets) else 0:
+        drawn = jax.random.choice(jax.random.fold_in(key, 3), jnp.asarray(of_targets, jnp.int32), (number, kept))
+        order = jnp.concatenate([order[:, kept:], drawn], 1)
     keys = jax.random.split(jax.random.fold_in(key, 1), (number, size))
     return {
         "index": jnp.asarray(order),

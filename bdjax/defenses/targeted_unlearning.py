@@ -32,18 +32,19 @@ from bdjax.types import DefenderView, Key, Scores, Variables, Victim
 class Config:
     """The search for perturbations, the rounds of unlearning, and when to stop."""
 
-    rounds: int = 12
+    rounds: int = 8
     """Rounds at most."""
     steps: int = 10
     """Steps of θ a round."""
     batch_size: int = 64
     """Images a step, and as many mixtures; fewer where there are fewer images."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """Of Adam on θ."""
     patched_fraction: float = 0.4
     """Share of a batch that carries a perturbation, in (0, 1]."""
     enlarged: float = 1.2
-    """A perturbation is unlearned at so many times its radius, but at no more than the median radius of all classes."""
+    """A perturbation is unlearned at so many times its radius, at no more than the median radius of all classes, and at
+    no more than three times the radius that first led to its class."""
     distillation: float = 0.8
     """λ, in [0, 1]."""
     starts: int = 4
