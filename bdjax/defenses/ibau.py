@@ -34,15 +34,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax import models
 from bdjax.defenses import _targeted
-from bdjax.defenses._batch import in_order, own_part, patched
+from bdjax.defenses._batch import in_order, patched
+from bdjax.defenses._bilevel import Static, bilevel, losses
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
-from bdjax.engine.optimizer import Name, direction
+from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError, check_fields
 from bdjax.hypergrad import check, hypergradient, solver
-from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
+from bdjax.types import DefenderView, Key, Model, Variables, Victim
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def problem(config: Config, victim: Victim, view: DefenderView, key: Key) -> Pro
         delta = _ascend(settings, _steps(victim.model, static)[0], victim.model.shape, batches, start, tick)
     split = _outer_batches(settings, batches, jax.random.fold_in(key, 0))
     arrays = {"shared": shared, "split": jax.tree.map(lambda leaf: leaf[0], split)}
-    return Problem(lambda model, a: _bilevel(model, static, a["shared"], a["split"], None), arrays, delta)
+    return Problem(lambda model, a: bilevel(model, static, a["shared"], a["split"], None), arrays, delta)
 
 
 def _prepared(config: Any, victim: Victim, view: DefenderView) -> tuple[dict[str, jax.Array], dict[str, Any]]:
@@ -225,70 +225,14 @@ _DYNAMIC = ("inner_lr", "penalty", "outer_lr", "solver_step", "ridge")  # other 
 _SPLIT = ("index", "weight")
 
 
-class _Static(NamedTuple):
-    """What of a Config changes the compiled program."""
-
-    inner_labels: str
-    inner_optimizer: Name
-    clamp: bool
-    hessian_data: str
-    outer_optimizer: Name
-    batch_norm: str
-    solver: str
-    solver_iterations: int
-    products: str
-
-
-def _static(config: Config) -> _Static:
-    return _Static(**{name: getattr(config, name) for name in _Static._fields})
+def _static(config: Config) -> Static:
+    return Static(**{name: getattr(config, name) for name in Static._fields})
 
 
 @lru_cache(maxsize=32)
-def _losses(model: Model, static: _Static) -> tuple[Callable, Callable]:
-    """The cross-entropy of one batch with δ on, and the inner objective g."""
-
-    def entropy(delta: jax.Array, params: Any, shared: Any, split: Any, axis: str | None, labels: Any = None):
-        """This device's share of CE(f(x + δ), y); the weights of a batch sum to one over all devices."""
-        images = to_float(shared["images"][split["index"]]) + delta
-        images = jnp.clip(images, 0, 1) if static.clamp else images
-        variables = {"params": params, "batch_stats": shared["batch_stats"]}
-        logits = model.apply(variables, images, static.batch_norm == "batch", None, axis)[0]
-        labels = shared["labels"][split["index"]] if labels is None else labels
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return (losses * split["weight"]).sum(), logits
-
-    def g(delta: jax.Array, params: Any, shared: Any, split: Any, axis: str | None, labels: Any = None) -> jax.Array:
-        """This device's share of the inner objective −CE + penalty ‖δ‖²."""
-        penalty = shared["hyper"]["penalty"] * (delta**2).sum() / parallel.size(axis)
-        return penalty - entropy(delta, params, shared, split, axis, labels)[0]
-
-    return entropy, g
-
-
-def _bilevel(model: Model, static: _Static, shared: Any, split: Any, axis: str | None) -> tuple[Callable, Callable]:
-    """g(δ, θ) and E(δ, θ) of one θ step."""
-    entropy = _losses(model, static)[0]
-    if static.products != "float32":
-        model = models.as_dtype(model, jnp.dtype(static.products))
-    g = _losses(model, static)[1]
-    inner_split = split
-    if static.hessian_data == "first_batch":
-        inner_split = jax.tree.map(partial(own_part, axis=axis), shared["first"])
-
-    def inner(delta: jax.Array, params: Any) -> jax.Array:
-        return g(delta, params, shared, inner_split, axis)
-
-    def outer(delta: jax.Array, params: Any) -> jax.Array:
-        patch = jnp.where(split["patched"][:, None, None, None], delta, jnp.zeros_like(delta))
-        return entropy(patch, params, shared, split, axis)[0]
-
-    return inner, outer
-
-
-@lru_cache(maxsize=32)
-def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
+def _steps(model: Model, static: Static) -> tuple[Callable, Callable]:
     """The inner and the outer step, in the engine's form (see :mod:`bdjax.engine.parallel`)."""
-    entropy, g = _losses(model, static)
+    entropy, g = losses(model, static)
 
     def inner(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
         """Gather this batch's gradient; step δ when the last batch of a step is in."""
@@ -308,7 +252,7 @@ def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
         """One hypergradient step of θ."""
         hyper = shared["hyper"]
         value, gradient, _ = hypergradient(
-            *_bilevel(model, static, shared, split, axis),
+            *bilevel(model, static, shared, split, axis),
             shared["delta"],
             state["params"],
             solver(static.solver, static.solver_iterations, hyper["solver_step"], hyper["ridge"]),
