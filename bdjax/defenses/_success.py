@@ -1,11 +1,11 @@
 """Whether a defense worked, without the trigger: what the triggers recovered from the model do to the cleaned one.
 
 For the most suspicious class, and others close to it, two triggers are recovered from the model before the defense:
-the smallest additive perturbation (:mod:`bdjax.defenses._smallest`), enlarged by a fifth, and the smallest patch (mask
-and pattern, as Neural Cleanse's: Wang et al., IEEE S&P 2019). They are put on clean images of other classes that the
-defense did not learn from; the flip rate is the share that the model calls by the trigger's class. The same triggers
-are recovered from the cleaned model anew; one that is more than `LARGER` times as large as before is no sign of the old
-backdoor and counts as none.
+the smallest additive perturbation (:mod:`bdjax.defenses._smallest`) and the smallest patch (mask and pattern, as Neural
+Cleanse's: Wang et al., IEEE S&P 2019). They are put on clean images of other classes that the defense did not learn
+from, at several strengths, for an attacker's own trigger is stronger than the smallest one that works; the flip rate is
+the largest share that the model calls by the trigger's class. The same triggers are recovered from the cleaned model
+anew; one that is more than `LARGER` times as large as before is no sign of the old backdoor and counts as none.
 
 The estimate is the largest flip rate that is left. It is a lower bound of what an attacker can do with triggers of
 these two forms, and says nothing of triggers that neither form expresses (experiments/foreign has how well it follows
@@ -31,8 +31,8 @@ from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_
 
 LARGER = 1.5
 """A trigger recovered from the cleaned model counts if it is at most so many times as large as the one before."""
-ENLARGED = 1.2
-"""The smallest perturbation reaches only some of the images; it is put on them at so many times its radius."""
+STRENGTHS = (1.2, 2.0, 3.0)
+"""A recovered perturbation, or the mask of a recovered patch, is put on images at so many times its size."""
 CLASSES = 3
 """Classes that triggers are recovered for, at most."""
 NEAR = 0.8
@@ -109,7 +109,7 @@ def estimate(
         others = images[labels != goal]
         for form, name in enumerate(("additive", "patch")):
             rates = [
-                _flipped(victim.model, variables, _stamped(name, recovered, place, others), goal)
+                _flipped(victim.model, variables, name, recovered, place, others)
                 for variables, recovered in (
                     (victim.variables, before), (cleaned, before), (cleaned, after),
                 )
@@ -147,20 +147,26 @@ def recover(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) ->
         model, victim.variables, view.images, view.labels, start, settings.steps, size, cap, jax.random.fold_in(key, 0)
     )
     masks, patterns, areas = _patches(victim, labels, view, jax.random.fold_in(key, 1))
-    deltas = ENLARGED * np.asarray(additive.deltas)
+    deltas = np.asarray(additive.deltas)
     sizes = np.stack([np.sqrt((deltas**2).sum((1, 2, 3))), areas])
     return Recovered(labels, deltas, masks, patterns, sizes)
 
 
-def _stamped(form: str, recovered: Recovered, place: int, images: np.ndarray) -> np.ndarray:
+def _stamped(form: str, recovered: Recovered, place: int, images: np.ndarray, strength: float) -> np.ndarray:
     if form == "additive":
-        return np.clip(images + recovered.additive[place], 0, 1)
-    mask = recovered.masks[place]
+        return np.clip(images + strength * recovered.additive[place], 0, 1)
+    mask = np.minimum(strength * recovered.masks[place], 1)
     return (1 - mask) * images + mask * recovered.patterns[place]
 
 
-def _flipped(model: Model, variables: Variables, images: np.ndarray, goal: int) -> float:
-    return float((np.asarray(predict(model, variables, images)) == goal).mean()) if len(images) else 0.0
+def _flipped(
+    model: Model, variables: Variables, form: str, recovered: Recovered, place: int, images: np.ndarray
+) -> float:
+    """The largest flip rate of one trigger over all strengths; 0 without images."""
+    if not len(images):
+        return 0.0
+    goal, stronger = recovered.labels[place], [_stamped(form, recovered, place, images, by) for by in STRENGTHS]
+    return max(float((np.asarray(predict(model, variables, stamped)) == goal).mean()) for stamped in stronger)
 
 
 def _patches(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) -> tuple[np.ndarray, ...]:
