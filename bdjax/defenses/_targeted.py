@@ -119,12 +119,12 @@ def unlearn(rounds: Rounds, search_: Search, victim: Victim, view: DefenderView,
         **{name: jnp.float32(getattr(rounds, name)) for name in _DYNAMIC},
     }  # fmt: skip
     of_targets = np.flatnonzero(np.isin(view.labels, hunt.present.goals))
-    step = _step(model, rounds.solver, rounds.solver_iterations)
     quiet, round_, variables = 0, 0, victim.variables
     while round_ < rounds.rounds and quiet < rounds.patience:
         round_key = jax.random.fold_in(jax.random.fold_in(key, 4), round_)
         split, carried = _batches(rounds, search_.starts, len(view.labels), of_targets, round_key)
-        shared |= {"deltas": hunt.enlarged(rounds.enlarged), "carried": jnp.float32(carried)}
+        shared |= {"deltas": hunt.enlarged(rounds.enlarged)}
+        step = _step(model, rounds.solver, rounds.solver_iterations, carried)
         tick = partial(view.watch.tick, f"{rounds.name} round {round_ + 1} of at most {rounds.rounds}")
         state, metrics = run_epoch(step, state, split, {}, shared, tick=tick)
         check_finite(metrics["loss"], rounds.learning_rate, round_ * rounds.steps, "unlearning loss", rounds.rate_field)
@@ -224,8 +224,8 @@ _DYNAMIC = ("learning_rate", "distillation", "solver_step", "ridge", "penalty") 
 
 
 @lru_cache(maxsize=16)
-def _step(model: Model, solver_name: str, iterations: int) -> Callable:
-    """One step of θ, in the engine's form."""
+def _step(model: Model, solver_name: str, iterations: int, carried: int) -> Callable:
+    """One step of θ, in the engine's form; `carried` images of a batch carry a perturbation."""
 
     def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
         images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
@@ -250,9 +250,11 @@ def _step(model: Model, solver_name: str, iterations: int) -> Callable:
 
         def inner(deltas: jax.Array, params: Any) -> jax.Array:
             """This device's share of −CE of the images that carry a perturbation, + penalty ‖δ‖²."""
-            logits = model.logits({**shared["victim"], "params": params}, stamped(deltas))
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            entropy = jnp.where(carries, losses, 0).sum() / shared["carried"]
+            # on one device their number is known, and the others need not be computed
+            own = jnp.argsort(~carries)[:carried] if axis is None else jnp.arange(len(images))
+            logits = model.logits({**shared["victim"], "params": params}, stamped(deltas)[own])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[own])
+            entropy = jnp.where(carries[own], losses, 0).sum() / carried
             return shared["penalty"] * (deltas**2).sum() / devices - entropy
 
         value, gradient, _ = hypergradient(
