@@ -91,6 +91,8 @@ def _defend(
 ) -> dict[str, Any]:  # fmt: skip
     victim, manifest, experiment, hashed = suspect.directory, suspect.manifest, suspect.experiment, digest(record)
     evaluation = suspect.evaluation
+    if context.measured:
+        evaluation = evaluation.sample(context.measured)
     before = evaluation.measure(suspect.victim.variables)
     rates = evaluation.measure(read_clean(clean, suspect).victim.variables) if clean else None
     directory.mkdir(parents=True, exist_ok=True)

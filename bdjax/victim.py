@@ -41,6 +41,8 @@ class Context:
     """Told of progress: stage, steps done, steps in all."""
     estimate: bool = False
     """Estimate the attack success rate without the trigger after each defense; the commands do, unless told not to."""
+    measured: int = 0
+    """Held-out images that a defense's rates are measured on, at most, drawn at random; 0: all. The result says n."""
     store: Path | None = None
     """Directory of victims by hash, where a clean model that an attack begins with is kept and found again."""
 

@@ -1,7 +1,7 @@
 """Defenses with their defaults on models that their settings were not chosen on: ACC, ASR, drop, seconds, memory.
 
     python experiments/foreign/bench.py victims.json --out runs/foreign [--defenses ibau,bibau,auto]
-        [--sizes 100,500,2500] [--seeds 0,1,2] [--sets dev,test]
+        [--sizes 100,500,2500] [--seeds 0,1,2] [--sets dev,test] [--measured 2000]
 
 `victims.json` is a list of {"name", "set", "path", "dataset"}: the path of a victim directory, or of a weight file,
 which also needs "model", "attack" and "attack_config" (how it is imported, and the trigger that it is measured with).
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="500")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--sets", default="")
+    parser.add_argument("--measured", type=int, default=0, help="held-out images to measure on, at most; 0: all")
     options = parser.parse_args()
     rows = []
     for victim in json.loads(options.victims.read_text()):
@@ -39,13 +40,15 @@ def main() -> None:
         for size in map(int, options.sizes.split(",")):
             for seed in map(int, options.seeds.split(",")):
                 for defense in options.defenses.split(","):
-                    rows.append(one(victim, options.victims.parent, defense, size, seed, options.out))
+                    rows.append(one(victim, options.victims.parent, defense, size, seed, options.out, options.measured))
                     checkpoint.write_text(options.out / "rows.json", json.dumps(rows, indent=1) + "\n")
                     checkpoint.write_text(options.out / "table.md", table(rows))
 
 
-def one(victim: dict[str, Any], folder: Path, defense: str, size: int, seed: int, out: Path) -> dict[str, Any]:
-    """Defend one victim and return its row."""
+def one(
+    victim: dict[str, Any], folder: Path, defense: str, size: int, seed: int, out: Path, measured: int
+) -> dict[str, Any]:
+    """Defend one victim, measure on at most `measured` held-out images (0: all), and return its row."""
     path, given = folder / victim["path"], {}
     dataset = victim["dataset"]
     if not dataset.startswith("tfds:"):
@@ -67,7 +70,7 @@ def one(victim: dict[str, Any], folder: Path, defense: str, size: int, seed: int
     result = run.defend(
         path, defense, config, out / f"{victim['name']}-{defense}-{size}-{seed}",
         split=SplitConfig("test", size, "stratified"), seed=seed, data=datasets.load(dataset), dataset=dataset,
-        context=Context(estimate=True), **given,
+        context=Context(estimate=True, measured=measured), **given,
     )  # fmt: skip
     rounds = result["rounds"]
     chosen = next((int(row["chosen"]) for row in rounds if "chosen" in row), None)
