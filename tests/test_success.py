@@ -53,10 +53,12 @@ def test_the_estimate_is_high_for_the_victim_and_low_without_the_back_door(befor
 
 def test_the_most_suspicious_classes_are_the_nearest(view):
     assert _success.suspicious(victim(True), view, KEY).tolist() == [1]
-    scores = SimpleNamespace(classes=np.array([0.5, np.nan, 3.0, 2.5, 2.9, 2.8], np.float32))
+    scores = SimpleNamespace(classes=np.array([0.5, np.nan, 3.0, 2.5, 2.9, 2.8], np.float32), poisoned=True)
     assert _success.most_suspicious(scores).tolist() == [2, 4, 5]  # three at most
     scores.classes[4:] = 1.0
     assert _success.most_suspicious(scores).tolist() == [2, 3]
+    scores.poisoned = False
+    assert _success.most_suspicious(scores).tolist() == [2]
 
 
 class Rounds(Seen):

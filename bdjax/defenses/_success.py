@@ -128,9 +128,10 @@ def suspicious(victim: Victim, view: DefenderView, key: Key) -> np.ndarray:
 
 
 def most_suspicious(scores: Scores) -> np.ndarray:
-    """The classes of a verdict that triggers are recovered for, int32 [K]: the first, and those close to it."""
+    """The classes of a verdict that triggers are recovered for, int32 [K]: the first, and those close to it; where the
+    model is not called poisoned the first alone, for then others are close to any."""
     values = np.nan_to_num(scores.classes, nan=-np.inf)
-    ranked = np.argsort(-values, kind="stable")[:CLASSES]
+    ranked = np.argsort(-values, kind="stable")[: CLASSES if scores.poisoned else 1]
     return ranked[values[ranked] >= min(NEAR * values[ranked[0]], values[ranked[0]])].astype(np.int32)
 
 
