@@ -75,6 +75,32 @@ def test_the_class_with_the_back_door_is_nearest_and_only_it_is_suspicious():
             assert np.unravel_index(np.abs(delta).argmax(), delta.shape) == (0, 0)  # where the back door looks
 
 
+def test_an_all_to_all_back_door_is_found_by_a_perturbation_to_any_class():
+    """The first pixel moves every label on by one: no class is near to all images, but all are near to another."""
+    weights = np.zeros((16, 4), np.float32)
+    weights[4:8, 0] = weights[8:12, 1] = weights[12:16, 2] = 1.0
+    labels = np.arange(60, dtype=np.int32) % 3
+    images = np.full((60, 16), 0.1, np.float32)
+    for row, label in zip(images, labels, strict=True):
+        row[4 * label + 4 : 4 * label + 8] = 0.9
+
+    def apply(variables, images, train=False, keys=None, axis_name=None):
+        flat = images.reshape(len(images), -1)
+        logits = 10 * flat @ variables["params"]["weights"]
+        moved = jnp.roll(logits[:, :3], 1, axis=1)
+        on = jax.nn.sigmoid(30 * (flat[:, :1] - 0.4))
+        return jnp.concatenate([(1 - on) * logits[:, :3] + on * moved, logits[:, 3:]], 1), {"flat": flat}, {}
+
+    model = Model("roll", (4, 4, 1), 4, None, apply)
+    variables = {"params": {"weights": jnp.asarray(weights)}, "batch_stats": {}}
+    goals = np.array([0, 1, 2, _smallest.ANY], np.int32)
+    start = _smallest.Perturbations(goals, jnp.zeros((4, 4, 4, 1)), np.full(4, 2.0, np.float32))
+    found = _smallest.search(model, variables, images.reshape(60, 4, 4, 1), labels, start, 60, 30, 2.0, KEY)
+    assert found.radii[3] < 0.6 * found.radii[:3].min()
+    delta = np.abs(np.asarray(found.deltas[3]).ravel())
+    assert delta.argmax() == 0
+
+
 def test_groups_of_classes_find_what_all_together_do(monkeypatch):
     suspect, view = victim(True), clean_images()
     given = (suspect.model, suspect.variables, view.images, view.labels, _smallest.none(suspect.model, 1.0))
@@ -148,7 +174,7 @@ def test_the_suspicious_classes_share_the_starts():
     calm = _targeted._starts(
         _targeted.Search(starts=2), model, found._replace(radii=np.array([1.0, 0.9, 0.95, 1.0], np.float32)), KEY
     )
-    assert calm.goals.tolist() == [1, 1]  # nobody is suspicious: the nearest
+    assert calm.goals.tolist() == [1, _smallest.ANY]  # nobody is suspicious: the nearest, and away from all
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ hinge loss max(0, max_{k≠c} f_k(x + δ) − f_c(x + δ) + margin) with momentu
 shrinks while δ works and grows slowly while it does not, so that direction and radius are optimised separately, as in
 DDN (Rony et al., CVPR 2019, arXiv:1811.09600). The radius that remains says how far class c is from all images: a
 backdoor's target is much nearer than the others (Wang et al., IEEE S&P 2019, measure the same with masks).
+
+A goal of `ANY` asks that images of all classes leave their own, for wherever: what an all-to-all backdoor does.
 """
 
 from collections.abc import Callable
@@ -20,6 +22,8 @@ from bdjax.defenses._pool import batches
 from bdjax.engine import parallel, run_epoch
 from bdjax.types import Key, Model, Variables, to_float
 
+ANY = -1
+"""The goal of a perturbation that sends images to any class but their own."""
 MARGIN = 2.0
 """Logits by which the class is to lead."""
 _MOMENTUM, _AVERAGE = 0.8, 0.7  # of the direction; of the success rate from step to step
@@ -32,7 +36,7 @@ class Perturbations(NamedTuple):
     """One perturbation for each of P goals."""
 
     goals: np.ndarray
-    """int32 [P], the class that each leads to; a class may occur several times."""
+    """int32 [P], the class that each leads to, or `ANY`; a class may occur several times."""
     deltas: jax.Array
     """float32 [P, H, W, C], added to images in [0, 1], which are then clipped."""
     radii: np.ndarray
@@ -111,7 +115,10 @@ def _step(model: Model) -> Callable:
         images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
         goals = shared["goals"]
         counted = (labels[None] != goals[:, None]).astype(jnp.float32)  # [P, B]
-        is_goal = jax.nn.one_hot(goals, model.classes, dtype=bool)[:, None]
+        own = jax.nn.one_hot(labels, model.classes, dtype=bool)[None]
+        is_goal = jnp.where(
+            (goals == ANY)[:, None, None], ~own, jax.nn.one_hot(goals, model.classes, dtype=bool)[:, None]
+        )
 
         def loss(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
             stamped = jnp.clip(images[None] + delta[:, None], 0, 1)

@@ -23,7 +23,7 @@ import optax
 from bdjax import augment
 from bdjax.defenses._batch import batch_of
 from bdjax.defenses._pool import batches
-from bdjax.defenses._smallest import Perturbations, largest, none, norms, search
+from bdjax.defenses._smallest import ANY, Perturbations, largest, none, norms, search
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction
@@ -155,7 +155,7 @@ class Hunt:
         self._median = float(np.median(found.radii))
         self.present = _starts(search_, victim.model, found, jax.random.fold_in(key, 2))
         # a class that cannot be reached any more shall not be unlearned by ever larger perturbations
-        self._bound = jnp.minimum(self._median, GROWTH * found.radii[self.present.goals])[:, None, None, None]
+        self._bound = jnp.minimum(self._median, GROWTH * self.present.radii)[:, None, None, None]
         self._again(victim.variables, jax.random.fold_in(key, 3), 2 * search_.refresh_steps)
 
     @property
@@ -182,16 +182,22 @@ class Hunt:
 
 
 def _starts(search_: Search, model: Model, perturbations: Perturbations, key: Key) -> Perturbations:
-    """`starts` perturbations of the suspicious classes: each class's own first, the others from random directions."""
+    """`starts` perturbations of the suspicious classes: each class's own first, the others from random directions.
+
+    Where no class is suspicious: of the nearest class, and in turn such as send images to any class but their own.
+    """
     radii, number = perturbations.radii, search_.starts
     order = np.argsort(radii, kind="stable")
     suspicious = order[radii[order] < search_.threshold * np.median(radii)][:number]
     classes = np.resize(suspicious if len(suspicious) else order[:1], number)
+    goals, begin = classes.astype(np.int32), radii[classes]
+    if not len(suspicious):
+        goals[1::2], begin[1::2] = ANY, np.median(radii)
     noise = jax.random.normal(key, (number, *model.shape))
-    noise = noise / norms(noise) * (0.3 * radii[classes])[:, None, None, None]
+    noise = noise / norms(noise) * (0.3 * begin)[:, None, None, None]
     first = np.arange(number) < max(1, len(suspicious))
     deltas = jnp.where(jnp.asarray(first)[:, None, None, None], perturbations.deltas[classes], noise)
-    return Perturbations(classes.astype(np.int32), deltas, radii[classes])
+    return Perturbations(goals, deltas, begin)
 
 
 def _batches(
