@@ -13,6 +13,9 @@ class Common:
 
     json: bool = False
     """Make the last line of stdout the result, as one JSON object."""
+    code: str = ""
+    """Paths of .py files of your own, with commas between, that a directory's records name; they are executed. Without
+    it nothing that a directory names is."""
 
 
 @dataclass

@@ -134,7 +134,7 @@ def _incoming(source: Path, imported: dict[str, Any]) -> tuple[dict[str, Any], d
     if not source.is_dir():
         raise InputError(f"{source} does not exist. Give a weight file, or a model directory of bdjax.")
     directory = checkpoint.model_directory(source)
-    manifest = checkpoint.read_manifest(directory)
+    manifest = checkpoint.read_record(directory)
     name = imported.pop("model", None)
     if name not in (None, manifest["model"]):
         raise InputError(f"--model {name}, but {directory} holds a {manifest['model']}. Leave --model away.")
@@ -172,7 +172,7 @@ def _model(
     if not (out / "model").exists():
         say(f"importing {source}")
         interop.import_model(source, out / "model", **imported, env=environment())
-    check_fits(checkpoint.read_manifest(out / "model"), source, data)
+    check_fits(checkpoint.read_record(out / "model"), source, data)
     return out / "model"
 
 

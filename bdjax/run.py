@@ -5,6 +5,7 @@ Phases are separate functions over directories, so two processes give the number
 """
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bdjax import checkpoint, datasets
+from bdjax import checkpoint, datasets, records
 from bdjax import victim as victims
 from bdjax.defenses import needs_trigger, purifier
 from bdjax.engine import parallel
@@ -21,6 +22,7 @@ from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
 from bdjax.evaluation import Evaluation, clean_indices
 from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, run_record, stream, to_json
+from bdjax.files import read_record
 from bdjax.metrics import score
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
@@ -78,7 +80,8 @@ def defend(
             return _defend(suspect, module, directory, record, clean, context, extra)
         if clean is not None and finished.get("clean") is None:
             beside = suspect.evaluation.measure(read_clean(clean, suspect).victim.variables)
-            finished |= _beside(beside, finished["before"], finished["after"])
+            with records.reading(directory / "result.json"):
+                finished |= _beside(beside, finished["before"], finished["after"])
             _write_json(directory / "result.json", finished)
         return finished
 
@@ -299,7 +302,7 @@ def defense_directory_of(
 
     `imported`: dataset, attack and attack_config, as :func:`defend` takes them.
     """
-    manifest = checkpoint.read_manifest(victim)
+    manifest = checkpoint.read_record(victim)
     if manifest["kind"] == "imported":
         suspect = read_suspect(victim, defense, defense_config, split=split, seed=seed, **imported)
         manifest, experiment = suspect.manifest, suspect.experiment
@@ -311,12 +314,10 @@ def defense_directory_of(
 def read_result(directory: Path) -> dict[str, Any] | None:
     """The result.json of a finished run, or None. Raises InputError when it is damaged."""
     path = Path(directory) / "result.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}). Remove it to run again.") from None
+    with records.reading(path):
+        return {**read_record(path)}
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -334,8 +335,8 @@ def finished_result(directory: Path, expected: str) -> dict[str, Any] | None:
     config = Path(directory) / "config.json"
     if config.is_file():
         try:
-            found = digest(json.loads(config.read_text()))
-        except ValueError:
+            found = digest(read_record(config))
+        except (ValueError, RecursionError):
             found = None
         check_same(directory, found, expected)
     elif Path(directory).exists() and any(

@@ -76,7 +76,7 @@ def read_suspect(
 
     Raises InputError for a damaged directory and for another data set.
     """
-    manifest = checkpoint.read_manifest(directory)
+    manifest = checkpoint.read_record(directory)
     if manifest["kind"] == "imported":
         return _imported(
             directory, manifest, defense, defense_config, split, seed, dataset, data, attack, attack_config
@@ -148,7 +148,8 @@ def trigger_arrays(attack: str, config: Any, data: Data, seed: int) -> Arrays:
 
 
 def _refuse_attack(directory: Path, manifest: dict[str, Any], attack: str | None) -> None:
-    if attack is not None:
+    """Refuse an attack beside the recorded one; its own file, named to say that it may be run, is no other."""
+    if attack is not None and not registry.same_file(attack, manifest["attack"]["name"]):
         raise InputError(
             f"{directory} records its own attack ({manifest['attack']['name']}). --attack is for imported models."
         )
@@ -168,18 +169,19 @@ def read_recorded(
     shape will do: whether it is the recorded one (`check_fingerprint`) is for the caller to ask. attack,
     attack_config: as for :func:`read_suspect`; taken by what a defense made of an imported model, too.
     """
-    manifest = checkpoint.read_manifest(directory)
+    manifest = checkpoint.read_record(directory)
     if manifest["kind"] == "imported":
         return _imported(directory, manifest, None, None, None, None, dataset, data, attack, attack_config)
     if "source" not in manifest:
         _refuse_attack(directory, manifest, attack)
+        attack = None
     defense, arrays = manifest.get("defense"), None
     spec = dataset or manifest["dataset"]["spec"]
     data = data or datasets.load(spec)
     if attack is not None:
         whole, arrays = _adopted(manifest, spec, data, attack, attack_config, manifest["seed"])
         manifest = {**whole, **{name: manifest[name] for name in ("hash", "dataset")}}
-    split = from_json(SplitConfig, manifest["split"]) if defense else None
+    split = from_json(SplitConfig, manifest["split"], "split") if defense else None
     experiment = experiment_of(manifest, None, None, split, defense["seed"] if defense else None)
     return Suspect(directory, manifest, experiment, data, held_out=defense is not None, given=arrays)
 

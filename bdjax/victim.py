@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bdjax import attacks, checkpoint, datasets, interop, models
+from bdjax import attacks, checkpoint, datasets, interop, models, records
 from bdjax.datasets._files import read_array
 from bdjax.engine import FitConfig, fit_controlled, parallel
 from bdjax.engine.clock import Clock
@@ -59,7 +59,7 @@ def train(experiment: Experiment, directory: Path, context: Context | None = Non
         hashed = digest(attack_record(experiment, data.fingerprint))
         unfinished = directory.with_name(f".{directory.name}.training-{hashed[:12]}")
         if directory.exists():
-            check_same(directory, checkpoint.read_manifest(directory).get("hash"), hashed)
+            check_same(directory, checkpoint.read_record(directory).get("hash"), hashed)
         else:
             _train(experiment, directory, context, data, hashed, unfinished)
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -102,7 +102,7 @@ def poisoned_set(directory: Path, dataset: str | None = None) -> tuple[Data, np.
     Raises InputError for an attack that poisons inside the training step (no set exists), for another data set, and
     when the poison is not what the manifest's sha256 says.
     """
-    manifest = checkpoint.read_manifest(directory)
+    manifest = checkpoint.read_record(directory)
     experiment = experiment_of(manifest, None, None, None, None)
     if not manifest.get("poison"):
         raise InputError(
@@ -172,7 +172,7 @@ def task_of(experiment: Experiment, data: Data, context: Context, watch: Watch, 
         with clock:  # its time is not this attack's
             directory = directory_of(alike, context.store, data.fingerprint)
             train(alike, directory, context, data)
-            return load_model(checkpoint.read_manifest(directory), directory, data)[1]
+            return load_model(checkpoint.read_record(directory), directory, data)[1]
 
     return Task(
         images=data.x_train,
@@ -246,9 +246,9 @@ def experiment_of(
         dataset=manifest["dataset"]["spec"],
         model=manifest["model"],
         seed=manifest["seed"] if seed is None else seed,
-        attack_config=from_json(config_of("attacks", attack["name"]), attack["config"]),
+        attack_config=from_json(config_of("attacks", attack["name"]), attack["config"], "attack.config"),
         defense_config=defense_config,
-        fit=from_json(FitConfig, manifest["fit"] or {}),
+        fit=from_json(FitConfig, manifest["fit"] or {}, "fit"),
         split=split or SplitConfig(),
     )
 
@@ -256,8 +256,10 @@ def experiment_of(
 def load_model(manifest: dict[str, Any], directory: Path, data: Data) -> tuple[Model, Variables]:
     """The model of a directory and its variables. Raises InputError when `data` is of another shape or class count."""
     check_fits(manifest, directory, data)
-    model = interop.model_of(manifest, from_json(FitConfig, manifest["fit"] or {}).dtype)
-    like = jax.eval_shape(model.init, jax.random.key(0))
+    dtype = from_json(FitConfig, manifest["fit"] or {}, "fit").dtype
+    with records.reading(Path(directory) / checkpoint.MANIFEST):
+        model = interop.model_of(manifest, dtype)
+        like = jax.eval_shape(model.init, jax.random.key(0))
     return model, checkpoint.read_variables(directory, like)
 
 

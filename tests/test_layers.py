@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "bdjax"
 LAYERS = (
-    {"errors", "types", "registry", "options", "files", "large_pages"},
+    {"errors", "types", "registry", "options", "files", "large_pages", "records", "text", "arrays"},
     {"datasets", "models", "augment", "metrics", "hypergrad"},
     {"engine", "checkpoint", "interop"},
     {"attacks", "defenses"},

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import keyword
+import logging
 import os
 import shutil
 import sys
@@ -18,6 +19,8 @@ import tyro
 from bdjax import registry
 from bdjax.errors import InputError
 from bdjax.options import Cluster, Foreign, numbers, whole_numbers
+from bdjax.options import names as split_names
+from bdjax.text import visible
 
 
 def command(name: str) -> ModuleType:
@@ -76,14 +79,35 @@ def parse(name: str, names: tuple[str, ...], rest: list[str], base: type, **part
             extra.append((part, config, dataclasses.field(default_factory=config)))
     options = dataclasses.make_dataclass(base.__name__, extra, bases=(base,))
     options.__doc__ = command(name).SUMMARY
-    return tyro.cli(options, prog=" ".join(("bdjax", name, *names)), args=rest)
+    found = tyro.cli(options, prog=" ".join(("bdjax", name, *names)), args=rest)
+    for file in split_names(getattr(found, "code", "")):
+        registry.load_file(Path(file))
+    return found
+
+
+class _Told(logging.Handler):
+    """What the library logs, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one."""
+        sys.stderr.write(f"bdjax: {visible(record.getMessage())}\n")
+
+
+def tell() -> None:
+    """Show on stderr what the library logs: which file of code is executed."""
+    log = logging.getLogger("bdjax")
+    if not any(isinstance(handler, _Told) for handler in log.handlers):
+        log.addHandler(_Told())
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 @contextlib.contextmanager
 def ready(options: Any) -> Iterator[Any]:
     """Everything a computing command needs around it: the compilation cache, a progress bar, a Context."""
-    prepare_jax()
+    _configure()
     join(options)
+    _check_devices()
     from bdjax.report.progress import bar
     from bdjax.victim import Context
 
@@ -92,6 +116,33 @@ def ready(options: Any) -> Iterator[Any]:
 
 
 def prepare_jax() -> None:
+    """What computing needs of jax: a device, and compiled programs that are kept. Raises InputError without a device."""
+    _configure()
+    _check_devices()
+
+
+def _check_devices() -> None:
+    """Raise InputError when jax finds no device of the kind that JAX_PLATFORMS asks for."""
+    import jax
+
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where a CUDA build of jaxlib is missing
+        raise InputError(no_device(error)) from None
+
+
+def no_device(error: BaseException) -> str:
+    """Why jax has no device, and the remedy, in a line."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    said = (str(error).splitlines() or [""])[0].partition(" (set JAX_PLATFORMS")[0] or type(error).__name__
+    what = f"JAX_PLATFORMS={asked} asks for a device that" if asked else "there is no device that"
+    return (
+        f"{what} jax cannot use ({said[:300]}). Set JAX_PLATFORMS=cpu or leave it empty; for an accelerator install "
+        "its jax: pip install 'bdjax[cuda13]', 'bdjax[cuda12]' or 'bdjax[tpu]', and a driver that fits."
+    )
+
+
+def _configure() -> None:
     """Keep compiled programs from run to run, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
     import jax
 
@@ -170,18 +221,18 @@ def import_options(options: Foreign) -> dict[str, Any]:
 
 def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
     """The table, the picture and the places of a finished run."""
-    import numpy as np
-
-    from bdjax import checkpoint
+    from bdjax import checkpoint, records
     from bdjax.report import figure, table
 
     if not checkpoint.first():
         return
-    say(table.one(result))
+    with records.reading(directory / "result.json"):
+        say(table.one(result))
     picture = directory / "figure.png"
     if not picture.exists():
-        with np.load(directory / "arrays.npz", allow_pickle=False) as arrays:
-            figure.draw(result, dict(arrays), picture)
+        arrays = checkpoint.read_arrays(directory, "arrays")
+        with records.reading(directory / "arrays.npz"):
+            figure.draw(result, arrays, picture)
     say(f"picture: {picture}\nresult:  {directory / 'result.json'}\nmodel:   {directory / 'purified'}")
     if as_json:
         say(json.dumps(result))
@@ -199,6 +250,8 @@ def remove_run(directory: Path) -> None:
 def _remove(directory: Path) -> None:
     if not directory.exists():
         return
+    if directory.is_symlink() or not directory.is_dir():
+        raise InputError(f"{directory} is a file or a symbolic link, no directory of bdjax's. Choose another --out.")
     ours = any((directory / name).exists() for name in ("config.json", "result.json", "manifest.json", "victim"))
     if not ours and any(directory.iterdir()):
         raise InputError(f"{directory} is not a bdjax run; it is left alone. Choose another --out.")
@@ -219,12 +272,12 @@ def check_file(path: Path, suffix: str | tuple[str, ...], what: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line on stdout, at once."""
-    sys.stdout.write(text + "\n")
+    """A line on stdout, at once; what would move the cursor or turn text around is escaped."""
+    sys.stdout.write(visible(text, lines=True) + "\n")
     sys.stdout.flush()
 
 
 def fail(message: str) -> None:
     """A line on stderr, and exit code 2."""
-    sys.stderr.write(f"bdjax: {message}\n")
+    sys.stderr.write(f"bdjax: {visible(message, lines=True)}\n")
     sys.exit(2)

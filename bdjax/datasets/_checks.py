@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from bdjax.errors import InputError
+from bdjax.text import visible
 from bdjax.types import Data
 
 _MOST_CLASSES = 100_000  # labels that are really something else (an id, a time) must not make a billion names
@@ -42,7 +43,7 @@ def make(name: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any, classe
     names = _classes(name, classes)
     _in_range(name, "y_train", y_train, len(names))
     _in_range(name, "y_test", y_test, len(names))
-    return Data(name, x_train, y_train.astype(np.int32), x_test, y_test.astype(np.int32), names)
+    return Data(visible(name), x_train, y_train.astype(np.int32), x_test, y_test.astype(np.int32), names)
 
 
 def _by(shape: tuple[int, ...]) -> str:
@@ -103,7 +104,7 @@ def _labels(name: str, key: str, labels: Any, images: int) -> np.ndarray:
 
 
 def _classes(name: str, classes: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(str(c) for c in classes)
+    names = tuple(visible(str(c)) for c in classes)
     twice = sorted({c for c in names if names.count(c) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise InputError(f"data set {name!r}: class name {twice[0]!r} occurs more than once. Make the names distinct.")

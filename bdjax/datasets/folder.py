@@ -11,15 +11,18 @@ from typing import TypeAlias
 
 import numpy as np
 
+from bdjax.arrays import open_picture
 from bdjax.datasets import _checks
 from bdjax.datasets._spread import spread
 from bdjax.errors import InputError
+from bdjax.files import shown_size
 from bdjax.types import Data
 
 ENDINGS = (".png", ".jpg", ".jpeg")
 TRAIN, TEST = "train", "test"
 _LAYOUTS = "PATH/train/CLASS/*.png with PATH/test/CLASS/*.png, or PATH/CLASS/*.png (also .jpg and .jpeg)"
 _CHUNK = 128  # images a thread decodes at a time
+_LEAST_ROOM, _TIMES = 512 << 20, 50  # bytes that all may take in memory: so many, or so many times the files' own
 Files: TypeAlias = list[tuple[Path, int]]
 
 
@@ -102,6 +105,15 @@ def _own_split(root: Path) -> tuple[list[str], Files, Files]:
 def _read(paths: list[Path]) -> np.ndarray:
     """uint8 [N, H, W, 3], or [N, H, W, 1] when all are grayscale; decoded in threads, placed in order."""
     width, height = _decode(paths[0])[1].shape[1::-1]
+    need, most = (
+        len(paths) * height * width * 3,
+        max(_LEAST_ROOM, _TIMES * sum(os.stat(path).st_size for path in paths)),
+    )
+    if need > most:
+        raise InputError(
+            f"{len(paths)} images of {width}x{height} pixels as {paths[0]} take {need} bytes; at most {most} "
+            f"({shown_size(most)}) are read, {_TIMES} times what the files have. Bring them to a smaller size first."
+        )
     out = np.empty((len(paths), height, width, 3), np.uint8)
 
     def fill(start: int) -> tuple[bool, tuple[int, str] | None]:
@@ -132,17 +144,12 @@ def _read(paths: list[Path]) -> np.ndarray:
 
 def _decode(path: Path) -> tuple[bool, np.ndarray]:
     """Whether the image is grayscale, and its pixels: uint8 [H, W, 1] if so, else [H, W, 3]."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            mode = image.mode
-            if mode in ("1", "L"):
-                return True, np.asarray(image.convert("L"))[..., None]
-            if mode[0] not in "IF":
-                # a palette may hold transparency, which Pillow drops without a warning only by way of RGBA
-                return False, np.asarray((image.convert("RGBA") if mode == "P" else image).convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise InputError(f"{path} is not a readable PNG or JPEG image ({error}). Replace or remove it.") from error
+    with open_picture(path, ("PNG", "JPEG"), "PNG or JPEG image") as image:
+        mode = image.mode
+        if mode in ("1", "L"):
+            return True, np.asarray(image.convert("L"))[..., None]
+        if mode[0] not in "IF":
+            # a palette may hold transparency, which Pillow drops without a warning only by way of RGBA
+            return False, np.asarray((image.convert("RGBA") if mode == "P" else image).convert("RGB"))
     # convert() would clip these at 255 instead of scaling them
     raise InputError(f"{path} has 16 or more bits a pixel in one channel (mode {mode}). Convert it to 8-bit grayscale.")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bdjax import checkpoint, models
+from bdjax import checkpoint, models, records
 from bdjax.errors import InputError
 from bdjax.interop import matching, names, reader, writer
 from bdjax.interop._tensors import DTYPES, shown
@@ -114,16 +114,29 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
     """
     if form not in FORMATS:
         raise InputError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}.")
-    manifest = checkpoint.read_manifest(directory)
-    model = model_of(manifest)
+    manifest = checkpoint.read_record(directory)
+    with records.reading(Path(directory) / checkpoint.MANIFEST):
+        model = model_of(manifest)
+        like = names.like_of(model)
     source = manifest.get("source")
     known = names.namings(model.name)
     naming = names.usual(model.name)
     if source:
-        naming = next(one for one in known if (one.model, one.label) == (model.name, source["names"]))
-    entries = names.entries(naming, model)
-    variables = checkpoint.read_variables(directory, names.like_of(model))
-    tensors = _original(directory, source, entries, variables) if source else _fresh(entries, variables)
+        alike = [one for one in known if (one.model, one.label) == (model.name, source["names"])]
+        if not alike:
+            raise InputError(
+                f"{directory}: source.names is {shown(source['names'])}; known for {model.name} are "
+                f"{', '.join(one.label for one in known)}. It is damaged or of another version; import the file anew."
+            )
+        naming = alike[0]
+    with records.reading(Path(directory) / checkpoint.MANIFEST):
+        entries = names.entries(naming, model)
+    variables = checkpoint.read_variables(directory, like)
+    if source:
+        with records.reading(Path(directory) / checkpoint.MANIFEST):
+            tensors = _original(directory, source, entries, variables)
+    else:
+        tensors = _fresh(entries, variables)
     need = sum(array.nbytes for array in tensors.values())
     checkpoint.check_space(out, need)
     with checkpoint.whole_file(out) as file:
@@ -138,7 +151,9 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
 def model_of(manifest: Mapping[str, Any], dtype: Any = np.float32) -> models.Model:
     """The model that a manifest describes."""
     given = manifest.get("input")
-    done = None if not given else Input(**given | {name: tuple(given[name]) for name in ("mean", "std")})
+    done = None if not given else records.typed(Input, given, "input")
+    if done is not None and done.resize > records.MOST_SIDE:
+        raise InputError(f"input.resize is {done.resize}; images have sides of at most {records.MOST_SIDE} pixels.")
     shape, classes = tuple(manifest["shape"]), len(manifest["classes"])
     return models.create(manifest["model"], shape, classes, dtype, manifest.get("width"), done)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from bdjax.files import no_link
+
 _LARGEST = 224  # pixels of a picture's longer side
 
 
@@ -60,5 +62,5 @@ def picture(folder: Path, name: str, image: np.ndarray) -> str:
     drawn = Image.fromarray(stored[..., 0] if stored.shape[-1] == 1 else stored[..., :3])
     drawn.thumbnail((_LARGEST, _LARGEST))
     (folder / "pictures").mkdir(exist_ok=True)
-    drawn.save(folder / "pictures" / f"{name}.png")
+    drawn.save(no_link(folder / "pictures" / f"{name}.png"))
     return f"pictures/{name}.png"

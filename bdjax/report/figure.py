@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from bdjax.files import no_link
+
 
 def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> Path:
     """Write a PNG: clean and triggered images, what the defense found, ACC and ASR by round.
@@ -46,7 +48,7 @@ def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> P
     if len(recovered):
         _recovered(axes[-1], clean[0], triggered[0], recovered, arrays.get("recovered_labels"))
     _curve(right.subplots(), result)
-    figure.savefig(path, dpi=130)
+    figure.savefig(no_link(path), dpi=130)
     plt.close(figure)
     return path
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bdjax import records
 from bdjax.errors import InputError
+from bdjax.files import read_record
 from bdjax.report import papers as papers_
 from bdjax.report import target as target_
 
@@ -111,10 +114,8 @@ def report(directory: Path, form: Literal["text", "csv", "markdown"] = "text", p
 
 
 def _read(path: Path, parse: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Remove it and run again.") from None
+    with records.reading(path):
+        return parse(records.shown(read_record(path)))
 
 
 def _sweep(value: Any) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def _run(value: Any) -> dict[str, Any]:
     config |= {name: int(value[name]) for name in ("n_test", "n_defender")}
     names, env = [str(value[name]) for name in _NAMES], value["env"]
     return {
-        **{name: 100 * float(value[phase][key]) for name, (_, phase, key) in _RATES.items()},
+        **{name: 100 * _finite(value[phase][key]) for name, (_, phase, key) in _RATES.items()},
         **target_.read(value),
         "names": names,
         "config": config,  # all that decides the numbers but the seed, named as the command line's flags
@@ -145,12 +146,18 @@ def _run(value: Any) -> dict[str, Any]:
         "seed": int(value["seed"]),
         "n_test": int(value["n_test"]),
         "n_asr": int(value["n_asr"]),
-        "seconds": float(value["seconds"]["defense"]),
-        "mib": float(value["peak_memory_bytes"]) / 2**20,
+        "seconds": _finite(value["seconds"]["defense"]),
+        "mib": _finite(value["peak_memory_bytes"]) / 2**20,
         "mib_of": str(value["peak_memory_of"]),
         "hardware": f"{env['device']} x {env['devices']}",
         "software": f"bdjax {env.get('bdjax')} ({str(env.get('commit'))[:12]}), jax {env.get('jax')}",
     }
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value} is no finite number")
+    return number
 
 
 def _cell(cell: Any) -> tuple[int, str, str, dict[str, Any] | None]:
