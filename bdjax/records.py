@@ -6,6 +6,7 @@ later is there and of its type, every method that it names is installed, and no 
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -83,6 +84,9 @@ def check_manifest(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
         manifest |= _names(manifest)
     except InputError as error:
         raise InputError(f"{path} is damaged or not ours: {visible(str(error))}") from None
+    for field, name in (("dataset", "name"), ("source", "file")):
+        if (own := manifest.get(field)) is not None:
+            manifest[field] = {**own, name: visible(own[name])}
     return manifest | {"classes": [visible(name) for name in manifest["classes"]]}
 
 
@@ -110,6 +114,9 @@ def _check_values(manifest: dict[str, Any]) -> None:
             f"shape is {list(manifest['shape'])}; images have sides of 1 to {MOST_SIDE} pixels and at most "
             f"{_MOST_CHANNELS} channels."
         )
+    for place, text in (("hash", manifest["hash"]), ("victim_hash", manifest.get("victim_hash", "0" * 64))):
+        if not re.fullmatch("[0-9a-f]{64}", text):
+            raise InputError(f"{place} is {_told(text)}, not 64 hexadecimal digits.")
     if not 2 <= (count := len(manifest["classes"])) <= MOST_CLASSES:
         raise InputError(f"classes are {count}; there are 2 to {MOST_CLASSES}.")
     if not 1 <= (manifest.get("width") or 1) <= _MOST_WIDTH:

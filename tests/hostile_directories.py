@@ -6,7 +6,8 @@ import json
 EVIL = "evil.py"
 """A file of code beside the directory; it leaves a mark when it is run (`code`)."""
 WRONG = {
-    "nothing": None, "a truth": True, "a number": 7, "a negative number": -1, "a fraction": 0.5, "a huge number": 10**400,
+    "nothing": None, "a truth": True, "a number": 7, "a negative number": -1, "a fraction": 0.5,
+    "a huge number": 10**400,
     "no number": float("nan"), "infinity": float("inf"), "a text": "x", "an empty text": "", "a list": [], "fields": {},
     "a list of lists": [[[]]], "fields of fields": {"": {"": None}}, "a path that climbs": "../../../etc/passwd",
     "controls": "\x1b[2J\x1b]0;x\x07\u202e\u2066\x85\nbdjax: all is well", "half a pair": "\ud800",
@@ -94,7 +95,8 @@ def make(folder, spec):
     defense = {"name": "ibau", "config": to_json(config_of("defenses", "ibau")()), "seed": 0}
     retuning = {"name": "retuning", "config": to_json(config_of("attacks", "retuning")()), "seed": 0}
     victim = {
-        "kind": "victim", "hash": "0" * 64, **describe(experiment, data), "poison": {"n": 3, "copies": 1, "sha256": "0"},
+        "kind": "victim", "hash": "0" * 64, **describe(experiment, data),
+        "poison": {"n": 3, "copies": 1, "sha256": "0"},
         "seconds": {"attack": 1.0, "compile": 1.0}, "curve": [{"step": 1, "train_loss": 1.0}], "env": environment(1),
     }  # fmt: skip
     purified = {**victim, "kind": "purified", "victim_hash": "0" * 64, "defense": defense}

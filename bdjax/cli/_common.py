@@ -116,7 +116,7 @@ def ready(options: Any) -> Iterator[Any]:
 
 
 def prepare_jax() -> None:
-    """What computing needs of jax: a device, and compiled programs that are kept. Raises InputError without a device."""
+    """What computing needs of jax: a device, and compiled programs that are kept. Raises InputError without one."""
     _configure()
     _check_devices()
 
