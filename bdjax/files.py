@@ -26,7 +26,7 @@ from bdjax.errors import InputError
 
 MOST_TEXT = 16 << 20
 """Bytes of a record (JSON), at most."""
-MOST_WEIGHTS = 64 << 30
+MOST_WEIGHTS = 16 << 30
 """Bytes of a weight file, at most: read are its description and the tensors of one network."""
 _SPARE_BYTES = 1 << 20
 

@@ -25,6 +25,7 @@ from bdjax.engine import predict
 from bdjax.errors import InputError
 from bdjax.evaluation import pool
 from bdjax.experiment import Experiment, SplitConfig, digest, run_record, to_json
+from bdjax.interop import reader
 from bdjax.provenance import environment
 from bdjax.report import audit as audit_report
 from bdjax.report import page
@@ -126,7 +127,8 @@ def purify(
 
 def _incoming(source: Path, imported: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What came in, and its manifest ({} of a file). Raises InputError for what is not there, or contradicts itself."""
-    if source.is_file():
+    if source.exists() and not source.is_dir():
+        reader.read(source)  # what is no weight file is refused before all of it is hashed
         sha256 = checkpoint.sha256(source)
         options = {name: interop.plain(value) for name, value in imported.items()}
         facts = {"kind": "file", "path": str(source.absolute()), "sha256": sha256, "bytes": source.stat().st_size}

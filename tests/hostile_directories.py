@@ -77,42 +77,54 @@ def relist(directory):
     rewrite(directory, {**manifest, "files": files})
 
 
+def manifests(data, spec):
+    """What the manifests of every kind hold before they are written: {kind: fields}."""
+    from bdjax.experiment import Experiment, SplitConfig, config_of, to_json
+    from bdjax.victim import describe
+
+    def method(kind, name):
+        return {"name": name, "config": to_json(config_of(kind, name)()), "seed": 0}
+
+    experiment = Experiment("badnets", None, spec, "cnn", 0, config_of("attacks", "badnets")(target=1, size=2))
+    victim = {
+        "kind": "victim", "hash": "0" * 64, **json.loads(json.dumps(describe(experiment, data))),
+        "poison": {"n": 3, "copies": 1, "sha256": "0" * 64}, "seconds": {"attack": 1.0, "compile": 1.0},
+        "curve": [{"step": 1, "train_loss": 1.0}], "env": {"device": "cpu", "jax": "0"},
+    }  # fmt: skip
+    purified = {**victim, "kind": "purified", "victim_hash": "0" * 64, "defense": method("defenses", "ibau")}
+    source = {
+        "file": "weights.pt", "sha256": "0" * 64, "format": "torch", "names": "bdjax", "key": "", "prefix": "",
+        "tensors": [["Conv_0.weight", "float32", [16, 1, 3, 3]]], "kept": [],
+    }  # fmt: skip
+    given = {"mean": [0.5], "std": [0.25], "channels": "rgb", "layout": "chw", "resize": 0}
+    return {
+        "victim": victim,
+        "purified": {**purified, "split": to_json(SplitConfig(size=20))},
+        "reactivated": {**victim, "kind": "reactivated", "reactivation": method("attacks", "retuning")},
+        "imported": {
+            **victim, "kind": "imported", "attack": None, "dataset": None, "fit": None, "poison": None, "width": None,
+            "input": given, "source": source,
+        },
+    }  # fmt: skip
+
+
 def make(folder, spec):
     """Model directories of every kind, of untrained models for the data set `spec`: {kind: directory}."""
     import jax
     import numpy as np
 
     from bdjax import checkpoint, datasets, interop, models
-    from bdjax.experiment import Experiment, SplitConfig, config_of, to_json
-    from bdjax.provenance import environment
-    from bdjax.victim import describe, portraits
+    from bdjax.victim import experiment_of, portraits
 
     data = datasets.load(spec)
-    config = config_of("attacks", "badnets")(target=1, size=2)
-    experiment = Experiment("badnets", None, spec, "cnn", 0, config)
+    found = manifests(data, spec)
     model = models.create("cnn", data.shape, len(data.classes))
     variables = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
-    defense = {"name": "ibau", "config": to_json(config_of("defenses", "ibau")()), "seed": 0}
-    retuning = {"name": "retuning", "config": to_json(config_of("attacks", "retuning")()), "seed": 0}
-    victim = {
-        "kind": "victim", "hash": "0" * 64, **describe(experiment, data),
-        "poison": {"n": 3, "copies": 1, "sha256": "0"},
-        "seconds": {"attack": 1.0, "compile": 1.0}, "curve": [{"step": 1, "train_loss": 1.0}], "env": environment(1),
-    }  # fmt: skip
-    purified = {**victim, "kind": "purified", "victim_hash": "0" * 64, "defense": defense}
-    manifests = {
-        "victim": victim,
-        "purified": {**purified, "split": to_json(SplitConfig(size=20))},
-        "reactivated": {**victim, "kind": "reactivated", "reactivation": retuning},
-    }
-    trigger = portraits(experiment, data, {})
-    made = {kind: folder / kind for kind in manifests}
-    for kind, manifest in manifests.items():
-        checkpoint.write_model(made[kind], manifest, variables, {"trigger": trigger})
-    interop.export_model(made["victim"], "safetensors", folder / "weights.safetensors")
+    trigger = portraits(experiment_of(found["victim"], None, None, None, None), data, {})
+    for kind in ("victim", "purified", "reactivated"):
+        checkpoint.write_model(folder / kind, found[kind], variables, {"trigger": trigger})
+    interop.export_model(folder / "victim", "safetensors", folder / "weights.safetensors")
     given = models.Input((0.5,), (0.25,))
-    made["imported"] = folder / "imported"
-    interop.import_model(
-        folder / "weights.safetensors", made["imported"], model="cnn", size=data.shape[:2], input=given, env={}
-    )
-    return made
+    weights, size = folder / "weights.safetensors", data.shape[:2]
+    interop.import_model(weights, folder / "imported", model="cnn", size=size, input=given, env={})
+    return {kind: folder / kind for kind in found}

@@ -16,8 +16,8 @@ import numpy as np
 
 from bdjax import checkpoint, models, records
 from bdjax.errors import InputError
-from bdjax.interop import matching, names, reader, writer
-from bdjax.interop._tensors import DTYPES, shown
+from bdjax.interop import _crc, matching, names, reader, writer
+from bdjax.interop._tensors import DTYPES, Refused, shown
 from bdjax.models import Input
 
 __all__ = ["export_model", "import_model", "model_of", "plain"]
@@ -69,6 +69,10 @@ def import_model(
         mean, std = _NORMALISED[facts["clean_data"]]
         wanted = dataclasses.replace(wanted, input=Input(mean, std))
     fit = matching.best(file, dicts, wanted, key)
+    try:
+        _crc.check(file)
+    except Refused as refused:
+        raise InputError(f"{file} is not read: {refused}.") from None
     variables, kept = _variables(file, fit)
     arrays = {"original": {str(place): array for place, array in enumerate(kept.values())}} if kept else {}
     sha256 = checkpoint.sha256(file)

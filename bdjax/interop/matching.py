@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from bdjax import models, registry
 from bdjax.errors import InputError
@@ -14,7 +15,8 @@ from bdjax.types import Model
 
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
 _SHOWN = 20  # lines of what does not fit
-_MOST_PREFIXES = 8  # that are tried in one dictionary
+_MOST_PREFIXES = 8  # that are looked at in one dictionary
+_MOST_TRIED = 8  # places and namings that a model is built for
 _WIDEST = 16  # times the usual width
 _MOST_CHANNELS = 64  # of images
 
@@ -53,7 +55,8 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
         if key not in dicts:
             raise InputError(f"{file} has no tensors under --key {key!r}; there are some under {_listed(dicts)}.")
         dicts = {key: dicts[key]}
-    found = [fit for place, tensors in dicts.items() for fit in _fits(wanted, place, tensors)]
+    places = [fit for place, tensors in dicts.items() for fit in _fits(wanted, place, tensors)]
+    found = [_fit(*place) for place in _likeliest(places)]
     if not found:
         first = names.namings(wanted.model)[0].first_weight
         place, tensors = max(dicts.items(), key=lambda item: len(item[1]))
@@ -74,7 +77,31 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     return nearest[0]
 
 
-def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:
+_Place: TypeAlias = tuple[Wanted, names.Naming, str, str, Mapping[str, Tensor]]  # arguments of `_fit`
+
+
+def _likeliest(places: list[_Place]) -> list[_Place]:
+    """At most _MOST_TRIED, for a model is built for each: those whose names are nearest to the usual model's."""
+    if len(places) <= _MOST_TRIED:
+        return places
+
+    def differing(place: _Place) -> int:
+        _, naming, _, prefix, tensors = place
+        inside = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+        return len(_usual_names(naming.model, naming.label) ^ inside) + len(tensors) - len(inside)
+
+    return sorted(places, key=differing)[:_MOST_TRIED]
+
+
+@lru_cache
+def _usual_names(model: str, label: str) -> frozenset[str]:
+    """What the tensors of a model are called at its usual size under one of its namings, without the counters."""
+    naming = next(one for one in names.namings(model) if (one.model, one.label) == (model, label))
+    usual = models.create(model, (naming.side, naming.side, 3), 10)
+    return frozenset(entry.name for entry in names.entries(naming, usual))
+
+
+def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[_Place]:
     """The state dict under each naming whose first convolution is in it, behind any prefix."""
     found = []
     for naming in names.namings(wanted.model):
@@ -84,7 +111,7 @@ def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:
         ]
         prefixes = [place for place in places if not place or place.endswith(".")]
         outer = [one for one in prefixes if not any(one != other and one.startswith(other) for other in prefixes)]
-        found += [_fit(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
+        found += [(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bdjax.errors import InputError
+from bdjax.files import MOST_WEIGHTS, open_regular
 from bdjax.interop import _files
 from bdjax.interop._tensors import Refused, Tensor
 
@@ -22,9 +23,9 @@ def read(path: Path) -> tuple[str, Any]:
     Raises InputError, one line that names the file and what is wrong, for everything else.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise InputError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}. Give a weight file.")
-    with open(path, "rb") as file:
+    with open_regular(path, MOST_WEIGHTS, "a weight file") as file:
         head = file.read(10)
     try:
         if head[:2] == b"PK":

@@ -12,6 +12,7 @@ from typing import Any
 from bdjax import checkpoint
 from bdjax.report._html import Safe, code, el, facts, gallery, picture, table
 from bdjax.report._style import CSS, PAGE
+from bdjax.text import visible
 
 __all__ = ["picture", "write"]
 
@@ -37,7 +38,7 @@ def write(result: dict[str, Any], folder: Path) -> Path:
     title = f"{Path(result['input']['path']).name}: audited and cleaned"
     foot = el("footer", f"Made by bdjax {result['env']['bdjax']} on {result['env']['date']}.")
     text = Template(PAGE).substitute(
-        title=html.escape(title), css=CSS, heading=el("h1", title), body="\n".join(sections), foot=foot
+        title=html.escape(visible(title)), css=CSS, heading=el("h1", title), body="\n".join(sections), foot=foot
     )
     checkpoint.write_text(folder / "report.html", text)
     return folder / "report.html"
