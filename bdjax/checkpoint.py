@@ -12,6 +12,7 @@ rest is written by the first alone, and nobody goes on before it is there. This 
 """
 
 import contextlib
+import gc
 import glob
 import hashlib
 import json
@@ -170,7 +171,13 @@ def _check_files(directory: Path, files: Mapping[str, str], most: int) -> None:
     room = most
     for name in files:
         file = directory / name
-        if not name or name != str(Path(name)) or Path(name).is_absolute() or ".." in Path(name).parts:
+        if (
+            not name.isprintable()
+            or not name
+            or name != str(Path(name))
+            or Path(name).is_absolute()
+            or ".." in Path(name).parts
+        ):
             raise InputError(f"{directory / MANIFEST} is damaged: it lists {visible(name)!r}, which is not in it.")
         if not file.exists():
             raise InputError(f"{file} is missing, though {MANIFEST} lists it. Restore the directory or train it anew.")
@@ -280,6 +287,7 @@ def _load(path: Path, like: Any) -> Any:
     for file in path.rglob("*"):
         if file.parent.name != "d" and not file.is_dir():  # where values are; all else describes them
             open_regular(file, MOST_TEXT, "a description of arrays").close()
+    cause = ""
     with _quiet():
         try:
             described = ocp.metadata(path.absolute()).metadata
@@ -291,9 +299,8 @@ def _load(path: Path, like: Any) -> Any:
             return ocp.load(path.absolute(), like)
         except Exception as error:  # Orbax and tensorstore raise a dozen kinds on damaged files
             cause = visible(str(error).splitlines()[0] if str(error) else type(error).__name__)[:300]
-            raise InputError(
-                f"{path} does not hold this model's arrays ({cause}). Is it of another model or version?"
-            ) from None
+        gc.collect()  # the failures of its other reads, which asyncio tells when they are forgotten
+    raise InputError(f"{path} does not hold this model's arrays ({cause}). Is it of another model or version?")
 
 
 def _check_chunks(described: Any) -> None:
@@ -306,14 +313,15 @@ def _check_chunks(described: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax tells a failure in its log, once a thread, before it raises it."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    """Orbax tells a failure in its log, once a thread, and so does asyncio, before it raises it."""
+    logs = {log: log.level for log in map(logging.getLogger, ("absl", "asyncio"))}
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in logs.items():
+            log.setLevel(level)
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
