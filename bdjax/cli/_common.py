@@ -17,7 +17,7 @@ import tyro
 
 from bdjax import registry
 from bdjax.errors import InputError
-from bdjax.options import Cluster, Foreign, numbers, whole_numbers
+from bdjax.options import Cluster, Foreign, names, numbers, whole_numbers
 
 
 def command(name: str) -> ModuleType:
@@ -165,6 +165,7 @@ def import_options(options: Foreign) -> dict[str, Any]:
         "size": None if size is None else (size[0], size[-1]),
         "input": None if given == Input() else given,
         "key": options.key,
+        **({"ignore": tuple(names(options.ignore))} if options.ignore else {}),
     }
 
 

@@ -1,7 +1,7 @@
 """Which model a state dict is of: by the names and shapes of all its tensors, or not at all."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ _SHOWN = 20  # lines of what does not fit
 _MOST_PREFIXES = 8  # that are tried in one dictionary
 _WIDEST = 16  # times the usual width
 _MOST_CHANNELS = 64  # of images
+_AVERAGED = "n_averaged"  # how many models torch.optim.swa_utils took the mean of
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Wanted:
     size: tuple[int, int] | None
     """(H, W) of the images."""
     input: Input | None
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    """By dictionary: what a normalisation layer in it does, in place of `input`."""
+    waived: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By dictionary: tensors that need no counterpart."""
 
 
 class Fit(NamedTuple):
@@ -77,6 +82,7 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
 def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:
     """The state dict under each naming whose first convolution is in it, behind any prefix."""
     found = []
+    wanted = replace(wanted, input=wanted.inputs.get(key, wanted.input))
     for naming in names.namings(wanted.model):
         first = naming.first_weight
         places = [
@@ -104,7 +110,10 @@ def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: M
             differences.append((needs, f"{tensor.dtype}, no floating-point numbers"))
     expected = {entry.name for entry in entries}
     expected |= {entry.name.replace("running_var", names.COUNTER) for entry in entries if entry.path[-1] == "var"}
+    waived = wanted.waived.get(key, frozenset())
     for name, tensor in tensors.items():
+        if name in waived or name.rpartition(".")[2] == _AVERAGED:
+            continue
         own = name.removeprefix(prefix) if name.startswith(prefix) else None
         if own is None or not (own in expected or own.startswith(naming.ignored)):
             differences.append(("", f"{shown(name)[1:-1]} {list(tensor.shape)}"))
