@@ -26,11 +26,19 @@ def load(rest: str) -> Data:
     """
     if not rest:
         raise InputError("the data set `npz` needs the path of a file. Write `npz:PATH`, for instance `npz:gtsrb.npz`.")
+    _checks.check_text("the path of a data set", rest)
     path = Path(rest).expanduser()
     if not path.is_file():
         found = "is a folder; did you mean `folder:PATH`?" if path.is_dir() else "does not exist."
         raise InputError(f"npz:{rest}: {path.absolute()} {found} Give the path of a .npz file.")
+    if path.suffix.lower() == ".mat":
+        raise InputError(f"{path} is not a .npz file. {_checks.SVHN}.")
     if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if file.read(1) == b"\x80":
+                cifar = path.name.startswith(("data_batch", "test_batch")) or path.name in ("train", "test")
+                more = f" {_checks.CIFAR}." if cifar else " Save its arrays with numpy.savez_compressed."
+                raise InputError(f"{path} is not a .npz file but a pickle, and pickles are never loaded.{more}")
         raise InputError(
             f"{path} is not a .npz file, or it is cut off. Copy it again, or write it with numpy.savez_compressed."
         )
