@@ -6,6 +6,9 @@ from typing import Literal
 
 from bdjax.errors import InputError
 
+UNMEASURED = "not measured: no trigger given"
+"""What stands in the place of an attack success rate where images got no trigger."""
+
 
 @dataclass
 class Common:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bdjax import audit, checkpoint, datasets, interop, metrics, run
+from bdjax import audit, checkpoint, datasets, doubts, interop, metrics, run
 from bdjax.defenses import needs_trigger, purifier, without_trigger
 from bdjax.engine import predict
 from bdjax.errors import InputError
@@ -194,9 +194,12 @@ def _cleaned(
     after, _ = _audited(purified, suspect, out, "audit-after", asked, say)
     weights = _export(suspect, out)
     model, source = suspect.victim.model, suspect.manifest.get("source")
+    for line in [*doubts.described(data), *(f"warning: {one}" for one in ran.get("warnings", []))]:
+        say(line)
     guesses = [predict(model, one.victim.variables, evaluation.images) for one in (suspect, purified)]
     counts = [np.bincount(labels, minlength=model.classes) for labels in (evaluation.clean_labels, evaluation.labels)]
     known = None if ran["attack"] == "clean" else ran["attack"]
+    named = doubts.class_names(suspect.manifest, data)
     return {
         "kind": "purification",
         "model": {
@@ -204,7 +207,9 @@ def _cleaned(
             "directory": str(suspect.directory.absolute()),
             "source": source,
         },
-        "classes": list(data.classes),
+        "classes": list(named),
+        "data_notes": doubts.described(data),
+        "warnings": ran.get("warnings", []),
         "data": {"spec": experiment.dataset, "name": data.name, "fingerprint": data.fingerprint},
         "split": to_json(experiment.split),
         "n_defender": len(evaluation.clean_labels),

@@ -35,7 +35,14 @@ def usage(name: str, argv: list[str], more: str = "") -> None:
 
 
 def first(name: str, argv: list[str], more: str = "") -> str:
-    """The argument that a command begins with; its usage when there is none."""
+    """The argument that a command begins with; its usage when there is none.
+
+    Where only help is asked for, the argument's name is put before the flags, which `parse` then lists.
+    """
+    own = command(name).USAGE.split()
+    if {"-h", "--help"} & set(argv) and argv[0].startswith("-") and own[1][0] in "[-":
+        say(f"usage: bdjax {name} {command(name).USAGE}\n")  # what follows lists all flags, and needs no argument
+        argv.insert(0, own[0])
     if not argv or argv[0].startswith("-"):
         usage(name, argv, more)
     return argv[0]
@@ -88,7 +95,7 @@ def ready(options: Any) -> Iterator[Any]:
     from bdjax.victim import Context
 
     with bar() as tick, traced(getattr(options, "profile", None)):
-        yield Context(getattr(options, "devices", 0), tick)
+        yield Context(getattr(options, "devices", 0), tick, say=say)
 
 
 def prepare_jax() -> None:
@@ -169,6 +176,14 @@ def import_options(options: Foreign) -> dict[str, Any]:
     }
 
 
+def remarks(result: dict[str, Any]) -> None:
+    """What a result says of its data, and its warnings, a line each."""
+    for line in result.get("data") or ():
+        say(f"data:    {line}")
+    for warning in result.get("warnings") or ():
+        say(f"warning: {warning}")
+
+
 def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
     """The table, the picture and the places of a finished run."""
     import numpy as np
@@ -179,6 +194,7 @@ def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
     if not checkpoint.first():
         return
     say(table.one(result))
+    remarks(result)
     picture = directory / "figure.png"
     if not picture.exists():
         with np.load(directory / "arrays.npz", allow_pickle=False) as arrays:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from bdjax.errors import InputError
 from bdjax.types import Images
 
+_BYTES = 10.0  # a standard deviation that only images of 0 to 255 have
 LAYOUTS = ("chw", "hwc", "cwh", "whc")
 
 
@@ -32,6 +33,17 @@ class Input:
             values = getattr(self, name)
             if not all(math.isfinite(value) for value in values):
                 raise InputError(f"--input-{name} must be finite, got {','.join(map(str, values))}.")
+        if any(value > 1 for value in self.mean) or any(value >= _BYTES for value in self.std):
+            scaled = {"mean": self.mean, "std": self.std or (1.0,) * len(self.mean)}
+            flags = " ".join(
+                f"--input-{name} {','.join(f'{value / 255:.6g}' for value in values)}"
+                for name, values in scaled.items()
+            )
+            raise InputError(
+                f"--input-mean {','.join(map(str, self.mean)) or '(none)'} with --input-std "
+                f"{','.join(map(str, self.std)) or '(none)'} is not for images in [0, 1]. If it is for images of 0 to "
+                f"255, divide by 255: {flags}."
+            )
         if any(value <= 0 for value in self.std):
             raise InputError(f"--input-std must be positive, got {','.join(map(str, self.std))}.")
         if self.channels not in ("rgb", "bgr"):
