@@ -55,6 +55,10 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     Raises InputError with the differences of the nearest one, or when several dictionaries fit.
     """
     if key is not None:
+        part = _part(dicts, key)
+        if key not in dicts and part:
+            dicts = {key: part}
+            wanted = replace(wanted, waived={key: frozenset().union(*wanted.waived.values())})
         if key not in dicts:
             raise InputError(f"{file} has no tensors under --key {key!r}; there are some under {_listed(dicts)}.")
         dicts = {key: dicts[key]}
@@ -70,6 +74,11 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     least = min(len(fit.differences) for fit in found)
     nearest = [fit for fit in found if len(fit.differences) == least]
     if least:
+        if parts := _fitting_parts(wanted, found):
+            raise InputError(
+                f"{file} holds several networks that fit {wanted.model}: under {_listed(dict.fromkeys(parts))}. "
+                "Choose one with --key."
+            )
         raise InputError(_differing(file, nearest[0]))
     if len({fit.key for fit in nearest}) > 1:
         raise InputError(
@@ -77,6 +86,25 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
             "Choose one with --key."
         )
     return nearest[0]
+
+
+def _part(dicts: Mapping[str, Mapping[str, Tensor]], key: str) -> dict[str, Tensor]:
+    """The tensors of one dictionary whose names begin with what `key` has behind that dictionary's place."""
+    for place, tensors in dicts.items():
+        begin = key if not place else key.removeprefix(f"{place}.") if key.startswith(f"{place}.") else None
+        if begin and (found := {name: one for name, one in tensors.items() if name.startswith(f"{begin}.")}):
+            return found
+    return {}
+
+
+def _fitting_parts(wanted: Wanted, found: list[Fit]) -> list[str]:
+    """Keys of the parts of one dictionary, each a network of its own, as averaged weights beside the others are."""
+    parts = []
+    for fit in found[:_MOST_PREFIXES]:
+        inside = {name: one for name, one in fit.tensors.items() if name.startswith(fit.prefix)}
+        if fit.prefix and not _fit(wanted, fit.naming, fit.key, fit.prefix, inside).differences:
+            parts.append(".".join(part for part in (fit.key, fit.prefix.removesuffix(".")) if part))
+    return parts if len(set(parts)) > 1 else []
 
 
 def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:
@@ -142,6 +170,7 @@ def _differing(file: Path, fit: Fit) -> str:
     wide = max(len(heads[0]), *(len(needs) for needs, _ in rows))
     lines = [f"{needs:{wide}}  {has}".rstrip() for needs, has in (heads, *rows)]
     more = len(fit.differences) - len(rows)
+    left_over = all(not needs for needs, _ in fit.differences)
     where = f" (under {fit.key!r})" if fit.key else ""
     return "\n  ".join(
         [
@@ -149,6 +178,7 @@ def _differing(file: Path, fit: Fit) -> str:
             f"{fit.naming.label}; nothing was written.",
             *lines,
             *([f"... and {more} more"] if more else []),
+            *(["What is left over and the network can do without is waived by --ignore NAME."] if left_over else []),
         ]
     )
 
