@@ -168,6 +168,6 @@ def test_without_a_trigger_nothing_is_an_attack_success_rate(blobs, blobs_npz):
 )
 def test_a_normalisation_for_bytes_is_refused_with_the_flags_to_give(mean, std, words):
     with pytest.raises(InputError, match="is not for images in .0, 1.") as caught:
-        Input(mean, std)
+        Input(mean, std).check(3)
     assert words in str(caught.value)
-    Input((0.5, 1.0), (1 / 255, 2.0))  # a network that was given 0 to 255
+    Input((0.5, 1.0, 0), (1 / 255, 2.0, 1)).check(3)  # a network that was given 0 to 255

@@ -102,7 +102,7 @@ def import_model(
             "tensors": [[name, tensor.dtype, list(tensor.shape)] for name, tensor in fit.tensors.items()],
             "kept": list(kept),
             "skipped": dict(list(others.items())[:_LISTED]),
-            "ignored": sorted(waived[fit.key] & set(fit.tensors)),
+            "ignored": sorted(frozenset().union(*waived.values()) & set(fit.tensors)),
             "normalised": sorted(layers.get(fit.key, ())),
             "classes": named[1] if named else None,
             "accuracy": _beside.accuracy(value),

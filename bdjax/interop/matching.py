@@ -74,7 +74,7 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     least = min(len(fit.differences) for fit in found)
     nearest = [fit for fit in found if len(fit.differences) == least]
     if least:
-        if parts := _fitting_parts(wanted, found):
+        if parts := _fitting_parts(found):
             raise InputError(
                 f"{file} holds several networks that fit {wanted.model}: under {_listed(dict.fromkeys(parts))}. "
                 "Choose one with --key."
@@ -97,14 +97,15 @@ def _part(dicts: Mapping[str, Mapping[str, Tensor]], key: str) -> dict[str, Tens
     return {}
 
 
-def _fitting_parts(wanted: Wanted, found: list[Fit]) -> list[str]:
+def _fitting_parts(found: list[Fit]) -> list[str]:
     """Keys of the parts of one dictionary, each a network of its own, as averaged weights beside the others are."""
-    parts = []
-    for fit in found[:_MOST_PREFIXES]:
-        inside = {name: one for name, one in fit.tensors.items() if name.startswith(fit.prefix)}
-        if fit.prefix and not _fit(wanted, fit.naming, fit.key, fit.prefix, inside).differences:
-            parts.append(".".join(part for part in (fit.key, fit.prefix.removesuffix(".")) if part))
-    return parts if len(set(parts)) > 1 else []
+    whole = [
+        fit
+        for fit in found
+        if fit.prefix and not any(needs or has.startswith(fit.prefix) for needs, has in fit.differences)
+    ]
+    parts = dict.fromkeys(".".join(part for part in (fit.key, fit.prefix.removesuffix(".")) if part) for fit in whole)
+    return list(parts) if len(parts) > 1 else []
 
 
 def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:

@@ -33,6 +33,21 @@ class Input:
             values = getattr(self, name)
             if not all(math.isfinite(value) for value in values):
                 raise InputError(f"--input-{name} must be finite, got {','.join(map(str, values))}.")
+        if any(value <= 0 for value in self.std):
+            raise InputError(f"--input-std must be positive, got {','.join(map(str, self.std))}.")
+        if self.channels not in ("rgb", "bgr"):
+            raise InputError(f"--channels must be rgb or bgr, got {self.channels!r}.")
+        if self.layout not in LAYOUTS:
+            raise InputError(f"--layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}.")
+        if self.resize < 0:
+            raise InputError(f"--resize must be a number of pixels, got {self.resize}.")
+
+    def check(self, channels: int) -> None:
+        """Raise InputError when these numbers are not for images of so many channels, or not for images in [0, 1]."""
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            if len(given) not in (0, 1, channels):
+                raise InputError(f"--input-{name} has {len(given)} numbers; the network takes {channels} channels.")
         if any(value > 1 for value in self.mean) or any(value >= _BYTES for value in self.std):
             scaled = {"mean": self.mean, "std": self.std or (1.0,) * len(self.mean)}
             flags = " ".join(
@@ -44,21 +59,6 @@ class Input:
                 f"{','.join(map(str, self.std)) or '(none)'} is not for images in [0, 1]. If it is for images of 0 to "
                 f"255, divide by 255: {flags}."
             )
-        if any(value <= 0 for value in self.std):
-            raise InputError(f"--input-std must be positive, got {','.join(map(str, self.std))}.")
-        if self.channels not in ("rgb", "bgr"):
-            raise InputError(f"--channels must be rgb or bgr, got {self.channels!r}.")
-        if self.layout not in LAYOUTS:
-            raise InputError(f"--layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}.")
-        if self.resize < 0:
-            raise InputError(f"--resize must be a number of pixels, got {self.resize}.")
-
-    def check(self, channels: int) -> None:
-        """Raise InputError when these numbers are not for images of so many channels."""
-        for name in ("mean", "std"):
-            given = getattr(self, name)
-            if len(given) not in (0, 1, channels):
-                raise InputError(f"--input-{name} has {len(given)} numbers; the network takes {channels} channels.")
         if self.channels == "bgr" and channels != 3:
             raise InputError(f"--channels bgr is for 3 channels; the network takes {channels}.")
 
