@@ -9,7 +9,6 @@ from bdjax.options import Common, Foreign
 
 ORDER = 42
 USAGE = "FILE [--model M] [--classes C] [--size S] [--input-mean ..] [--input-std ..] --out DIR"
-_SHOWN = 10
 _TOLD = ("file", "format", "names", "key", "prefix", "skipped", "ignored", "normalised", "accuracy")
 SUMMARY = "make a model directory of a .safetensors, .pt or .pth file; nothing in it is run"
 
@@ -31,6 +30,7 @@ def main(argv: list[str]) -> None:
     given = import_options(options)
     from bdjax import interop
     from bdjax.provenance import environment
+    from bdjax.report.imported import notes
 
     if options.force:
         remove_run(options.out)
@@ -46,27 +46,6 @@ def main(argv: list[str]) -> None:
     if options.json:
         kept = {name: manifest[name] for name in ("hash", "model", "width", "input", "shape")}
         say(json.dumps({"directory": str(options.out), **kept, "classes": len(manifest["classes"]), **_told(source)}))
-
-
-def notes(manifest: dict) -> list[str]:
-    """What was found beside the weights and what became of it, a line each."""
-    source, found = manifest["source"], []
-    if source.get("classes"):
-        found.append(f"classes: {_some(manifest['classes'])}, in the file under {source['classes']!r}")
-    if source.get("normalised"):
-        found.append(f"normalisation layer: {_some(source['normalised'])}, done to images as said above")
-    if source.get("ignored"):
-        found.append(f"ignored: {_some(source['ignored'])}; what the owner's network does with them is not done here")
-    if source.get("accuracy"):
-        found.append(f"accuracy that the file tells: {source['accuracy']:.4f}")
-    if source.get("skipped"):
-        held = [f"{ascii(place)[1:-1]} ({ascii(name)[1:-1]})" for place, name in source["skipped"].items()]
-        found.append(f"skipped, for it is no tensor, and not built: {_some(held)}")
-    return found
-
-
-def _some(values: list) -> str:
-    return ", ".join(map(str, values[:_SHOWN])) + (f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else "")
 
 
 def _described(done: dict | None) -> str:
