@@ -117,7 +117,8 @@ class Evaluation:
     def pictures(self, count: int = 6) -> dict[str, np.ndarray]:
         """A few eligible images, clean and triggered, for the figure; of parts one each in turn, and at least one."""
         size = len(self.images)
-        eligible = self.eligible.reshape(len(self.parts), size)
+        shown_of = self.eligible if self.has_trigger else np.ones_like(self.eligible)
+        eligible = shown_of.reshape(len(self.parts), size)
         turns = zip_longest(*(np.flatnonzero(own)[:count] + i * size for i, own in enumerate(eligible)))
         shown = np.array([row for turn in turns for row in turn if row is not None][: max(count, len(self.parts))], int)
         at = shown % size

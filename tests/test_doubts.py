@@ -150,7 +150,7 @@ def test_without_a_trigger_nothing_is_an_attack_success_rate(blobs, blobs_npz):
     found = Evaluation(perceptron(), datasets.load(blobs_npz), Experiment("clean", dataset=blobs_npz), {})
     rates = found.rates(found.labels, found.labels)
     assert rates == {"acc": 1.0, "asr": None, "asr_with_target": None, "ctca": None}
-    assert not found.eligible.any() and found.targets == []
+    assert not found.eligible.any() and found.targets == [] and len(found.pictures()["clean"]) == 6
     assert table._asr(None, None, 0).endswith("not measured: no trigger given") and "0.00" not in table._asr(
         None, None, 0
     )
