@@ -17,6 +17,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -107,7 +108,7 @@ def no_link(path: Path) -> Path:
     return path
 
 
-def open_regular(path: Path, most: int, what: str) -> BinaryIO:
+def open_regular(path: Path, most: int, what: str) -> BufferedReader:
     """A file opened for reading, which never waits.
 
     Args: most: bytes that it may have; what: such a file, for the message ("a record").

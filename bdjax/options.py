@@ -6,6 +6,9 @@ from typing import Literal
 
 from bdjax.errors import InputError
 
+UNMEASURED = "not measured: no trigger given"
+"""What stands in the place of an attack success rate where images got no trigger."""
+
 
 @dataclass
 class Common:
@@ -95,7 +98,11 @@ class Foreign:
     resize: int = 0
     """Side in pixels that the network enlarges or reduces images to before all else; 0: it does not."""
     key: str | None = None
-    """Which dictionary of the file holds the weights, where several fit."""
+    """Which dictionary of the file holds the weights, where several fit: of a file with averaged weights, those or the
+    others."""
+    ignore: str = ""
+    """Tensors that the model need not have, with commas between: whole names, their ends or beginnings (neuron_mask),
+    or with * and ?. A weight that torch.nn.utils.prune split is multiplied by its mask where weight_mask is ignored."""
 
 
 def whole_numbers(flag: str, text: str, example: str) -> tuple[int, ...]:

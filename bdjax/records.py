@@ -38,6 +38,8 @@ _KNOWN: dict[str, Any] = {  # where they are there
     "source": {
         "file": str, "sha256": str, "format": str, "names": str, "key": str, "prefix": str,
         "tensors": tuple[tuple[str, str, tuple[int, ...]], ...], "kept": tuple[str, ...],
+        "skipped?": dict[str, str], "ignored?": tuple[str, ...], "normalised?": tuple[str, ...],
+        "classes?": str | None, "accuracy?": float | None,
     },
 }  # fmt: skip
 _WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -91,7 +93,10 @@ def check_manifest(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
-    """Raise InputError when `value` is not of `kind`: an annotation, or fields with theirs ("": or nothing)."""
+    """Raise InputError when `value` is not of `kind`: an annotation, or fields with theirs.
+
+    Fields "": or nothing in their place; "NAME?": may be missing.
+    """
     if not isinstance(kind, dict):
         if not fits(value, kind):
             raise InputError(f"{name} is {_told(value)}, not {_called(kind)}.")
@@ -99,10 +104,11 @@ def _check(name: str, value: Any, kind: Any) -> None:
         if not isinstance(value, dict):
             raise InputError(f"{name} is {_told(value)}, not fields and values.")
         for field, own in kind.items():
-            if field and field not in value:
+            own_name = field.removesuffix("?")
+            if own_name in value and own_name:
+                _check(f"{name}.{own_name}", value[own_name], own)
+            elif field and own_name == field:
                 raise InputError(f"{name}.{field} is missing.")
-            if field:
-                _check(f"{name}.{field}", value[field], own)
 
 
 def _check_values(manifest: dict[str, Any]) -> None:
@@ -222,7 +228,7 @@ def fits(value: Any, kind: Any) -> bool:
         kinds = choices[:1] * len(value) if choices[-1] is ... else choices
         return len(kinds) == len(value) and all(map(fits, value, kinds))
     if origin in (list, dict):
-        return isinstance(value, origin)
+        return isinstance(value, origin) and (origin is list or all(fits(one, choices[1]) for one in value.values()))
     if kind in (None, types.NoneType):
         return value is None
     if kind is float:

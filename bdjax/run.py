@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bdjax import checkpoint, datasets, records
+from bdjax import checkpoint, datasets, doubts, records
 from bdjax import victim as victims
 from bdjax.defenses import needs_trigger, purifier
 from bdjax.engine import parallel
@@ -92,7 +92,9 @@ def _defend(
 ) -> dict[str, Any]:  # fmt: skip
     victim, manifest, experiment, hashed = suspect.directory, suspect.manifest, suspect.experiment, digest(record)
     evaluation = suspect.evaluation
-    before = evaluation.measure(suspect.victim.variables)
+    guesses = evaluation.predictions(suspect.victim.variables)
+    before = evaluation.rates(*guesses)
+    told = doubts.about(suspect.data, manifest, victim, guesses[0], evaluation.labels, evaluation.targets)
     rates = evaluation.measure(read_clean(clean, suspect).victim.variables) if clean else None
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", record)
@@ -139,6 +141,7 @@ def _defend(
         },
         "peak_memory_bytes": memory,
         "peak_memory_of": what,
+        **told,
         "rounds": watch.rows,
         "n_rounds": len(curve.images),
         "attack_config": to_json(experiment.attack_config),
@@ -187,8 +190,8 @@ def _neighbour(victim: Path, manifest: dict[str, Any]) -> Path | None:
 
 def _beside(clean: dict[str, Any] | None, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """{"clean", "score"}: the rates of a model trained without poison, and AGE's score; None without one."""
-    if clean is None:
-        return {"clean": None, "score": None}
+    if clean is None or before["asr"] is None:
+        return {"clean": clean, "score": None}
     value = float(score(*(jnp.float32(rate) for rate in (after["asr"], before["asr"], after["acc"], clean["acc"]))))
     return {"clean": clean, "score": value if value == value else None}
 
@@ -208,23 +211,22 @@ def evaluate(
     """
     directory = checkpoint.model_directory(directory)
     suspect = read_recorded(directory, dataset=dataset, attack=attack, attack_config=attack_config)
-    if suspect.manifest["kind"] == "imported" and attack is None:
-        evaluation = suspect.evaluation
-        found = {"directory": str(directory), "kind": "imported", "dataset": suspect.data.name}
-        return {**found, "n_test": len(evaluation.images), "acc": evaluation.measure(suspect.victim.variables)["acc"]}
-    if dataset is None:
-        check_fingerprint(suspect.manifest, suspect.data, directory)
-    else:
+    imported = suspect.manifest["kind"] == "imported"
+    if dataset is not None:
         suspect = replace(suspect, held_out=False)
-    evaluation = suspect.evaluation
+    elif not imported:
+        check_fingerprint(suspect.manifest, suspect.data, directory)
+    evaluation, data = suspect.evaluation, suspect.data
+    guesses = evaluation.predictions(suspect.victim.variables)
     return {
         "directory": str(directory),
         "kind": suspect.manifest["kind"],
-        "attack": suspect.experiment.attack,
-        "dataset": suspect.data.name,
+        "attack": None if imported and attack is None else suspect.experiment.attack,
+        "dataset": data.name,
         "n_test": len(evaluation.images),
         "n_asr": int(evaluation.eligible.sum()),
-        **evaluation.measure(suspect.victim.variables),
+        **evaluation.rates(*guesses),
+        **doubts.about(data, suspect.manifest, directory, guesses[0], evaluation.labels, evaluation.targets),
     }
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bdjax import attacks, checkpoint, datasets, registry
+from bdjax import attacks, checkpoint, datasets, doubts, registry
 from bdjax.datasets._files import read_array
 from bdjax.errors import InputError
 from bdjax.evaluation import Evaluation
@@ -83,7 +83,7 @@ def read_suspect(
         )
     _refuse_attack(directory, manifest, attack)
     experiment = experiment_of(manifest, defense, defense_config, split, seed)
-    data = data or datasets.load(dataset or experiment.dataset)
+    data = doubts.aligned(manifest, directory, data or datasets.load(dataset or experiment.dataset))
     check_fingerprint(manifest, data, directory)
     return Suspect(directory, manifest, experiment, data)
 
@@ -95,7 +95,7 @@ def _imported(
     """An imported model on a data set, with the trigger of an attack; without one, images are left as they are."""
     if dataset is None:
         raise InputError(f"{directory} was imported and has no data set of its own. Give one by --data or --dataset.")
-    data = data or datasets.load(dataset)
+    data = doubts.aligned(manifest, directory, data or datasets.load(dataset))
     check_fits(manifest, directory, data)
     whole, arrays = _adopted(manifest, dataset, data, attack, attack_config, seed or 0)
     experiment = experiment_of(whole, defense, defense_config, split, seed)
@@ -121,7 +121,8 @@ def _adopted(
             "Give its picture to image_trigger: --attack image_trigger --attack.trigger FILE."
         ) from None
     record = {"imported": manifest["hash"], **attack_record(experiment, data.fingerprint)}
-    whole = {**manifest, **describe(experiment, data), "fit": None, "hash": digest(record)}
+    named = {"classes": doubts.class_names(manifest, data)}
+    whole = {**manifest, **describe(experiment, data), **named, "fit": None, "hash": digest(record)}
     return whole, {**arrays, **portraits(experiment, data, arrays)}
 
 
@@ -177,7 +178,7 @@ def read_recorded(
         attack = None
     defense, arrays = manifest.get("defense"), None
     spec = dataset or manifest["dataset"]["spec"]
-    data = data or datasets.load(spec)
+    data = doubts.aligned(manifest, directory, data or datasets.load(spec))
     if attack is not None:
         whole, arrays = _adopted(manifest, spec, data, attack, attack_config, manifest["seed"])
         manifest = {**whole, **{name: manifest[name] for name in ("hash", "dataset")}}

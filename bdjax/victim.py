@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bdjax import attacks, checkpoint, datasets, interop, models, records
+from bdjax import attacks, checkpoint, datasets, doubts, interop, models, records
 from bdjax.datasets._files import read_array
 from bdjax.engine import FitConfig, fit_controlled, parallel
 from bdjax.engine.clock import Clock
@@ -41,6 +41,8 @@ class Context:
     """Told of progress: stage, steps done, steps in all."""
     store: Path | None = None
     """Directory of victims by hash, where a clean model that an attack begins with is kept and found again."""
+    say: Callable[[str], None] = field(default=lambda line: None)
+    """Told what a user should know of the data before hours of training: one line each."""
 
     def waiting(self) -> None:
         """Say that another process makes the same thing."""
@@ -69,6 +71,10 @@ def train(experiment: Experiment, directory: Path, context: Context | None = Non
 def _train(
     experiment: Experiment, directory: Path, context: Context, data: Data, hashed: str, unfinished: Path
 ) -> None:
+    parts = attacks.parts_of(experiment.attack, experiment.attack_config, {}) if experiment.attack != "clean" else []
+    targets = sorted({part.config.target for part, _ in parts})
+    for line in [*doubts.described(data), *(f"warning: {one}" for one in doubts.of_data(data, targets))]:
+        context.say(line)
     clock, watch = Clock(), Recorder(context.tick)
     with parallel.using(context.devices):
         task = task_of(experiment, data, context, watch, unfinished, clock)
@@ -268,8 +274,8 @@ def check_fits(manifest: dict[str, Any], directory: Path, data: Data) -> None:
     shape, classes = tuple(manifest["shape"]), len(manifest["classes"])
     if data.shape != shape or len(data.classes) != classes:
         raise InputError(
-            f"{directory} holds a model for {shape} images of {classes} classes; "
-            f"{data.name} has {data.shape} and {len(data.classes)}. Give data of the model's shape."
+            f"{directory} holds a model for {shape} images of {classes} classes; {data.name} has {data.shape} and "
+            f"{len(data.classes)}. Give data of the model's shape. {doubts.remedy(manifest, data)}"
         )
 
 

@@ -38,7 +38,14 @@ def usage(name: str, argv: list[str], more: str = "") -> None:
 
 
 def first(name: str, argv: list[str], more: str = "") -> str:
-    """The argument that a command begins with; its usage when there is none."""
+    """The argument that a command begins with; its usage when there is none.
+
+    Where only help is asked for, the argument's name is put before the flags, which `parse` then lists.
+    """
+    own = command(name).USAGE.split()
+    if {"-h", "--help"} & set(argv) and argv[0].startswith("-") and own[1][0] in "[-":
+        say(f"usage: bdjax {name} {command(name).USAGE}\n")  # what follows lists all flags, and needs no argument
+        argv.insert(0, own[0])
     if not argv or argv[0].startswith("-"):
         usage(name, argv, more)
     return argv[0]
@@ -79,7 +86,7 @@ def parse(name: str, names: tuple[str, ...], rest: list[str], base: type, **part
             extra.append((part, config, dataclasses.field(default_factory=config)))
     options = dataclasses.make_dataclass(base.__name__, extra, bases=(base,))
     options.__doc__ = command(name).SUMMARY
-    found = tyro.cli(options, prog=" ".join(("bdjax", name, *names)), args=rest)
+    found: Any = tyro.cli(options, prog=" ".join(("bdjax", name, *names)), args=rest)
     for file in split_names(getattr(found, "code", "")):
         registry.load_file(Path(file))
     return found
@@ -112,7 +119,7 @@ def ready(options: Any) -> Iterator[Any]:
     from bdjax.victim import Context
 
     with bar() as tick, traced(getattr(options, "profile", None)):
-        yield Context(getattr(options, "devices", 0), tick)
+        yield Context(getattr(options, "devices", 0), tick, say=say)
 
 
 def prepare_jax() -> None:
@@ -216,7 +223,16 @@ def import_options(options: Foreign) -> dict[str, Any]:
         "size": None if size is None else (size[0], size[-1]),
         "input": None if given == Input() else given,
         "key": options.key,
+        **({"ignore": tuple(split_names(options.ignore))} if options.ignore else {}),
     }
+
+
+def remarks(result: dict[str, Any]) -> None:
+    """What a result says of its data, and its warnings, a line each."""
+    for line in result.get("data") or ():
+        say(f"data:    {line}")
+    for warning in result.get("warnings") or ():
+        say(f"warning: {warning}")
 
 
 def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
@@ -228,6 +244,7 @@ def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
         return
     with records.reading(directory / "result.json"):
         say(table.one(result))
+        remarks(result)
     picture = directory / "figure.png"
     if not picture.exists():
         arrays = checkpoint.read_arrays(directory, "arrays")

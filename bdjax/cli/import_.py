@@ -9,6 +9,7 @@ from bdjax.options import Common, Foreign
 
 ORDER = 42
 USAGE = "FILE [--model M] [--classes C] [--size S] [--input-mean ..] [--input-std ..] --out DIR"
+_TOLD = ("file", "format", "names", "key", "prefix", "skipped", "ignored", "normalised", "accuracy")
 SUMMARY = "make a model directory of a .safetensors, .pt or .pth file; nothing in it is run"
 
 
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> None:
     given = import_options(options)
     from bdjax import interop
     from bdjax.provenance import environment
+    from bdjax.report.imported import notes
 
     if options.force:
         remove_run(options.out)
@@ -38,6 +40,8 @@ def main(argv: list[str]) -> None:
     say(f"model:  {manifest['model']}, {len(manifest['classes'])} classes, images {manifest['shape']}")
     say(f"file:   {len(source['tensors'])} tensors of {source['format']}{where}, named as by {source['names']}")
     say(f"input:  {_described(done)}")
+    for line in notes(manifest):
+        say(line)
     say(f"result: {options.out}\nnext:   bdjax evaluate {options.out} --data D")
     if options.json:
         kept = {name: manifest[name] for name in ("hash", "model", "width", "input", "shape")}
@@ -53,4 +57,4 @@ def _described(done: dict | None) -> str:
 
 
 def _told(source: dict) -> dict:
-    return {name: source[name] for name in ("file", "format", "names", "key", "prefix")}
+    return {name: source[name] for name in _TOLD}

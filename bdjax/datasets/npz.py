@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bdjax.arrays import open_npz
+from bdjax.arrays import MOST_FILE, open_npz
 from bdjax.datasets import _checks
 from bdjax.errors import InputError
+from bdjax.files import open_regular
 from bdjax.types import Data
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -25,10 +26,19 @@ def load(rest: str) -> Data:
     """
     if not rest:
         raise InputError("the data set `npz` needs the path of a file. Write `npz:PATH`, for instance `npz:gtsrb.npz`.")
+    _checks.check_text("the path of a data set", rest)
     path = Path(rest).expanduser()
     if not path.exists() or path.is_dir():
         found = "is a folder; did you mean `folder:PATH`?" if path.is_dir() else "does not exist."
         raise InputError(f"npz:{rest}: {path.absolute()} {found} Give the path of a .npz file.")
+    if path.suffix.lower() == ".mat":
+        raise InputError(f"{path} is not a .npz file. {_checks.SVHN}.")
+    with open_regular(path, MOST_FILE, "an .npz file") as opened:
+        is_pickle = opened.read(1) == b"\x80"
+    if is_pickle:
+        cifar = path.name.startswith(("data_batch", "test_batch")) or path.name in ("train", "test")
+        more = f" {_checks.CIFAR}." if cifar else " Save its arrays with numpy.savez_compressed."
+        raise InputError(f"{path} is not a .npz file but a pickle, and pickles are never loaded.{more}")
     with open_npz(path) as file:
         missing = [key for key in KEYS if key not in file.files]
         if missing:

@@ -8,7 +8,7 @@ normalisation, the halves of double precision) stays beside them in original.npz
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import numpy as np
 
 from bdjax import checkpoint, models, records
 from bdjax.errors import InputError
-from bdjax.interop import _crc, matching, names, reader, writer
+from bdjax.interop import _beside, _crc, matching, names, reader, writer
 from bdjax.interop._tensors import DTYPES, Refused, shown
 from bdjax.models import Input
 
 __all__ = ["export_model", "import_model", "model_of", "plain"]
 
 FORMATS = ("safetensors", "torch")
+_LISTED = 1000  # entries that were passed over, in a manifest
 _NORMALISED = {  # BackdoorBench's, by the data set that its results name
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -41,6 +42,7 @@ def import_model(
     size: tuple[int, int] | None = None,
     input: Input | None = None,
     key: str | None = None,
+    ignore: Sequence[str] = (),
     env: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Make the model directory `out` of a weight file, and return its manifest.
@@ -52,6 +54,7 @@ def import_model(
       size: (H, W) of the images; default what the file or its weights tell, else the model's usual.
       input: what the owner did to images in [0, 1] before; default nothing, or what BackdoorBench does to its sets.
       key: which dictionary of the file holds the weights, where several fit.
+      ignore: names of tensors that the model need not have (`_beside.waived`); they are kept for the export.
       env: goes into the manifest.
 
     Raises InputError, and writes nothing, when the file is not read, when anything is missing, left over or of another
@@ -59,20 +62,31 @@ def import_model(
     """
     file = Path(file)
     form, value = reader.read(file)
-    dicts = reader.state_dicts(value)
+    dicts, others = reader.state_dicts(value), reader.skipped(value)
     if not dicts:
-        raise InputError(f"{file} holds no tensors by name. Give the file of a state dict.")
+        reader.check_some(file, value, others)
     facts = value if isinstance(value, dict) else {}
     name = _model(file, model, facts)
     wanted = matching.Wanted(name, classes or _number(facts.get("num_classes")), size or _size(facts), input)
     if input is None and facts.get("clean_data") in _NORMALISED:
         mean, std = _NORMALISED[facts["clean_data"]]
         wanted = dataclasses.replace(wanted, input=Input(mean, std))
+    strangers = reader.strangers(value)
+    waived = _beside.waived(file, dicts, [one for one in ignore if not any(one in held for held in strangers.values())])
+    dicts = {place: _beside.folded(tensors, waived[place]) for place, tensors in dicts.items()}
+    inputs, layers = _beside.normalised(file, dicts, wanted.input)
+    wanted = dataclasses.replace(
+        wanted,
+        inputs=inputs,
+        waived={place: waived[place] | layers.get(place, frozenset()) for place in dicts},
+    )
     fit = matching.best(file, dicts, wanted, key)
     try:
         _crc.check(file)
     except Refused as refused:
         raise InputError(f"{file} is not read: {refused}.") from None
+    _check_plain(file, fit.key, strangers.get(fit.key, {}), ignore)
+    named = _beside.class_names(value, fit.model.classes)
     variables, kept = _variables(file, fit)
     arrays = {"original": {str(place): array for place, array in enumerate(kept.values())}} if kept else {}
     sha256 = checkpoint.sha256(file)
@@ -81,7 +95,7 @@ def import_model(
         "model": fit.model.name,
         **{option: plain(given) for option, given in fit.model.options},
         "shape": list(fit.model.shape),
-        "classes": [str(label) for label in range(fit.model.classes)],
+        "classes": list(named[0]) if named else [str(label) for label in range(fit.model.classes)],
         "source": {
             "file": file.name,
             "sha256": sha256,
@@ -91,6 +105,11 @@ def import_model(
             "prefix": fit.prefix,
             "tensors": [[name, tensor.dtype, list(tensor.shape)] for name, tensor in fit.tensors.items()],
             "kept": list(kept),
+            "skipped": dict(list(others.items())[:_LISTED]),
+            "ignored": sorted(frozenset().union(*waived.values()) & set(fit.tensors)),
+            "normalised": sorted(layers.get(fit.key, ())),
+            "classes": named[1] if named else None,
+            "accuracy": _beside.accuracy(value),
         },
     }
     described = {what: manifest[what] for what in ("model", "width", "input", "shape", "classes")}
@@ -170,6 +189,17 @@ def _model(file: Path, given: str | None, facts: Mapping[Any, Any]) -> str:
     if given is None and name not in names.FAMILIES:
         raise InputError(f"{file} is of a model {shown(found)}; these can be read: {', '.join(names.FAMILIES)}.")
     return name
+
+
+def _check_plain(file: Path, key: str, strangers: Mapping[str, str], ignore: Sequence[str]) -> None:
+    """Raise InputError when the chosen dictionary itself holds what is no plain tensor and no plain value."""
+    strange = {name: what for name, what in strangers.items() if name not in ignore}
+    if strange:
+        listed = ", ".join(f"{shown(name)} ({shown(what)[1:-1]})" for name, what in list(strange.items())[:5])
+        raise InputError(
+            f"{file} is not read: among the weights{f' under {key!r}' if key else ''} stands what is no plain tensor: "
+            f"{listed}. Save plain tensors alone, or leave it out with --ignore {next(iter(strange))}."
+        )
 
 
 def _number(value: Any) -> int | None:

@@ -1,7 +1,7 @@
 """Which model a state dict is of: by the names and shapes of all its tensors, or not at all."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +19,7 @@ _MOST_PREFIXES = 8  # that are looked at in one dictionary
 _MOST_TRIED = 8  # places and namings that a model is built for
 _WIDEST = 16  # times the usual width
 _MOST_CHANNELS = 64  # of images
+_AVERAGED = "n_averaged"  # how many models torch.optim.swa_utils took the mean of
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Wanted:
     size: tuple[int, int] | None
     """(H, W) of the images."""
     input: Input | None
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    """By dictionary: what a normalisation layer in it does, in place of `input`."""
+    waived: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By dictionary: tensors that need no counterpart."""
 
 
 class Fit(NamedTuple):
@@ -52,6 +57,10 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     Raises InputError with the differences of the nearest one, or when several dictionaries fit.
     """
     if key is not None:
+        part = _part(dicts, key)
+        if key not in dicts and part:
+            dicts = {key: part}
+            wanted = replace(wanted, waived={key: frozenset().union(*wanted.waived.values())})
         if key not in dicts:
             raise InputError(f"{file} has no tensors under --key {key!r}; there are some under {_listed(dicts)}.")
         dicts = {key: dicts[key]}
@@ -68,6 +77,11 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     least = min(len(fit.differences) for fit in found)
     nearest = [fit for fit in found if len(fit.differences) == least]
     if least:
+        if parts := _fitting_parts(found):
+            raise InputError(
+                f"{file} holds several networks that fit {wanted.model}: under {_listed(dict.fromkeys(parts))}. "
+                "Choose one with --key."
+            )
         raise InputError(_differing(file, nearest[0]))
     if len({fit.key for fit in nearest}) > 1:
         raise InputError(
@@ -75,6 +89,26 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
             "Choose one with --key."
         )
     return nearest[0]
+
+
+def _part(dicts: Mapping[str, Mapping[str, Tensor]], key: str) -> dict[str, Tensor]:
+    """The tensors of one dictionary whose names begin with what `key` has behind that dictionary's place."""
+    for place, tensors in dicts.items():
+        begin = key if not place else key.removeprefix(f"{place}.") if key.startswith(f"{place}.") else None
+        if begin and (found := {name: one for name, one in tensors.items() if name.startswith(f"{begin}.")}):
+            return found
+    return {}
+
+
+def _fitting_parts(found: list[Fit]) -> list[str]:
+    """Keys of the parts of one dictionary, each a network of its own, as averaged weights beside the others are."""
+    whole = [
+        fit
+        for fit in found
+        if fit.prefix and not any(needs or has.startswith(fit.prefix) for needs, has in fit.differences)
+    ]
+    parts = dict.fromkeys(".".join(part for part in (fit.key, fit.prefix.removesuffix(".")) if part) for fit in whole)
+    return list(parts) if len(parts) > 1 else []
 
 
 _Place: TypeAlias = tuple[Wanted, names.Naming, str, str, Mapping[str, Tensor]]  # arguments of `_fit`
@@ -104,6 +138,7 @@ def _usual_names(model: str, label: str) -> frozenset[str]:
 def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[_Place]:
     """The state dict under each naming whose first convolution is in it, behind any prefix."""
     found = []
+    wanted = replace(wanted, input=wanted.inputs.get(key, wanted.input))
     for naming in names.namings(wanted.model):
         first = naming.first_weight
         places = [
@@ -131,7 +166,10 @@ def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: M
             differences.append((needs, f"{tensor.dtype}, no floating-point numbers"))
     expected = {entry.name for entry in entries}
     expected |= {entry.name.replace("running_var", names.COUNTER) for entry in entries if entry.path[-1] == "var"}
+    waived = wanted.waived.get(key, frozenset())
     for name, tensor in tensors.items():
+        if name in waived or name.rpartition(".")[2] == _AVERAGED:
+            continue
         own = name.removeprefix(prefix) if name.startswith(prefix) else None
         if own is None or not (own in expected or own.startswith(naming.ignored)):
             differences.append(("", f"{shown(name)[1:-1]} {list(tensor.shape)}"))
@@ -160,6 +198,7 @@ def _differing(file: Path, fit: Fit) -> str:
     wide = max(len(heads[0]), *(len(needs) for needs, _ in rows))
     lines = [f"{needs:{wide}}  {has}".rstrip() for needs, has in (heads, *rows)]
     more = len(fit.differences) - len(rows)
+    left_over = all(not needs for needs, _ in fit.differences)
     where = f" (under {fit.key!r})" if fit.key else ""
     return "\n  ".join(
         [
@@ -167,6 +206,7 @@ def _differing(file: Path, fit: Fit) -> str:
             f"{fit.naming.label}; nothing was written.",
             *lines,
             *([f"... and {more} more"] if more else []),
+            *(["What is left over and the network can do without is waived by --ignore NAME."] if left_over else []),
         ]
     )
 

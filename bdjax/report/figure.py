@@ -81,6 +81,8 @@ def _curve(axis: Any, result: dict[str, Any]) -> None:
     before, rounds = result["before"], result["rounds"]
     steps = [0] + [row["step"] for row in rounds]
     for name, label, colour in (("acc", "clean accuracy", "tab:blue"), ("asr", "attack success rate", "tab:red")):
+        if before[name] is None:
+            continue  # no trigger, no attack success rate
         values = [before[name]] + [row.get(name, np.nan) for row in rounds]
         axis.plot(steps, 100 * np.array(values), color=colour, label=label, marker="o", markersize=3)
     axis.set_ylim(-2, 102)

@@ -10,6 +10,7 @@ from string import Template
 from typing import Any
 
 from bdjax import checkpoint
+from bdjax.options import UNMEASURED
 from bdjax.report._html import Safe, code, el, facts, gallery, picture, table
 from bdjax.report._style import CSS, PAGE
 from bdjax.text import visible
@@ -140,6 +141,10 @@ def _accuracy(result: dict[str, Any], folder: Path) -> list[Safe]:
         parts.append(
             el("p", f"The trigger is known ({asr['attack']}): its success rate {rates}, on {asr['n']} images.")
         )
+    else:
+        parts.append(el("p", f"Attack success rate: {UNMEASURED}."))
+    if said := result.get("data_notes"):
+        parts.append(el("p", " ".join(said)))
     return parts
 
 

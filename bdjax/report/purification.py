@@ -20,6 +20,8 @@ def summary(result: dict[str, Any], out: Path) -> str:
     if asr := result["asr"]:
         rates = " -> ".join(f"{100 * asr[phase]:.2f} %" for phase in ("before", "after"))
         lines.append(f"trigger {asr['attack']}, attack success rate {rates}, n = {asr['n']}")
+    else:
+        lines.append("attack success rate: not measured: no trigger given")
     lines += [f"note:   {note}" for note in result["notes"]]
     places = {
         "weights": result["weights"]["file"],
@@ -34,7 +36,8 @@ def summary(result: dict[str, Any], out: Path) -> str:
 def notes(result: dict[str, Any]) -> list[str]:
     """What a reader must know before believing any of it."""
     accuracy, after = result["accuracy"], result["audit"]["after"]
-    found = [
+    found = [f"Warning: {warning}" for warning in result.get("warnings", [])]
+    found += [
         f"The smallest perturbation towards class {result['classes'][row['class']]} turned {100 * row['before']:.0f} % "
         f"of {row['n']} held-out images before and {100 * row['after']:.0f} % after."
         for row in result["perturbations"][:1]
