@@ -17,7 +17,7 @@ import tyro
 
 from bdjax import registry
 from bdjax.errors import InputError
-from bdjax.options import Cluster, Foreign, numbers, whole_numbers
+from bdjax.options import Cluster, Foreign, names, numbers, whole_numbers
 
 
 def command(name: str) -> ModuleType:
@@ -165,7 +165,27 @@ def import_options(options: Foreign) -> dict[str, Any]:
         "size": None if size is None else (size[0], size[-1]),
         "input": None if given == Input() else given,
         "key": options.key,
+        "network": _network(options) or None,
     }
+
+
+def _network(options: Foreign) -> dict[str, Any]:
+    """The options of a network that flags name. Raises InputError for what is no pair NAME=VALUE."""
+    found: dict[str, Any] = {"stem": options.stem} if options.stem else {}
+    if options.pool:
+        found["pool"] = 0 if options.pool == "global" else _value(options.pool)
+    if options.transform_input:
+        found["transform_input"] = True
+    for pair in names(options.network):
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"--network must be NAME=VALUE pairs with commas between, such as heads=6; got {pair!r}.")
+        found[name.strip()] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    return {"true": True, "false": False}.get(text.lower(), int(text) if text.isdecimal() and text.isascii() else text)
 
 
 def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:

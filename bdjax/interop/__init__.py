@@ -16,7 +16,7 @@ import numpy as np
 
 from bdjax import checkpoint, models
 from bdjax.errors import InputError
-from bdjax.interop import matching, names, reader, writer
+from bdjax.interop import assumptions, matching, names, reader, writer
 from bdjax.interop._tensors import DTYPES, shown
 from bdjax.models import Input
 
@@ -41,6 +41,8 @@ def import_model(
     size: tuple[int, int] | None = None,
     input: Input | None = None,
     key: str | None = None,
+    network: Mapping[str, Any] | None = None,
+    measure: assumptions.Measure | None = None,
     env: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Make the model directory `out` of a weight file, and return its manifest.
@@ -52,6 +54,10 @@ def import_model(
       size: (H, W) of the images; default what the file or its weights tell, else the model's usual.
       input: what the owner did to images in [0, 1] before; default nothing, or what BackdoorBench does to its sets.
       key: which dictionary of the file holds the weights, where several fit.
+      network: options of it that no file tells ({"stem": "max"}); default what is usual. The manifest lists under
+        "assumed" what was taken and what else the file would fit.
+      measure: `measure(model, variables) -> accuracy` on clean images; of the networks that the file fits, the most
+        accurate one is taken, and the manifest lists each one's accuracy under "tried".
       env: goes into the manifest.
 
     Raises InputError, and writes nothing, when the file is not read, when anything is missing, left over or of another
@@ -64,20 +70,32 @@ def import_model(
         raise InputError(f"{file} holds no tensors by name. Give the file of a state dict.")
     facts = value if isinstance(value, dict) else {}
     name = _model(file, model, facts)
-    wanted = matching.Wanted(name, classes or _number(facts.get("num_classes")), size or _size(facts), input)
+    wanted = matching.Wanted(
+        name, classes or _number(facts.get("num_classes")), size or _size(facts), input, network or {}
+    )
     if input is None and facts.get("clean_data") in _NORMALISED:
         mean, std = _NORMALISED[facts["clean_data"]]
         wanted = dataclasses.replace(wanted, input=Input(mean, std))
     fit = matching.best(file, dicts, wanted, key)
     variables, kept = _variables(file, fit)
+    tried: list[dict[str, Any]] = []
+    if measure is not None:
+        only = {fit.key: dicts[fit.key]}
+        fit, tried = assumptions.best_variant(
+            fit, wanted, lambda other: matching.best(file, only, other, None), variables, measure
+        )
     arrays = {"original": {str(place): array for place, array in enumerate(kept.values())}} if kept else {}
     sha256 = checkpoint.sha256(file)
     manifest: dict[str, Any] = {
         "kind": "imported",
         "model": fit.model.name,
         **{option: plain(given) for option, given in fit.model.options},
+        "variant": _json(dict(dict(fit.model.options)["variant"])),
         "shape": list(fit.model.shape),
         "classes": [str(label) for label in range(fit.model.classes)],
+        "assumed": assumptions.listed(fit, network or {}, tried),
+        "tried": tried,
+        "note": fit.naming.note,
         "source": {
             "file": file.name,
             "sha256": sha256,
@@ -90,6 +108,7 @@ def import_model(
         },
     }
     described = {what: manifest[what] for what in ("model", "width", "input", "shape", "classes")}
+    described |= {"variant": manifest["variant"]} if manifest["variant"] else {}
     manifest["hash"] = hashlib.sha256(json.dumps([sha256, fit.key, described], sort_keys=True).encode()).hexdigest()
     own: dict[str, Any] = {
         "seed": 0,
@@ -117,10 +136,10 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
     manifest = checkpoint.read_manifest(directory)
     model = model_of(manifest)
     source = manifest.get("source")
-    known = names.namings(model.name)
+    known = names.of_model(model.name)
     naming = names.usual(model.name)
     if source:
-        naming = next(one for one in known if (one.model, one.label) == (model.name, source["names"]))
+        naming = _named(directory, known, source["names"])
     entries = names.entries(naming, model)
     variables = checkpoint.read_variables(directory, names.like_of(model))
     tensors = _original(directory, source, entries, variables) if source else _fresh(entries, variables)
@@ -140,16 +159,32 @@ def model_of(manifest: Mapping[str, Any], dtype: Any = np.float32) -> models.Mod
     given = manifest.get("input")
     done = None if not given else Input(**given | {name: tuple(given[name]) for name in ("mean", "std")})
     shape, classes = tuple(manifest["shape"]), len(manifest["classes"])
-    return models.create(manifest["model"], shape, classes, dtype, manifest.get("width"), done)
+    own = models.variant(manifest.get("variant") or {})
+    return models.create(manifest["model"], shape, classes, dtype, manifest.get("width"), done, own)
+
+
+def _named(directory: Path, known: tuple[names.Naming, ...], label: Any) -> names.Naming:
+    for naming in known:
+        if naming.label == label:
+            return naming
+    raise InputError(
+        f"{directory} says that its weights are named as by {label!r}; known are "
+        f"{', '.join(naming.label for naming in known)}. Import the file anew."
+    )
+
+
+def _json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they are read back: lists for tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
 
 def _model(file: Path, given: str | None, facts: Mapping[Any, Any]) -> str:
     found = given if given is not None else facts.get("model_name")
     if not isinstance(found, str):
-        raise InputError(f"{file} does not say which model it is of. Give --model: {', '.join(names.FAMILIES)}.")
+        raise InputError(f"{file} does not say which model it is of. Give --model: {', '.join(names.families())}.")
     name = names.family(found)
-    if given is None and name not in names.FAMILIES:
-        raise InputError(f"{file} is of a model {shown(found)}; these can be read: {', '.join(names.FAMILIES)}.")
+    if given is None and not names.known(name):
+        raise InputError(f"{file} is of a model {shown(found)}; these can be read: {', '.join(names.families())}.")
     return name
 
 

@@ -1,7 +1,7 @@
 """Which model a state dict is of: by the names and shapes of all its tensors, or not at all."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,13 @@ class Wanted:
     size: tuple[int, int] | None
     """(H, W) of the images."""
     input: Input | None
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the network that its owner gave, which no file tells."""
+
+
+def with_options(wanted: Wanted, options: Mapping[str, Any]) -> Wanted:
+    """The same with more options chosen."""
+    return replace(wanted, chosen={**wanted.chosen, **options})
 
 
 class Fit(NamedTuple):
@@ -42,6 +49,8 @@ class Fit(NamedTuple):
     tensors: Mapping[str, Tensor]
     differences: list[tuple[str, str]]
     """What the model needs and what the file has, where they are not the same."""
+    options: names.Options
+    """What the network was had with, and what else the file would fit."""
 
 
 def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, key: str | None) -> Fit:
@@ -60,12 +69,13 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
         has = ", ".join(shown(name) for name in list(tensors)[:3])
         raise InputError(
             f"{file} is not of {wanted.model}: nothing under {_listed(dicts)} ends in {first!r} with four axes; "
-            f"there are {len(tensors)} tensors such as {has}. Give its --model: {', '.join(names.FAMILIES)}."
+            f"there are {len(tensors)} tensors such as {has}. Give its --model: {', '.join(names.families())}."
         )
     least = min(len(fit.differences) for fit in found)
     nearest = [fit for fit in found if len(fit.differences) == least]
     if least:
-        raise InputError(_differing(file, nearest[0]))
+        meant = [fit for fit in found if fit.naming.model == wanted.model] or found
+        raise InputError(_differing(file, min(meant, key=lambda fit: len(fit.differences))))
     if len({fit.key for fit in nearest}) > 1:
         raise InputError(
             f"{file} holds several networks that fit {wanted.model}: under {_listed({fit.key: 0 for fit in nearest})}. "
@@ -75,24 +85,29 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
 
 
 def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:
-    """The state dict under each naming whose first convolution is in it, behind any prefix."""
-    found = []
+    """The state dict under each naming whose first convolution is in it, behind any prefix.
+
+    Where the last layer of some is there, too, the others are not tried: a model is built for each.
+    """
+    found, whole = [], []
     for naming in names.namings(wanted.model):
-        first = naming.first_weight
+        first, last = naming.first_weight, f"{naming.layer('head')}.weight"
         places = [
             name.removesuffix(first) for name in tensors if name.endswith(first) and len(tensors[name].shape) == 4
         ]
         prefixes = [place for place in places if not place or place.endswith(".")]
         outer = [one for one in prefixes if not any(one != other and one.startswith(other) for other in prefixes)]
-        found += [_fit(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
-    return found
+        found += [(naming, prefix) for prefix in outer[:_MOST_PREFIXES]]
+        whole += [(naming, prefix) for prefix in outer[:_MOST_PREFIXES] if prefix + last in tensors]
+    return [_fit(wanted, naming, key, prefix, tensors) for naming, prefix in whole or found]
 
 
 def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: Mapping[str, Tensor]) -> Fit:
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    model = _sized(wanted, naming, {name: tensor.shape for name, tensor in inside.items()})
+    of = names.Shapes(naming, {name: tensor.shape for name, tensor in inside.items()})
+    model, options = _sized(wanted, naming, of)
     entries = names.entries(naming, model)
-    differences = []
+    differences = _contradicting(wanted, naming, options)
     for entry in entries:
         tensor = inside.get(entry.name)
         needs = f"{shown(prefix + entry.name)[1:-1]} {list(entry.shape)}"
@@ -108,23 +123,46 @@ def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: M
         own = name.removeprefix(prefix) if name.startswith(prefix) else None
         if own is None or not (own in expected or own.startswith(naming.ignored)):
             differences.append(("", f"{shown(name)[1:-1]} {list(tensor.shape)}"))
-    return Fit(naming, model, key, prefix, entries, tensors, differences)
+    return Fit(naming, model, key, prefix, entries, tensors, differences, options)
 
 
-def _sized(wanted: Wanted, naming: names.Naming, shapes: Mapping[str, tuple[int, ...]]) -> Model:
-    """The model as wide as its first convolution is, for the images that it was given."""
-    usual = getattr(registry.load("models", naming.model).Net, "width", None)
-    first, channels = shapes[naming.first_weight][:2]
+def _contradicting(wanted: Wanted, naming: names.Naming, options: names.Options) -> list[tuple[str, str]]:
+    """Where the name that its owner gave says another network than the shapes do: a ResNet-20 with 56 layers."""
+    found = []
+    for option, values in (naming.asked(wanted.model) or {}).items():
+        if options[option][0] not in values:
+            found.append(
+                (f"{wanted.model}: {option} {' or '.join(map(str, values))}", f"{option} {options[option][0]}")
+            )
+    return found
+
+
+def _sized(wanted: Wanted, naming: names.Naming, of: names.Shapes) -> tuple[Model, names.Options]:
+    """The model as wide as its first convolution is, for the images that it was given, and its options."""
+    net = registry.load("models", naming.model).Net
+    usual = getattr(net, "width", None)
+    first, channels = of.named[naming.first_weight][:2]
     other = usual is not None and first != usual and 1 <= first <= _WIDEST * usual  # else it is listed as misshapen
-    head = shapes.get(f"{naming.layer('head')}.weight", ())
-    classes = wanted.classes or (max(2, head[0]) if len(head) == 2 else 2)
-    given, measured = wanted.input or Input(), naming.measured(shapes)
+    head = of("head")
+    outputs = head[0] if len(head) == (4 if "head" in naming.convolved else 2) else 2
+    given, measured = wanted.input or Input(), naming.measured(of)
     size = wanted.size or (measured or naming.side,) * 2
-    if measured and naming.measured is names.vit_side and size != (measured, measured) and not given.resize:
+    if measured and naming.resized and size != (measured, measured) and not given.resize:
         given = replace(given, resize=measured)  # its positions belong to one size, so its owner brings images to it
     done = None if given == Input() else given
     shape = (*size, min(max(channels, 1), _MOST_CHANNELS))
-    return models.create(naming.model, shape, classes, width=first if other else None, input=done)
+    options = dict(naming.options(of, (given.resize,) * 2 if given.resize else size))
+    for option, value in wanted.chosen.items():
+        if option not in options:
+            raise InputError(
+                f"{option} {value} was asked for, and {naming.model} has no {option}; it has "
+                f"{', '.join(options) or 'no options'}. Leave it away, or give another --model."
+            )
+        options[option] = (value, *(one for one in options[option] if one != value))
+    own = models.variant({name: values[0] for name, values in options.items() if values[0] != getattr(net, name)})
+    return models.create(
+        naming.model, shape, wanted.classes or max(2, outputs), width=first if other else None, input=done, variant=own
+    ), options
 
 
 def _differing(file: Path, fit: Fit) -> str:

@@ -1,4 +1,4 @@
-"""The frame that the 18-layer residual networks share: CIFAR stem, four stages of two blocks, mean, dense."""
+"""The frame that the 18-layer residual networks share: stem, four stages of two blocks, mean, dense."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,12 @@ import jax
 
 from bdjax.models import _layers
 from bdjax.types import Images
+
+STEMS = ("plain", "max", "stride2", "stride2-max")
+"""The stride of the first convolution, 1 or 2, and whether 3x3 max-pooling of stride 2 follows its activation."""
+POOLS = range(33)
+"""Side of the squares that the last feature is averaged over, then flattened; 0: one mean over all places."""
+VARIANTS = {"stem": STEMS, "pool": POOLS}
 
 
 def stages(
@@ -24,14 +30,24 @@ def stages(
     return x
 
 
-def stem(x: Images, width: int, dtype: Any) -> jax.Array:
-    """The CIFAR stem: one 3x3 convolution at stride 1, no pooling."""
-    return _layers.conv(width, dtype)(x.astype(dtype))
+def stem(x: Images, width: int, dtype: Any, kind: str = "plain", kernel: int = 3, name: str | None = None) -> jax.Array:
+    """The first convolution, of the stride that `kind` says."""
+    stride = 2 if kind.startswith("stride2") else 1
+    return _layers.conv(width, dtype, kernel=kernel, stride=stride, name=name)(x.astype(dtype))
 
 
-def classify(x: jax.Array, classes: int, features: dict[str, jax.Array]) -> jax.Array:
-    """Global mean, then the dense layer; "flat" is the vector in between."""
-    x = features["flat"] = x.mean((1, 2))
+def stem_pooled(x: jax.Array, kind: str) -> jax.Array:
+    """What follows the activation of the first convolution."""
+    return _layers.window_max(x, 3, 2, padding=1) if kind.endswith("max") else x
+
+
+def classify(x: jax.Array, classes: int, features: dict[str, jax.Array], pool: int = 0) -> jax.Array:
+    """Global mean (or :data:`POOLS`), then the dense layer; "flat" is the vector in between, "pooled" before it."""
+    if pool:
+        x = features["pooled"] = _layers.window_mean(x, pool)
+        x = features["flat"] = x.reshape(len(x), -1)
+    else:
+        x = features["flat"] = x.mean((1, 2))
     return _layers.head(x, classes)
 
 

@@ -10,6 +10,7 @@ from bdjax.models import _layers, _mobile
 from bdjax.types import Images, Key
 
 SMALLEST = 8
+VARIANTS = _mobile.VARIANTS
 _STAGES = (  # fused, expansion, stride, channels, blocks; all kernels are 3x3
     (True, 1, 1, 24, 2),
     (True, 4, 2, 48, 4),
@@ -30,6 +31,10 @@ class Net(nn.Module):
     axis_name: str | None = None
     width: int = 24
     """Channels of the first convolution."""
+    epsilon: int = 3
+    """Of `_mobile.VARIANTS`."""
+    padding: str = "plain"
+    """Of `_mobile.VARIANTS`."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):

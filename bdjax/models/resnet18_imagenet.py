@@ -13,6 +13,7 @@ from bdjax.models import _layers, _residual
 from bdjax.types import Images, Key
 
 SMALLEST = 8
+VARIANTS = _residual.VARIANTS
 
 
 class Net(nn.Module):
@@ -23,6 +24,10 @@ class Net(nn.Module):
     axis_name: str | None = None
     width: int = 64
     """Channels of the first stage."""
+    stem: str = "stride2-max"
+    """Of `_residual.STEMS`."""
+    pool: int = 0
+    """Of `_residual.POOLS`."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -32,8 +37,8 @@ class Net(nn.Module):
             return _residual.basic(x, channels, stride, train, self.dtype, self.axis_name)
 
         features: dict[str, jax.Array] = {}
-        x = _layers.conv(self.width, self.dtype, kernel=7, stride=2)(x.astype(self.dtype))
+        x = _residual.stem(x, self.width, self.dtype, self.stem, kernel=7)
         x = nn.relu(_layers.norm(train, self.dtype, self.axis_name)(x))
-        x = features["stem"] = _layers.window_max(x, 3, 2, padding=1)
+        x = features["stem"] = _residual.stem_pooled(x, self.stem)
         x = _residual.stages(x, block, self.width, features)
-        return _residual.classify(x, self.classes, features), features
+        return _residual.classify(x, self.classes, features, self.pool), features
