@@ -28,7 +28,16 @@ class Numbers:
 
 
 def variant(options: Mapping[str, Any]) -> Variant:
-    """Options as :func:`bdjax.models.create` takes them; lists, as JSON has them, become tuples."""
+    """Options as :func:`bdjax.models.create` takes them; lists, as JSON has them, become tuples.
+
+    Raises InputError for a value that no option has.
+    """
+    if not isinstance(options, Mapping):
+        raise InputError(f"the variant of a model must be options by their names, got {options!r:.80}.")
+    for name, value in options.items():
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if not isinstance(one, int | str):
+                raise InputError(f"{name} of a model must be a word, a number or a list of numbers, got {value!r:.80}.")
     return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in options.items()))
 
 
