@@ -119,7 +119,9 @@ PUBLISHED = {  # parameters, as their papers or projects give them
     ("mobilenet_v2", 1000, ()): 3_504_872,
     ("mobilenet_v3_large", 1000, ()): 5_483_032,
     ("senet18", 10, ()): 11_260_354,
-    ("mnist_cnn", 10, ()): 286_154 + 40,
+    ("efficientnet_b3", 1000, ()): 12_233_232,
+    ("convnext_tiny", 1000, ()): 28_589_128,
+    ("mnist_cnn", 10, ()): 281_034,
 }
 
 
@@ -130,6 +132,33 @@ def test_at_full_width_a_network_has_the_published_number_of_parameters(key):
     model = models.create(name, (28, 28, 1) if name == "mnist_cnn" else (32, 32, 3), classes, variant=variant)
     params = names.like_of(model)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PUBLISHED[key]
+
+
+TIMM = {  # of each sort of block one, as timm's definitions name them
+    "efficientnet_v2_s": (
+        "conv_stem", "bn1", "blocks.0.1.conv", "blocks.0.1.bn1", "blocks.1.0.conv_exp", "blocks.1.0.bn1",
+        "blocks.2.3.conv_pwl", "blocks.2.3.bn2", "blocks.3.0.conv_pw", "blocks.3.5.conv_dw", "blocks.4.8.se.conv_reduce",
+        "blocks.5.14.se.conv_expand", "blocks.5.14.conv_pwl", "blocks.5.14.bn3", "conv_head", "bn2", "classifier",
+    ),
+    "efficientnet_b3": (
+        "conv_stem", "blocks.0.0.conv_dw", "blocks.0.0.bn1", "blocks.0.1.se.conv_expand", "blocks.0.1.conv_pw",
+        "blocks.0.1.bn2", "blocks.1.0.conv_pw", "blocks.6.1.conv_pwl", "blocks.6.1.bn3", "conv_head", "classifier",
+    ),
+    "mobilenet_v3_large": (
+        "conv_stem", "blocks.0.0.conv_dw", "blocks.0.0.conv_pw", "blocks.2.2.se.conv_reduce", "blocks.5.2.conv_pwl",
+        "blocks.6.0.conv", "blocks.6.0.bn1", "conv_head", "classifier",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", TIMM)
+def test_blocks_have_timm_s_names_in_timm_s_table(model):
+    naming = next(naming for naming in names.of_model(model) if naming.label == "timm")
+    entries = names.entries(naming, models.create(model, (64, 64, 3), 5, width=4))
+    layers = {entry.name.rpartition(".")[0] for entry in entries}
+    assert {*TIMM[model]} <= layers and not any("features" in layer or ".block." in layer for layer in layers)
+    assert len({entry.name for entry in entries}) == len(entries)
 
 
 # --- a name says what the file must be

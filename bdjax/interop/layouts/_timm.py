@@ -28,11 +28,14 @@ def layer(parts: tuple[str, ...], index: int, leaf: str) -> str:
     return {"expand": "conv_pw", "depth": "conv_dw", "fused": "conv_exp", "single": "conv", "project": last}[part]
 
 
-def norm_options(epsilon: int) -> Callable[[Shapes, tuple[int, int]], Options]:
-    """Options of :data:`bdjax.models._mobile.VARIANTS`: what is usual first."""
-    if epsilon == 3:
-        return lambda of, size: {"epsilon": (3,), "padding": ("plain",)}
-    return lambda of, size: {"epsilon": (5, 3), "padding": ("plain", "same")}
+def torchvision_options(epsilon: int) -> Callable[[Shapes, tuple[int, int]], Options]:
+    """Options of :data:`bdjax.models._mobile.VARIANTS` as torchvision's network has them."""
+    return lambda of, size: {"epsilon": (epsilon,), "padding": ("plain",)}
+
+
+def options(of: Shapes, size: tuple[int, int]) -> Options:
+    """The same of timm's, which has weights from TensorFlow, too."""
+    return {"epsilon": (5, 3), "padding": ("plain", "same")}
 
 
 def called(name: str) -> Callable[[str], Options | None]:

@@ -37,10 +37,10 @@ NAMINGS = tuple(
     naming
     for size in ("small", "large")
     for naming in (
-        Naming(f"mobilenet_v3_{size}", "torchvision", _LAYERS, options=_timm.norm_options(3)),
+        Naming(f"mobilenet_v3_{size}", "torchvision", _LAYERS, options=_timm.torchvision_options(3)),
         Naming(
             f"mobilenet_v3_{size}", "timm", {"head": "classifier"}, rename=_names(size), first="features.0.0",
-            convolved=("classifier.0",), options=_timm.norm_options(5),
+            convolved=("classifier.0",), options=_timm.options,
             called=_timm.called(f"(tf_)?mobilenetv3_{size}"),
         ),
     )
