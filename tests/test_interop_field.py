@@ -137,8 +137,10 @@ def test_at_full_width_a_network_has_the_published_number_of_parameters(key):
 TIMM = {  # of each sort of block one, as timm's definitions name them
     "efficientnet_v2_s": (
         "conv_stem", "bn1", "blocks.0.1.conv", "blocks.0.1.bn1", "blocks.1.0.conv_exp", "blocks.1.0.bn1",
-        "blocks.2.3.conv_pwl", "blocks.2.3.bn2", "blocks.3.0.conv_pw", "blocks.3.5.conv_dw", "blocks.4.8.se.conv_reduce",
-        "blocks.5.14.se.conv_expand", "blocks.5.14.conv_pwl", "blocks.5.14.bn3", "conv_head", "bn2", "classifier",
+        "blocks.2.3.conv_pwl", "blocks.2.3.bn2", "blocks.3.0.conv_pw", "blocks.3.5.conv_dw",
+        "blocks.4.8.se.conv_reduce",
+        "blocks.5.14.se.conv_expand", "blocks.5.14.conv_pwl", "blocks.5.14.bn3", "conv_head", "bn2",
+        "classifier",
     ),
     "efficientnet_b3": (
         "conv_stem", "blocks.0.0.conv_dw", "blocks.0.0.bn1", "blocks.0.1.se.conv_expand", "blocks.0.1.conv_pw",

@@ -1,7 +1,6 @@
 """What a weight file does not tell of its network: what is assumed, and what else would fit and how well."""
 
 from collections.abc import Callable, Mapping
-from itertools import product
 from typing import Any
 
 from bdjax.errors import InputError
@@ -10,7 +9,6 @@ from bdjax.types import Model, Variables
 
 Measure = Callable[[Model, Variables], float]
 """Accuracy of a model on clean images, as a fraction."""
-_MOST_TRIED = 16
 
 
 def best_variant(
@@ -18,6 +16,9 @@ def best_variant(
     variables: Variables, measure: Measure,
 ) -> tuple[matching.Fit, list[dict[str, Any]]]:  # fmt: skip
     """The fit whose network has the highest accuracy, the earliest among equals, and what each one has.
+
+    One option after the other is varied, with what was best of those before: a network for each value, not for each
+    combination of them.
 
     Args:
       again: the fit of other options; the weights are the same ones.
@@ -28,19 +29,24 @@ def best_variant(
         name: values for name, values in fit.options.items() if len(values) > 1 and name not in wanted.chosen
     }
     tried: list[dict[str, Any]] = []
-    found, most = fit, -1.0
-    for values in list(product(*open_options.values()))[:_MOST_TRIED] if open_options else []:
-        options = dict(zip(open_options, values, strict=True))
+    best = (-1.0, {name: values[0] for name, values in open_options.items()}, fit)
+
+    def attempt(options: dict[str, Any]) -> tuple[float, dict[str, Any], matching.Fit] | None:
         try:
             one = again(matching.with_options(wanted, options))
             acc = float(measure(one.model, variables))
         except InputError:
             tried.append({"options": options, "acc": None})
-            continue
+            return None
         tried.append({"options": options, "acc": acc})
-        if acc > most:
-            found, most = one, acc
-    return found, tried
+        return acc, options, one
+
+    if open_options:
+        best = attempt(best[1]) or best
+    for name, values in open_options.items():
+        found = [attempt({**best[1], name: value}) for value in values[1:]]
+        best = max([best, *(one for one in found if one is not None)], key=lambda one: one[0])
+    return best[2], tried
 
 
 def listed(fit: matching.Fit, given: Mapping[str, Any], tried: list[dict[str, Any]]) -> dict[str, Any]:

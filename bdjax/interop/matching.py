@@ -62,7 +62,11 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
         if key not in dicts:
             raise InputError(f"{file} has no tensors under --key {key!r}; there are some under {_listed(dicts)}.")
         dicts = {key: dicts[key]}
-    found = [fit for place, tensors in dicts.items() for fit in _fits(wanted, place, tensors)]
+    found, errors = [], list[InputError]()
+    for place, tensors in dicts.items():
+        found += _fits(wanted, place, tensors, errors)
+    if errors and all(fit.differences for fit in found):
+        raise errors[0]
     if not found:
         first = names.namings(wanted.model)[0].first_weight
         place, tensors = max(dicts.items(), key=lambda item: len(item[1]))
@@ -84,10 +88,11 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     return nearest[0]
 
 
-def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:
+def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor], errors: list[InputError]) -> list[Fit]:
     """The state dict under each naming whose first convolution is in it, behind any prefix.
 
-    Where the last layer of some is there, too, the others are not tried: a model is built for each.
+    Where the last layer of some is there, too, the others are not tried: a model is built for each. What such a model
+    cannot be had with goes to `errors`.
     """
     found, whole = [], []
     for naming in names.namings(wanted.model):
@@ -99,7 +104,13 @@ def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:
         outer = [one for one in prefixes if not any(one != other and one.startswith(other) for other in prefixes)]
         found += [(naming, prefix) for prefix in outer[:_MOST_PREFIXES]]
         whole += [(naming, prefix) for prefix in outer[:_MOST_PREFIXES] if prefix + last in tensors]
-    return [_fit(wanted, naming, key, prefix, tensors) for naming, prefix in whole or found]
+    fits = []
+    for naming, prefix in whole or found:
+        try:
+            fits.append(_fit(wanted, naming, key, prefix, tensors))
+        except InputError as error:
+            errors.append(error)
+    return fits
 
 
 def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: Mapping[str, Tensor]) -> Fit:

@@ -117,7 +117,8 @@ COUNTER = "num_batches_tracked"
 def entries(naming: Naming, model: Model) -> list[Entry]:
     """Every array of `model` with its counterpart, in the order of the model's layers."""
     like, flat, found = like_of(model), None, []
-    if naming.flattened:
+    pooled = dict(model.options)["variant"] if model.options else ()
+    if naming.flattened and (naming.flattened[1] != "pooled" or dict(pooled).get("pool")):
         images = jax.ShapeDtypeStruct((1, *model.shape), np.float32)
         feature = jax.eval_shape(lambda v, x: model.apply(v, x)[1], like, images).get(naming.flattened[1])
         flat = None if feature is None else feature.shape[1:]
@@ -174,8 +175,11 @@ def families() -> tuple[str, ...]:
 
 
 def family(called: str) -> str:
-    """What a file or a user calls a model, as the tables have it: small letters, underscores, no data set before it."""
-    return re.sub(r"^cifar(10|100)?_(?=.)", "", called.lower().replace("-", "_"))
+    """What a file or a user calls a model, as the tables have it: small letters, underscores, no data set before it and
+    no name of weights behind it (timm's `resnet18.a1_in1k`)."""
+    if called.endswith(".py"):
+        return called
+    return re.sub(r"^cifar(10|100)?_(?=.)", "", called.lower().replace("-", "_").partition(".")[0])
 
 
 def known(called: str) -> bool:

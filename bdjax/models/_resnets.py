@@ -53,6 +53,8 @@ class ResNet(nn.Module):
     """Of `_residual.STEMS`."""
     pool: int = 0
     """Of `_residual.POOLS`."""
+    blur: bool = False
+    """See `_residual.VARIANTS`."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -62,20 +64,25 @@ class ResNet(nn.Module):
             x = _layers.conv(channels, self.dtype, kernel, stride, groups=groups, name=f"{name}.conv{number}")(x)
             return _layers.norm(train, self.dtype, self.axis_name, name=f"{name}.bn{number}")(x)
 
+        def strided(x: jax.Array, channels: int, name: str, number: int, stride: int, groups: int = 1) -> jax.Array:
+            blur = self.blur and stride > 1
+            y = nn.relu(unit(x, channels, name, number, 3, 1 if blur else stride, groups))
+            return _residual.blurred(y) if blur else y
+
         def block(x: jax.Array, name: str, channels: int, stride: int) -> jax.Array:
             out = 4 * channels if self.bottleneck else channels
             if self.bottleneck:
                 inner = channels * (self.inner or self.width) // self.width
                 y = nn.relu(unit(x, inner, name, 1, 1))
-                y = unit(nn.relu(unit(y, inner, name, 2, 3, stride, self.groups)), out, name, 3, 1)
+                y = unit(strided(y, inner, name, 2, stride, self.groups), out, name, 3, 1)
             else:
-                y = unit(nn.relu(unit(x, channels, name, 1, 3, stride)), channels, name, 2, 3)
+                y = unit(strided(x, channels, name, 1, stride), channels, name, 2, 3)
             return nn.relu(y + self._short(x, out, stride, f"{name}.downsample", train))
 
         features: dict[str, jax.Array] = {}
         x = _residual.stem(x, self.width, self.dtype, self.stem, self.kernel, "conv1")
         x = nn.relu(_layers.norm(train, self.dtype, self.axis_name, name="bn1")(x))
-        x = features["stem"] = _residual.stem_pooled(x, self.stem)
+        x = features["stem"] = _residual.stem_pooled(x, self.stem, self.blur)
         for stage, count in enumerate(self.blocks, 1):
             for index in range(count):
                 stride = 2 if stage > 1 and index == 0 else 1

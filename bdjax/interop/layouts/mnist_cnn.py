@@ -17,7 +17,7 @@ def _options(of: Shapes, size: tuple[int, int]) -> Options:
 def _side(of: Shapes) -> int:
     """Each unpadded convolution takes kernel - 1 pixels, each pooling half of what is left."""
     dense, second, kernel = of("fc1"), of("conv2"), of("conv1")[2]
-    places = dense[1] // second[0] if len(dense) == 2 and second else 0
+    places = dense[1] // max(1, second[0]) if len(dense) == 2 and second else 0
     return (isqrt(places) * 2 + kernel - 1) * 2 + kernel - 1 if places and isqrt(places) ** 2 == places else 0
 
 

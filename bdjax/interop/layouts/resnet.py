@@ -44,6 +44,7 @@ def _options(of: Shapes, size: tuple[int, int]) -> Options:
         "shortcut": ("b",) if projects else ("a-end",) if of.naming.label == "D-X-Y" else ("a", "a-end"),
         "kernel": (kernel,),
         "stem": stems,
+        "blur": (False, True) if len(blocks) == 4 else (False,),
         "pool": _residual.pools(of, width * 2 ** max(0, len(blocks) - 1) * (4 if bottleneck else 1), last),
     }
 

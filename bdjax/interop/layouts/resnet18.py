@@ -28,7 +28,7 @@ def _options(of: Shapes, size: tuple[int, int]) -> Options:
     stem = of("Conv_0")
     stems = _residual.ASSUMED.get(stem[2], ("plain",))
     last = _residual.halved(min(size), 3 + _residual.stem_halvings(stems[0]))
-    return {"stem": stems, "pool": _residual.pools(of, 8 * stem[0], last)}
+    return {"stem": stems, "pool": _residual.pools(of, 8 * stem[0], last), "blur": (False, True)}
 
 
 def _side(of: Shapes) -> int:

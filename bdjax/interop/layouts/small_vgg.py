@@ -18,7 +18,7 @@ def _layers(dropout: bool, head: str) -> dict[str, str]:
 def _side(of: Shapes) -> int:
     """Three poolings leave an eighth of the side; the dense layer reads what is left of each channel."""
     head = of("head")
-    places = head[1] // (4 * of("Conv_0")[0]) if len(head) == 2 else 0
+    places = head[1] // max(1, 4 * of("Conv_0")[0]) if len(head) == 2 else 0
     return 8 * isqrt(places) if isqrt(places) ** 2 == places else 0
 
 

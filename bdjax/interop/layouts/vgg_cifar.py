@@ -48,7 +48,7 @@ def _options(of: Shapes, size: tuple[int, int]) -> Options:
 def _side(of: Shapes) -> int:
     """Five poolings leave a 32nd of the side, of which the first dense layer reads every place."""
     dense = of("hidden1") or of("head")
-    places = dense[1] // (8 * of("features.0")[0]) if len(dense) == 2 else 0
+    places = dense[1] // max(1, 8 * of("features.0")[0]) if len(dense) == 2 else 0
     return 32 * isqrt(places) if places and isqrt(places) ** 2 == places else 0
 
 

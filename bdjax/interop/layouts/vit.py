@@ -34,7 +34,7 @@ def _side(of: Shapes) -> int:
 
 def _options(of: Shapes, size: tuple[int, int]) -> Options:
     width, depth = of("conv_proj")[0], 0
-    while of(f"encoder.layers.encoder_layer_{depth}.mlp.0"):
+    while depth < 64 and of(f"encoder.layers.encoder_layer_{depth}.mlp.0"):
         depth += 1
     usual = _HEADS.get(width)
     if usual is None:
