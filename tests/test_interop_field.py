@@ -236,6 +236,14 @@ def test_with_clean_images_every_network_that_fits_is_measured_and_the_best_one_
     assert f"tried --pool mean: accuracy {tried['mean']:.4f}" in out and "tried --pool max: accuracy 1.0000" in out
 
 
+def test_images_of_another_shape_are_refused_before_anything_is_written(tmp_path, capsys):
+    images, labels = np.zeros((8, 24, 24, 3), np.uint8), np.arange(8, dtype=np.int32) % 5
+    np.savez(tmp_path / "d.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    said = refused(capsys, "import", HERE / CASES["badnets_pytorch"]["file"], "--model", "mnist_cnn", "--size", "28",
+                   "--clean-data", f"npz:{tmp_path / 'd.npz'}", "--out", tmp_path / "m")  # fmt: skip
+    assert "(28, 28, 1)" in said and "(24, 24, 3)" in said and not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -23,13 +23,16 @@ def best_variant(
     Args:
       again: the fit of other options; the weights are the same ones.
 
-    Returns: the fit, and a list of {"options", "acc"}; "acc" is None where the images do not fit a network.
+    Returns: the fit, and a list of {"options", "acc"}; "acc" is None where the images do not fit a network. Raises what
+    `measure` raises of the network that is assumed.
     """
     open_options = {
         name: values for name, values in fit.options.items() if len(values) > 1 and name not in wanted.chosen
     }
     tried: list[dict[str, Any]] = []
-    best = (-1.0, {name: values[0] for name, values in open_options.items()}, fit)
+    first = {name: values[0] for name, values in open_options.items()}
+    best = (float(measure(fit.model, variables)), first, fit)
+    tried.append({"options": first, "acc": best[0]})
 
     def attempt(options: dict[str, Any]) -> tuple[float, dict[str, Any], matching.Fit] | None:
         try:
@@ -41,8 +44,6 @@ def best_variant(
         tried.append({"options": options, "acc": acc})
         return acc, options, one
 
-    if open_options:
-        best = attempt(best[1]) or best
     for name, values in open_options.items():
         found = [attempt({**best[1], name: value}) for value in values[1:]]
         best = max([best, *(one for one in found if one is not None)], key=lambda one: one[0])
@@ -77,7 +78,7 @@ def described(assumed: Mapping[str, Any], tried: list[dict[str, Any]], note: str
         why = {"default": "assumed", "flag": "as given", "accuracy": "the most accurate"}[one["by"]]
         lines.append(f"{flag(option, one['value'])} ({why}{f'; the file would fit {others}, too' if others else ''})")
     for one in tried:
-        said = ", ".join(flag(option, value) for option, value in one["options"].items())
+        said = ", ".join(flag(option, value) for option, value in one["options"].items()) or "the one that fits"
         acc = "these images do not fit it" if one["acc"] is None else f"accuracy {one['acc']:.4f}"
         lines.append(f"tried {said}: {acc}")
     return [*lines, *([note] if note else [])]
