@@ -16,6 +16,27 @@ from bdjax.experiment import Experiment, SplitConfig, stream
 from bdjax.metrics import accuracy, attack_success_rate, ctca
 from bdjax.types import Data, Images, Model, Variables, to_float
 
+MEASURED = 1000  # images at most that tell the networks apart which a weight file fits
+
+
+def measure_on(data: Data) -> Callable[[Model, Variables], float]:
+    """`measure(model, variables) -> accuracy`, a fraction, on up to MEASURED images of the test split, drawn once.
+
+    It raises InputError when they do not fit the model.
+    """
+    drawn = np.sort(np.random.default_rng(0).permutation(len(data.y_test))[:MEASURED])
+    images, labels = data.x_test[drawn], data.y_test[drawn]
+
+    def measure(model: Model, variables: Variables) -> float:
+        if model.shape != data.shape or model.classes != len(data.classes):
+            raise InputError(
+                f"the model takes {model.shape} images of {model.classes} classes; {data.name} has {data.shape} and "
+                f"{len(data.classes)}. Give images of the model's shape, or --size."
+            )
+        return float((predict(model, variables, images) == labels).mean())
+
+    return measure
+
 
 class Evaluation:
     """Held-out images, clean and triggered, drawn once a run; `measure` gives the rates of a model."""

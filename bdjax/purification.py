@@ -26,7 +26,7 @@ from bdjax.engine import predict
 from bdjax.errors import InputError
 from bdjax.evaluation import pool
 from bdjax.experiment import Experiment, SplitConfig, digest, run_record, to_json
-from bdjax.interop import reader
+from bdjax.interop import assumptions, reader
 from bdjax.provenance import environment
 from bdjax.report import audit as audit_report
 from bdjax.report import page
@@ -177,7 +177,10 @@ def _model(
         return Path(incoming["path"])
     if not (out / "model").exists():
         say(f"importing {source}")
-        for line in import_notes(interop.import_model(source, out / "model", **imported, env=environment())):
+        manifest = interop.import_model(source, out / "model", **imported, env=environment())
+        for line in assumptions.described(manifest["assumed"], manifest["tried"], manifest["note"]):
+            say(f"network: {line}")
+        for line in import_notes(manifest):
             say(line)
     check_fits(checkpoint.read_record(out / "model"), source, data)
     return out / "model"

@@ -33,6 +33,7 @@ _NEEDED: dict[str, Any] = {
 }  # fmt: skip
 _KNOWN: dict[str, Any] = {  # where they are there
     "width": int | None, "input": dict | None, "env": dict, "curve": list, "split": dict, "victim_hash": str,
+    "variant": dict, "assumed": dict, "tried": list, "note": str,
     "defense": _CONFIG | {"seed": int, "": None}, "reactivation": _CONFIG | {"": None},
     "poison": {"n": int, "copies": int, "sha256": str, "": None},
     "source": {

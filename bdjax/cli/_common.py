@@ -224,7 +224,27 @@ def import_options(options: Foreign) -> dict[str, Any]:
         "input": None if given == Input() else given,
         "key": options.key,
         **({"ignore": tuple(split_names(options.ignore))} if options.ignore else {}),
+        "network": _network(options) or None,
     }
+
+
+def _network(options: Foreign) -> dict[str, Any]:
+    """The options of a network that flags name. Raises InputError for what is no pair NAME=VALUE."""
+    found: dict[str, Any] = {"stem": options.stem} if options.stem else {}
+    if options.pool:
+        found["pool"] = 0 if options.pool == "global" else _value(options.pool)
+    if options.transform_input:
+        found["transform_input"] = True
+    for pair in split_names(options.network):
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"--network must be NAME=VALUE pairs with commas between, such as heads=6; got {pair!r}.")
+        found[name.strip()] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    return {"true": True, "false": False}.get(text.lower(), int(text) if text.isdecimal() and text.isascii() else text)
 
 
 def remarks(result: dict[str, Any]) -> None:

@@ -23,6 +23,13 @@ _NORMALISATION = (
     ("new_mean", "new_std"), ("pixel_mean", "pixel_std"), ("data_mean", "data_std"), ("input_mean", "input_std"),
     ("norm_mean", "norm_std"), ("image_mean", "image_std"),
 )  # fmt: skip
+_BACKDOORBENCH = {  # BackdoorBench's, by the data set that its results name
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "mnist": ((0.5,), (0.5,)),
+    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
 _MOST_CHANNELS = 64
 _MOST = 64  # dictionaries, and normalisation layers in one, that are looked at
@@ -173,3 +180,45 @@ def _facts(value: Any, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
         for name in names:
             if name in held and not isinstance(held[name], Tensor):
                 yield f"{prefix}{name}", held[name]
+
+
+def check_plain(file: Path, key: str, strangers: Mapping[str, Mapping[str, str]], ignore: Sequence[str]) -> None:
+    """Raise InputError when the dictionary or the part of one that was chosen holds what is neither a plain tensor nor
+    a plain value. Args: strangers: as :func:`reader.strangers` finds them."""
+    found = strangers.get(key)
+    if found is None:  # a part of a dictionary: what has its prefix
+        begins = {place: key if not place else key.removeprefix(f"{place}.") for place in strangers}
+        found = {
+            name: what
+            for place, held in strangers.items()
+            for name, what in held.items()
+            if name.startswith(f"{begins[place]}.")
+        }
+    strange = {name: what for name, what in found.items() if name not in ignore}
+    if strange:
+        listed = ", ".join(f"{shown(name)} ({shown(what)[1:-1]})" for name, what in list(strange.items())[:5])
+        raise InputError(
+            f"{file} is not read: among the weights{f' under {key!r}' if key else ''} stands what is no plain tensor: "
+            f"{listed}. Save plain tensors alone, or leave it out with --ignore {next(iter(strange))}."
+        )
+
+
+def facts(
+    told: Mapping[Any, Any], classes: int | None, size: tuple[int, int] | None, input: Input | None
+) -> tuple[int | None, tuple[int, int] | None, Input | None]:
+    """(classes, size, input) as given, else as BackdoorBench writes them beside its weights."""
+    if input is None and type(told.get("clean_data")) is str and told["clean_data"] in _BACKDOORBENCH:
+        input = Input(*_BACKDOORBENCH[told["clean_data"]])
+    return classes or _number(told.get("num_classes")), size or _size(told), input
+
+
+def _number(value: Any) -> int | None:
+    return value if type(value) is int and value > 1 else None
+
+
+def _size(facts: Mapping[Any, Any]) -> tuple[int, int] | None:
+    """BackdoorBench's img_size: height, width, channels."""
+    found = facts.get("img_size")
+    if isinstance(found, list | tuple) and len(found) == 3 and all(type(side) is int for side in found):
+        return (found[0], found[1]) if min(found) > 0 and max(found) < 10_000 else None
+    return None

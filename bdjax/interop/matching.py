@@ -36,6 +36,13 @@ class Wanted:
     """By dictionary: what a normalisation layer in it does, in place of `input`."""
     waived: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """By dictionary: tensors that need no counterpart."""
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the network that its owner gave, which no file tells."""
+
+
+def with_options(wanted: Wanted, options: Mapping[str, Any]) -> Wanted:
+    """The same with more options chosen."""
+    return replace(wanted, chosen={**wanted.chosen, **options})
 
 
 class Fit(NamedTuple):
@@ -49,6 +56,8 @@ class Fit(NamedTuple):
     tensors: Mapping[str, Tensor]
     differences: list[tuple[str, str]]
     """What the model needs and what the file has, where they are not the same."""
+    options: names.Options
+    """What the network was had with, and what else the file would fit."""
 
 
 def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, key: str | None) -> Fit:
@@ -57,22 +66,23 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     Raises InputError with the differences of the nearest one, or when several dictionaries fit.
     """
     if key is not None:
-        part = _part(dicts, key)
-        if key not in dicts and part:
-            dicts = {key: part}
-            wanted = replace(wanted, waived={key: frozenset().union(*wanted.waived.values())})
-        if key not in dicts:
-            raise InputError(f"{file} has no tensors under --key {key!r}; there are some under {_listed(dicts)}.")
-        dicts = {key: dicts[key]}
-    places = [fit for place, tensors in dicts.items() for fit in _fits(wanted, place, tensors)]
-    found = [_fit(*place) for place in _likeliest(places)]
+        dicts = {key: under(file, dicts, key)}
+    places = [one for place, tensors in dicts.items() for one in _fits(wanted, place, tensors)]
+    found, errors = [], list[InputError]()
+    for likely in _likeliest(places):
+        try:
+            found.append(_fit(*likely))
+        except InputError as error:
+            errors.append(error)
+    if errors and all(fit.differences for fit in found):
+        raise errors[0]
     if not found:
         first = names.namings(wanted.model)[0].first_weight
         place, tensors = max(dicts.items(), key=lambda item: len(item[1]))
         has = ", ".join(shown(name) for name in list(tensors)[:3])
         raise InputError(
             f"{file} is not of {wanted.model}: nothing under {_listed(dicts)} ends in {first!r} with four axes; "
-            f"there are {len(tensors)} tensors such as {has}. Give its --model: {', '.join(names.FAMILIES)}."
+            f"there are {len(tensors)} tensors such as {has}. Give its --model: {', '.join(names.families())}."
         )
     least = min(len(fit.differences) for fit in found)
     nearest = [fit for fit in found if len(fit.differences) == least]
@@ -82,7 +92,8 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
                 f"{file} holds several networks that fit {wanted.model}: under {_listed(dict.fromkeys(parts))}. "
                 "Choose one with --key."
             )
-        raise InputError(_differing(file, nearest[0]))
+        meant = [fit for fit in found if fit.naming.model == wanted.model] or found
+        raise InputError(_differing(file, min(meant, key=lambda fit: len(fit.differences))))
     if len({fit.key for fit in nearest}) > 1:
         raise InputError(
             f"{file} holds several networks that fit {wanted.model}: under {_listed({fit.key: 0 for fit in nearest})}. "
@@ -91,13 +102,15 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     return nearest[0]
 
 
-def _part(dicts: Mapping[str, Mapping[str, Tensor]], key: str) -> dict[str, Tensor]:
-    """The tensors of one dictionary whose names begin with what `key` has behind that dictionary's place."""
+def under(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], key: str) -> dict[str, Tensor]:
+    """The tensors that --key names: a dictionary, or what begins so in one. Raises InputError for none."""
+    if key in dicts:
+        return dict(dicts[key])
     for place, tensors in dicts.items():
         begin = key if not place else key.removeprefix(f"{place}.") if key.startswith(f"{place}.") else None
         if begin and (found := {name: one for name, one in tensors.items() if name.startswith(f"{begin}.")}):
             return found
-    return {}
+    raise InputError(f"{file} has no tensors under --key {key!r}; there are some under {_listed(dicts)}.")
 
 
 def _fitting_parts(found: list[Fit]) -> list[str]:
@@ -119,42 +132,49 @@ def _likeliest(places: list[_Place]) -> list[_Place]:
     if len(places) <= _MOST_TRIED:
         return places
 
-    def differing(place: _Place) -> int:
+    def differing(place: _Place) -> tuple[int, int]:
         _, naming, _, prefix, tensors = place
         inside = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
-        return len(_usual_names(naming.model, naming.label) ^ inside) + len(tensors) - len(inside)
+        usual = _usual_names(naming.model, naming.label)
+        return len(usual - inside), len(inside - usual) + len(tensors) - len(inside)  # a deeper one has more names
 
     return sorted(places, key=differing)[:_MOST_TRIED]
 
 
 @lru_cache
 def _usual_names(model: str, label: str) -> frozenset[str]:
-    """What the tensors of a model are called at its usual size under one of its namings, without the counters."""
-    naming = next(one for one in names.namings(model) if (one.model, one.label) == (model, label))
-    usual = models.create(model, (naming.side, naming.side, 3), 10)
+    """What the tensors of a model are called by one table, at the usual size and depth, without the counters."""
+    naming = next(one for one in names.of_model(model) if one.label == label)
+    usual = models.create(naming.model, (naming.side, naming.side, 3), 10)
     return frozenset(entry.name for entry in names.entries(naming, usual))
 
 
 def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[_Place]:
-    """The state dict under each naming whose first convolution is in it, behind any prefix."""
-    found = []
+    """The state dict under each naming whose first convolution is in it, behind any prefix.
+
+    Where the last layer of some is there, too, the others are left out.
+    """
+    found, whole = list[_Place](), list[_Place]()
     wanted = replace(wanted, input=wanted.inputs.get(key, wanted.input))
     for naming in names.namings(wanted.model):
-        first = naming.first_weight
+        first, last = naming.first_weight, f"{naming.layer('head')}.weight"
         places = [
             name.removesuffix(first) for name in tensors if name.endswith(first) and len(tensors[name].shape) == 4
         ]
         prefixes = [place for place in places if not place or place.endswith(".")]
         outer = [one for one in prefixes if not any(one != other and one.startswith(other) for other in prefixes)]
-        found += [(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
-    return found
+        here: list[_Place] = [(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
+        found += here
+        whole += [place for place in here if place[3] + last in tensors]
+    return whole or found
 
 
 def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: Mapping[str, Tensor]) -> Fit:
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    model = _sized(wanted, naming, {name: tensor.shape for name, tensor in inside.items()})
+    of = names.Shapes(naming, {name: tensor.shape for name, tensor in inside.items()})
+    model, options = _sized(wanted, naming, of)
     entries = names.entries(naming, model)
-    differences = []
+    differences = _contradicting(wanted, naming, options)
     for entry in entries:
         tensor = inside.get(entry.name)
         needs = f"{shown(prefix + entry.name)[1:-1]} {list(entry.shape)}"
@@ -173,23 +193,46 @@ def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: M
         own = name.removeprefix(prefix) if name.startswith(prefix) else None
         if own is None or not (own in expected or own.startswith(naming.ignored)):
             differences.append(("", f"{shown(name)[1:-1]} {list(tensor.shape)}"))
-    return Fit(naming, model, key, prefix, entries, tensors, differences)
+    return Fit(naming, model, key, prefix, entries, tensors, differences, options)
 
 
-def _sized(wanted: Wanted, naming: names.Naming, shapes: Mapping[str, tuple[int, ...]]) -> Model:
-    """The model as wide as its first convolution is, for the images that it was given."""
-    usual = getattr(registry.load("models", naming.model).Net, "width", None)
-    first, channels = shapes[naming.first_weight][:2]
+def _contradicting(wanted: Wanted, naming: names.Naming, options: names.Options) -> list[tuple[str, str]]:
+    """Where the name that its owner gave says another network than the shapes do: a ResNet-20 with 56 layers."""
+    found = []
+    for option, values in (naming.asked(wanted.model) or {}).items():
+        if options[option][0] not in values:
+            found.append(
+                (f"{wanted.model}: {option} {' or '.join(map(str, values))}", f"{option} {options[option][0]}")
+            )
+    return found
+
+
+def _sized(wanted: Wanted, naming: names.Naming, of: names.Shapes) -> tuple[Model, names.Options]:
+    """The model as wide as its first convolution is, for the images that it was given, and its options."""
+    net = registry.load("models", naming.model).Net
+    usual = getattr(net, "width", None)
+    first, channels = of.named[naming.first_weight][:2]
     other = usual is not None and first != usual and 1 <= first <= _WIDEST * usual  # else it is listed as misshapen
-    head = shapes.get(f"{naming.layer('head')}.weight", ())
-    classes = wanted.classes or (max(2, head[0]) if len(head) == 2 else 2)
-    given, measured = wanted.input or Input(), naming.measured(shapes)
+    head = of("head")
+    outputs = head[0] if len(head) == (4 if "head" in naming.convolved else 2) else 2
+    given, measured = wanted.input or Input(), naming.measured(of)
     size = wanted.size or (measured or naming.side,) * 2
-    if measured and naming.measured is names.vit_side and size != (measured, measured) and not given.resize:
+    if measured and naming.resized and size != (measured, measured) and not given.resize:
         given = replace(given, resize=measured)  # its positions belong to one size, so its owner brings images to it
     done = None if given == Input() else given
     shape = (*size, min(max(channels, 1), _MOST_CHANNELS))
-    return models.create(naming.model, shape, classes, width=first if other else None, input=done)
+    options = dict(naming.options(of, (given.resize,) * 2 if given.resize else size))
+    for option, value in wanted.chosen.items():
+        if option not in options:
+            raise InputError(
+                f"{option} {value} was asked for, and {naming.model} has no {option}; it has "
+                f"{', '.join(options) or 'no options'}. Leave it away, or give another --model."
+            )
+        options[option] = (value, *(one for one in options[option] if one != value))
+    own = models.variant({name: values[0] for name, values in options.items() if values[0] != getattr(net, name)})
+    return models.create(
+        naming.model, shape, wanted.classes or max(2, outputs), width=first if other else None, input=done, variant=own
+    ), options
 
 
 def _differing(file: Path, fit: Fit) -> str:
