@@ -61,7 +61,7 @@ def compare(
     Returns: JSON-able {"problem": {"reference", ...}, "rows", "before", ...}; rates are fractions, sizes bytes.
     Raises InputError for an unknown solver or a K below one, before anything is computed.
     """
-    context, config, victim = context or Context(), config or ibau.Config(), Path(victim)
+    context, config, victim = context or Context(), config or ibau.Config(schedule="release"), Path(victim)
     plan = [
         _parse(spec, k)
         for spec in solvers

@@ -14,6 +14,7 @@ What is measured are clean images that neither the defense nor anything chosen h
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from bdjax.report import page
 from bdjax.report.imported import notes as import_notes
 from bdjax.report.purification import notes
 from bdjax.suspect import Suspect, read_recorded, read_suspect
-from bdjax.types import Data, to_float
+from bdjax.types import Data
 from bdjax.victim import Context, check_fits
 
 FEWEST = 10
@@ -47,7 +48,7 @@ _SHOWN = 8  # pictures of predictions that changed, of each sort
 def purify(
     source: Path,
     out: Path,
-    defense: str = "targeted_unlearning",
+    defense: str = "auto",
     config: Any = None,
     *,
     clean: str | None = None,
@@ -199,14 +200,14 @@ def _cleaned(
     told = doubts.about(data, suspect.manifest, suspect.directory, guess, evaluation.labels, evaluation.targets)
     for line in [*told["data"], *(f"warning: {one}" for one in told["warnings"])]:
         say(line)
-    before, recovered = _audited(suspect, suspect, out, "audit", asked, say)
+    before = _audited(suspect, suspect, out, "audit", asked, say)
     say(f"cleaning with {defense}")
     ran = run.defend(
         suspect.directory, defense, config, out / "purified", split=experiment.split, seed=experiment.seed,
-        dataset=experiment.dataset, data=data, context=asked["context"],
+        dataset=experiment.dataset, data=data, context=replace(asked["context"], estimate=True),
     )  # fmt: skip
     purified = read_recorded(out / "purified" / "purified", data=data)
-    after, _ = _audited(purified, suspect, out, "audit-after", asked, say)
+    after = _audited(purified, suspect, out, "audit-after", asked, say)
     weights = _export(suspect, out)
     guesses = [guess, predict(model, purified.victim.variables, evaluation.images)]
     counts = [np.bincount(labels, minlength=model.classes) for labels in (evaluation.clean_labels, evaluation.labels)]
@@ -235,7 +236,7 @@ def _cleaned(
                                            **{phase: ran[phase]["asr"] for phase in ("before", "after")}},
         "changed": _changed(evaluation.images, evaluation.labels, guesses[0], guesses[1], out),
         "audit": {"before": before, "after": after},
-        "perturbations": _turned(recovered, suspect, purified),
+        "estimate": ran["estimate"],
         "rolled_back_to": next((row["rolled_back_to"] for row in ran["rounds"] if "rolled_back_to" in row), None),
         "defense": defense,
         "defense_config": to_json(config),
@@ -249,11 +250,9 @@ def _cleaned(
 
 def _audited(
     judged: Suspect, first: Suspect, out: Path, name: str, asked: dict[str, Any], say: Callable[[str], None]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Judge a model by the held-out images, write NAME.json and NAME.png and the pictures of the report.
-
-    Returns: what the report needs, and the arrays that the methods showed, as "METHOD/NAME".
-    """
+) -> dict[str, Any]:
+    """Judge a model by the held-out images, write NAME.json and NAME.png and the pictures of the report, which needs
+    what is returned."""
     say(f"auditing {judged.directory} by {', '.join(asked['names'])}")
     order = np.random.default_rng(asked["seed"]).permutation(len(first.evaluation.labels))[:_JUDGED]
     found, arrays = audit.judge(judged, first.evaluation.images[order], first.evaluation.labels[order], **asked)
@@ -266,28 +265,7 @@ def _audited(
     ]
     say(f"{name}: {audit_report.verdict(found)}")
     kept = ("poisoned", "target", "accused_by", "methods", "n", "truth")
-    facts = {**{key: found[key] for key in kept}, "verdict": audit_report.verdict(found), "pictures": pictures}
-    return facts, arrays
-
-
-def _turned(recovered: dict[str, np.ndarray], before: Suspect, after: Suspect) -> list[dict[str, Any]]:
-    """How many held-out images the smallest perturbations of the model that came in turn to their class, in it and in
-    the cleaned model: an estimate of success that needs no trigger. Empty where the audit did not search for them."""
-    if "targeted_unlearning/perturbation_labels" not in recovered:
-        return []
-    images, labels = to_float(before.evaluation.images), before.evaluation.labels
-    rows = []
-    for delta, goal in zip(
-        recovered["targeted_unlearning/perturbation"], recovered["targeted_unlearning/perturbation_labels"], strict=True
-    ):
-        others = images[labels != goal]
-        stamped = np.clip(np.asarray(others) + delta, 0, 1)
-        rates = {
-            phase: float((np.asarray(predict(one.victim.model, one.victim.variables, stamped)) == goal).mean())
-            for phase, one in (("before", before), ("after", after))
-        }
-        rows.append({"class": int(goal), "norm": float(np.linalg.norm(delta)), "n": len(others), **rates})
-    return rows
+    return {**{key: found[key] for key in kept}, "verdict": audit_report.verdict(found), "pictures": pictures}
 
 
 def _export(suspect: Suspect, out: Path) -> dict[str, Any]:

@@ -11,6 +11,9 @@ import numpy as np
 from bdjax.engine.clock import Clock
 from bdjax.types import Scores, Variables, Watch
 
+_MEASURED = {*range(6), *(5 * 2**power for power in range(20))}
+"""Rounds that a model is measured after: the first five, then whenever their number has doubled."""
+
 
 class Recorder(Watch):
     """Turns what a method shows into progress, a curve, and its first and last arrays; its own time is not counted."""
@@ -40,7 +43,7 @@ class Recorder(Watch):
         self.scores = scores
 
     def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
-        """Measure `variables` if asked to, add a row to the curve, keep the arrays."""
+        """Measure `variables` if asked to (not after every round of many), add a row to the curve, keep the arrays."""
         with self._clock or Clock():
             row: dict[str, Any] = {"step": step}
             for name, value in arrays.items():
@@ -51,7 +54,7 @@ class Recorder(Watch):
                 else:
                     self.arrays.setdefault(f"{name}_first", np.asarray(value))
                     self.arrays[name] = np.asarray(value)
-            if self._measure:
+            if self._measure and step in _MEASURED:
                 row |= self._measure(variables)
         if self._clock:
             row["seconds"] = self._clock.read()[0]

@@ -180,5 +180,5 @@ def _spectrum(matrix: np.ndarray, config: ibau.Config) -> dict[str, Any]:
         "negative_eigenvalues": int((values < 0).sum()),
         "eigenvalues_below_1e-3": int((shifted < 1e-3).sum()),
         "condition": float(shifted.max() / shifted.min()),
-        "contraction": float(np.abs(1 - config.solver_step * (values + config.ridge)).max()),
+        "contraction": float(np.abs(1 - np.float64(config.solver_step or 0) * (values + config.ridge)).max()),
     }

@@ -12,22 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from bdjax import checkpoint, datasets, doubts, records
+from bdjax import checkpoint, datasets, doubts, records, verdicts
 from bdjax import victim as victims
 from bdjax.defenses import needs_trigger, purifier
+from bdjax.defenses._guard import guarded, split_off
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
-from bdjax.evaluation import Evaluation, clean_indices
+from bdjax.evaluation import clean_indices
 from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, run_record, stream, to_json
 from bdjax.files import read_record
-from bdjax.metrics import score
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
 from bdjax.suspect import Suspect, read_clean, read_recorded, read_suspect
-from bdjax.types import Data, Scores
+from bdjax.types import Data
 from bdjax.victim import Context, check_fingerprint, check_same, experiment_of, train
 
 _CURVE = 1000
@@ -81,7 +80,7 @@ def defend(
         if clean is not None and finished.get("clean") is None:
             beside = suspect.evaluation.measure(read_clean(clean, suspect).victim.variables)
             with records.reading(directory / "result.json"):
-                finished |= _beside(beside, finished["before"], finished["after"])
+                finished |= verdicts.beside(beside, finished["before"], finished["after"])
             _write_json(directory / "result.json", finished)
         return finished
 
@@ -108,8 +107,10 @@ def _defend(
     watch = Recorder(context.tick, clock, curve.measure, lines if checkpoint.first() else None)
     with parallel.using(context.devices):
         key = stream(experiment.seed, "defense")
+        split = experiment.split
         view = suspect.view(watch, needs_trigger(module, experiment.defense_config))
-        cleaned = module.purify(experiment.defense_config, suspect.victim, view, key)
+        view = split_off(view, split.validation, jax.random.fold_in(stream(experiment.seed, "split"), 1))
+        cleaned = guarded(module, experiment.defense_config, suspect.victim, view, key, split.largest_drop)
         jax.block_until_ready(cleaned)
     seconds, compiling = clock.read()
     after = evaluation.measure(cleaned)
@@ -120,7 +121,9 @@ def _defend(
             found = module.detect(experiment.defense_config, suspect.victim, suspect.view(), key)
     if found is not None:
         known = None if manifest["kind"] == "imported" else experiment.attack
-        verdict = {**_verdict(found, known, evaluation), "seconds": clock.read()[0]}
+        verdict = {**verdicts.verdict(found, known, evaluation), "seconds": clock.read()[0]}
+    clock = Clock()
+    estimated = verdicts.estimate(suspect, cleaned, view, watch.scores, context) if context.estimate else None
     result = {
         "attack": experiment.attack,
         "defense": experiment.defense,
@@ -130,14 +133,17 @@ def _defend(
         "n_test": len(evaluation.images),
         "n_asr": int(evaluation.eligible.sum()),
         "n_defender": len(evaluation.clean_labels),
+        "n_validation": 0 if view.validation is None else len(view.validation.labels),
         "before": before,
         "after": after,
-        **_beside(rates, before, after),
+        **verdicts.beside(rates, before, after),
+        "estimate": estimated,
         "detection": verdict,
         "seconds": {
             "attack": manifest["seconds"]["attack"],
             "defense": seconds,
             "compile": manifest["seconds"]["compile"] + compiling,
+            "estimate": clock.read()[0],
         },
         "peak_memory_bytes": memory,
         "peak_memory_of": what,
@@ -186,20 +192,6 @@ def _neighbour(victim: Path, manifest: dict[str, Any]) -> Path | None:
     alike = victims.clean_of(experiment_of(manifest, None, None, None, None))
     found = victims.directory_of(alike, victim.parent, manifest["dataset"]["fingerprint"])
     return found if (found / "manifest.json").is_file() else None
-
-
-def _beside(clean: dict[str, Any] | None, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """{"clean", "score"}: the rates of a model trained without poison, and AGE's score; None without one."""
-    if clean is None or before["asr"] is None:
-        return {"clean": clean, "score": None}
-    value = float(score(*(jnp.float32(rate) for rate in (after["asr"], before["asr"], after["acc"], clean["acc"]))))
-    return {"clean": clean, "score": value if value == value else None}
-
-
-def _verdict(found: Scores, attack: str | None, evaluation: Evaluation) -> dict[str, Any]:
-    """What an audit found, and the truth; None where that is not known."""
-    truth = {"poisoned": attack != "clean", "targets": [] if attack == "clean" else evaluation.targets}
-    return {**found.plain(), "truth": None if attack is None else truth}
 
 
 def evaluate(

@@ -290,6 +290,8 @@ class DefenderView:
     watch: Watch = field(default_factory=Watch)
     trigger: Trigger | None = None
     """The true trigger, only for a method that asks for it (:func:`bdjax.defenses.needs_trigger`)."""
+    validation: "DefenderView | None" = None
+    """Clean images kept apart from these, to judge a round by; nothing is learnt from them. None: there are none."""
 
     def split(self, share: float, key: Key) -> tuple["DefenderView", "DefenderView"]:
         """Two views with images of every class in both, as far as a class has two: to learn from, and to judge by.

@@ -39,6 +39,8 @@ class Context:
     """Local devices to use, 0 for all."""
     tick: Callable[[str, int, int], None] = field(default=lambda stage, done, total: None)
     """Told of progress: stage, steps done, steps in all."""
+    estimate: bool = False
+    """Estimate the attack success rate without the trigger after each defense; the commands do, unless told not to."""
     store: Path | None = None
     """Directory of victims by hash, where a clean model that an attack begins with is kept and found again."""
     say: Callable[[str], None] = field(default=lambda line: None)

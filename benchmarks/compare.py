@@ -182,8 +182,10 @@ def _bdjax_until(request: dict[str, Any]) -> Any:
     from bdjax.types import Watch
 
     directory, goal = Path(request["victim"]), request["goal"]
-    config = ibau.Config(**{"rounds": request["rounds"], "batch_size": 100, "norm_bound": 10.0, **request["ibau"]})
-    split = SplitConfig(size=request["clean"])
+    config = ibau.Config(
+        **{"schedule": "release", "rounds": request["rounds"], "batch_size": 100, "norm_bound": 10.0, **request["ibau"]}
+    )
+    split = SplitConfig(size=request["clean"], validation=0.0)
     suspect = read_suspect(directory, "ibau", config, split=split, dataset=request["dataset"] or None)
     own = suspect.evaluation
     if request["test"]:

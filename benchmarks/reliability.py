@@ -46,7 +46,7 @@ CELLS = tuple(
         attack, defense, {data!r}, attack_config=config, defense_config=own,
         fit=FitConfig(epochs={epochs}, batch_size=40)))
     for attack, config in (("badnets", badnets.Config(target=1)), ("blended", blended.Config(target=1)))
-    for defense, own in (("ibau", ibau.Config(rounds=2, batch_size=10)), ("finetune", finetune.Config(epochs=2)))
+    for defense, own in (("ibau", ibau.Config("release", 2, batch_size=10)), ("finetune", finetune.Config(epochs=2)))
 )[:{cells}]
 """
 TIMES = {"seconds", "compile", "peak_memory_bytes", "peak_memory_of", "env", "files", "seal"}

@@ -64,7 +64,7 @@ def cell_of(
             attack_config=config_of("attacks", attack[0])(**attack[1]),
             defense_config=defense[1],
             fit=RECIPE,
-            split=SplitConfig(source="test", size=size),
+            split=SplitConfig(source="test", size=size, validation=0.0),
         ),
         paper={"paper": "age", "dataset": name, "model": "ResNet-18", **paper},
         scale="; ".join([*small, *scale]),
@@ -78,7 +78,7 @@ def _cell(dataset: str, knows: bool, repair: bool) -> Cell:
     return cell_of(
         f"{DATASETS[dataset][0]}, {'with' if knows else 'without'} the trigger{', repaired' * repair}",
         ("rgba_patch", {"picture": "white"}),
-        ("age", age.Config(backdoor_knowledge=knows, repair=repair)),
+        ("age", age.Config(share_of="layers", batch_norm=None, backdoor_knowledge=knows, repair=repair)),
         512,
         {"table": "1", "attack_setting": WHITE, "defense": "AGE", "defense_setting": f"{known}; 512 samples; {state}"},
         dataset,

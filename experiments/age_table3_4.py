@@ -41,9 +41,16 @@ TRIGGERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # letter: the paper's 
 }
 BASIC = finetune.Config(table1.EPOCHS, 128, "adam", 1e-3, weight_decay=0.0, schedule="cosine", augment="none")
 ROWS: tuple[tuple[str, str, str, Any, str, int], ...] = (  # table, the paper's name, module, Config, setting, images
-    ("3", "AGE", "age", age.Config(backdoor_knowledge=True), "BDK; 512 samples", 512),
+    (
+        "3",
+        "AGE",
+        "age",
+        age.Config(share_of="layers", batch_norm=None, backdoor_knowledge=True),
+        "BDK; 512 samples",
+        512,
+    ),
     ("3", "actFT", "actft", actft.Config(), "BDK; 5000 samples", 5000),
-    ("4", "AGE", "age", age.Config(), "no BDK; 512 samples", 512),
+    ("4", "AGE", "age", age.Config(share_of="layers", batch_norm=None), "no BDK; 512 samples", 512),
     ("4", "basicFT", "finetune", BASIC, "no BDK; 5000 samples", 5000),
 )
 

@@ -29,12 +29,26 @@ table1 = table3.table1
 TITLE = "AGE Tables 5 and 6, CIFAR-10"
 SEEDS = table1.SEEDS
 ROWS: list[tuple[str, str, str, Any, str, int]] = [  # table, the paper's name, module, Config, setting, images
-    ("5", "AGE", "age", age.Config(backdoor_knowledge=knows), f"{known}; {size} samples; base", size)
+    (
+        "5",
+        "AGE",
+        "age",
+        age.Config(share_of="layers", batch_norm=None, backdoor_knowledge=knows),
+        f"{known}; {size} samples; base",
+        size,
+    )
     for size in (2, 4, 8, 16, 32, 64, 128, 256, 512, 5000)
     for knows, known in ((True, "BDK"), (False, "no BDK"))
 ]
 ROWS += [
-    ("6", "AGE", "age", age.Config(backdoor_knowledge=knows), f"{known}; {size} samples; base", size)
+    (
+        "6",
+        "AGE",
+        "age",
+        age.Config(share_of="layers", batch_norm=None, backdoor_knowledge=knows),
+        f"{known}; {size} samples; base",
+        size,
+    )
     for size in (5, 50)
     for knows, known in ((True, "BDK"), (False, "no BDK"))
 ]

@@ -89,7 +89,7 @@ def cell_of(
             attack_config=config_of("attacks", module)(size=size, **changes),
             defense_config=settings,
             fit=FitConfig(EPOCHS, 128, "sgd", 0.1, 0.9, 5e-4, **recipe),
-            split=SplitConfig(source="test", size=clean or images),
+            split=SplitConfig(source="test", size=clean or images, validation=0.0),
         ),
         paper=None if paper is None else {**query, **paper},
         scale="; ".join(small),

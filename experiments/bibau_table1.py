@@ -62,7 +62,7 @@ def cell_of(name: str, label: str, defense: str, config: Any, paper: dict[str, s
             attack_config=config_of("attacks", attack)(**changes),
             defense_config=config,
             fit=RECIPE,
-            split=SplitConfig(source="train"),
+            split=SplitConfig(source="train", validation=0.0),
         ),
         paper={"paper": "bibau", "table": "1", "dataset": NAME, "model": "ResNet-18", "attack": name, **paper},
         scale="; ".join(small),
@@ -77,12 +77,12 @@ def _cells(name: str) -> list[Cell]:
             name,
             f"BI-BAU ({variant[0].upper()})",
             "bibau",
-            bibau.Config(variant=variant, preset=preset, norm=NORM),
+            bibau.Config(procedure="paper", variant=variant, preset=preset, norm=NORM),
             {"defense": "BI-BAU", "defense_setting": variant},
         )
         for variant in variants
     ]
-    return [*ours, cell_of(name, "I-BAU", "ibau", ibau.Config(), {"defense": "I-BAU"})]
+    return [*ours, cell_of(name, "I-BAU", "ibau", ibau.Config(schedule="release"), {"defense": "I-BAU"})]
 
 
 CELLS = tuple(cell for name in ATTACKS for cell in _cells(name))

@@ -49,12 +49,12 @@ Rows = dict[str, tuple[str, Callable[[str], Any]] | None]
 def of_bibau(**changes: Any) -> tuple[str, Callable[[str], Any]]:
     """A row of BI-BAU: its defaults, changed so."""
     given = {"epochs": UNLEARN, "batch_size": BATCH, "norm": table1.NORM} | changes
-    return "bibau", lambda name: bibau.Config(preset=table1.ATTACKS[name][2], **given)
+    return "bibau", lambda name: bibau.Config(procedure="paper", preset=table1.ATTACKS[name][2], **given)
 
 
 DEFENSES: Rows = {
     "none": None,
-    "I-BAU": ("ibau", lambda name: config_of("defenses", "ibau")()),
+    "I-BAU": ("ibau", lambda name: config_of("defenses", "ibau")(schedule="release")),
     "IBU": ("ibu", lambda name: config_of("defenses", "ibu")()),
     "BI-BAU (T)": of_bibau(variant="targeted"),
     "BI-BAU (U)": of_bibau(),
@@ -86,7 +86,7 @@ def one(name: str, row: str, defense: Any, seed: int, source: str) -> dict[str, 
     """Plant or find the victim, purify it, attack it twice. Rates are fractions."""
     attack, changes, _ = table1.ATTACKS[name]
     planted = config_of("attacks", attack)(**changes)
-    split = SplitConfig(source="train", size=SIZE)
+    split = SplitConfig(source="train", size=SIZE, validation=0.0)
     experiment = Experiment(attack, None, source, table1.MODEL, seed, planted, fit=table1.RECIPE, split=split)
     context = Context(1, store=OUT / "victims")
     directory = train(experiment, run.victim_directory_of(experiment, OUT), context)

@@ -34,7 +34,7 @@ from bdjax.victim import Context
 
 OUT = Path(os.environ.get("OUT", "runs/solver_comparison"))
 SEEDS = (0, 1, 2)
-CONFIG = ibau.Config(norm_bound=10.0, batch_size=10, inner_steps=50, outer_steps=50)
+CONFIG = ibau.Config(schedule="release", norm_bound=10.0, batch_size=10, inner_steps=50, outer_steps=50)
 EPOCHS = {
     ("mnist", "badnets"): 1,
     ("mnist", "image_trigger"): 1,

@@ -85,7 +85,7 @@ def test_the_edit_is_that_of_a_plain_formulation_with_channels_first(blobs, know
     """Maps of 8, 4 and 2 pixels are pooled to kernels of 3: bins that overlap, and bins that are wider than the map."""
     victim, view = drawn(), DefenderView(blobs[0][:7], blobs[1][:7], trigger=corner)
     before = jax.tree.map(np.array, victim.variables)
-    config = age.Config(backdoor_knowledge=knows, share=share, batch_size=4)
+    config = age.Config(backdoor_knowledge=knows, share=share, batch_size=4, share_of="layers", batch_norm=None)
     found = age.purify(config, victim, view, KEY)
     images = np.asarray(view.images, np.float64) / 255
     if knows:

@@ -9,12 +9,12 @@ import pytest
 from conftest import perceptron
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bdjax import defenses
+from bdjax import defenses, models
 from bdjax.defenses import age
 from bdjax.engine import FitConfig, fit, parallel
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Victim, Watch
+from bdjax.types import DefenderView, Victim, Watch, to_float
 
 KEY, MODEL = jax.random.key(0), perceptron()
 
@@ -63,13 +63,39 @@ def test_knowledge_of_the_trigger_removes_it_and_its_class_and_repair_brings_the
 def test_the_watch_sees_the_edit_and_each_epoch_of_repair(backdoored, blobs, knows, stages):
     watch = Seen()
     view = DefenderView(blobs[0][:40], blobs[1][:40], watch, corner)
-    config = age.Config(backdoor_knowledge=knows, repair=True, epochs=2)
+    config = age.Config(backdoor_knowledge=knows, repair=True, epochs=2, share_of="layers", batch_norm=None)
     cleaned = age.purify(config, backdoored, view, KEY)
     assert [step for step, _ in watch.steps] == list(range(1, 2 + 2 * stages))
     base = age.purify(dataclasses.replace(config, repair=False), backdoored, view, KEY)
     jax.tree.map(assert_array_equal, watch.steps[0][1], base)
     jax.tree.map(assert_array_equal, watch.steps[2 * stages][1], cleaned)
     assert (np.asarray(base["params"]["body"]) == backdoored.variables["params"]["body"]).all()  # the first half
+
+
+@pytest.mark.parametrize(("number", "batch"), [(40, 40), (40, 20), (4, 128)])
+def test_statistics_are_estimated_anew_on_the_clean_images(number, batch):
+    """The batch's own mean enters by images / (images + 32), whatever momentum the model's running ones have."""
+    model = models.create("cnn", (8, 8, 1), 4)
+    victim = Victim(model, model.init(KEY))
+    images = np.random.default_rng(0).integers(0, 256, (number, 8, 8, 1)).astype(np.uint8)
+    view = DefenderView(images, np.zeros(number, np.int32), trigger=corner)
+    config = age.Config(backdoor_knowledge=True, batch_size=batch)
+    frozen = age.purify(dataclasses.replace(config, batch_norm="frozen"), victim, view, KEY)
+    found = age.purify(config, victim, view, KEY)
+    jax.tree.map(assert_array_equal, found["params"], frozen["params"])
+    parts = to_float(images).reshape(-1, min(batch, number), 8, 8, 1)
+    limits = []
+    for part in parts:  # a running average of the same batch again and again is the batch's own
+        now = frozen
+        for _ in range(150):
+            now = {**now, "batch_stats": model.apply(now, part, True)[2]}
+        limits.append(now["batch_stats"])
+    if len(parts) > 1:
+        assert number == 2 * batch  # their order is the images' own
+    own = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *limits)
+    weight = number / (number + 32)
+    expected = jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, frozen["batch_stats"], own)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-3, atol=1e-5), found["batch_stats"], expected)
 
 
 def test_only_knowledge_gets_the_trigger():

@@ -165,6 +165,21 @@ def test_the_larger_beta_over_alpha_the_less_the_weights_move(recovered, view):
     assert moved[3] < 0.02 * moved[0]  # what is left is the penalty's own tremble around θ_0
 
 
+@pytest.mark.parametrize(("alpha", "steps"), [(1.0, 10), (0.25, 40), (4.0, 10)])
+def test_a_small_alpha_gets_more_steps(recovered, view, alpha, steps):
+    config = dataclasses.replace(ONE, steps=0, batch_size=40, alpha=alpha, learning_rate=1e-4)
+    baeraser.purify(config, quarters(0.1), view, KEY)
+    assert view.watch.rows[-1][2]["theta_steps"] == steps
+
+
+def test_the_guard_judges_by_the_views_validation_images(recovered, view):
+    """Images whose labels are all wrong: the accuracy that it judges by is low from the beginning."""
+    wrong = dataclasses.replace(view, labels=(view.labels + 1) % 4, validation=None)
+    config = dataclasses.replace(ONE, epochs=1, holdout=0.5, largest_drop=0.0, learning_rate=1e-4)
+    baeraser.purify(config, quarters(0.1), dataclasses.replace(view, validation=wrong), KEY)
+    assert float(view.watch.rows[-1][2]["guard_accuracy"]) < 0.3
+
+
 def test_unlearning_frees_the_model_of_a_trigger(recovered, view):
     victim = quarters(0.1)
     config = dataclasses.replace(ONE, epochs=12, steps=0, batch_size=10, learning_rate=0.02)
@@ -231,7 +246,7 @@ def test_two_devices_do_what_one_does(recovered, view, module):
 
 def test_other_values_compile_nothing(recovered, view):
     victim = Victim(MODEL, MODEL.init(KEY))
-    config = dataclasses.replace(ONE, epochs=2, batch_size=20, steps=0, holdout=0.1)
+    config = dataclasses.replace(ONE, epochs=2, batch_size=20, steps=10, holdout=0.1)
     baeraser.purify(config, victim, view, KEY)
     before = compiled_programs()
     other = dataclasses.replace(config, alpha=0.5, beta=2.0, learning_rate=0.02, momentum=0.5, ascent_margin=1.0)

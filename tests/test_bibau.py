@@ -11,7 +11,7 @@ from conftest import perceptron
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bdjax import models
-from bdjax.defenses import bibau
+from bdjax.defenses import _blind_inversion, bibau
 from bdjax.defenses._adversarial import adversarial, project
 from bdjax.defenses._cosine import cosine
 from bdjax.defenses._fisher import ewc, fisher
@@ -23,7 +23,7 @@ from bdjax.types import DefenderView, Victim, Watch, to_float
 
 KEY = jax.random.key(0)
 MODEL = perceptron()
-FAST = {"epochs": 2, "batch_size": 20, "steps": 3}
+FAST = {"procedure": "paper", "epochs": 2, "batch_size": 20, "steps": 3}
 
 
 @pytest.fixture
@@ -156,15 +156,15 @@ def test_the_priors_optimum_is_at_the_stated_angle(angle, degrees):
 def objective_of(config, now, original, image, label):
     hyper = {name: jnp.float32(getattr(config, name)) for name in bibau._DYNAMIC}
     weights = [{"params": v["params"], "stats": v["batch_stats"]} for v in (now, original)]
-    return bibau._objective(MODEL, bibau._static(config), *weights, image, label, hyper)
+    return _blind_inversion.objective_of(MODEL, bibau._static(config), *weights, image, label, hyper)
 
 
 @pytest.mark.parametrize("variant", ["untargeted", "targeted"])
 @pytest.mark.parametrize(("a", "b"), [(False, False), (True, False), (False, True), (True, True)])
 def test_the_ascents_objective_equals_its_formula(variant, a, b, victim):
     config = bibau.Config(
-        variant=variant, target=2, constraints_a=a, constraints_b=b, temperature=3.0, mixing=0.3, likelihood=0.7,
-        prior=1.3, angle=0.4,
+        procedure="paper", variant=variant, target=2, constraints_a=a, constraints_b=b, temperature=3.0, mixing=0.3,
+        likelihood=0.7, prior=1.3, angle=0.4,
     )  # fmt: skip
     original, now = victim.variables, MODEL.init(jax.random.key(1))
     image, moved = jax.random.uniform(KEY, (2, 8, 8, 1))
@@ -194,7 +194,7 @@ def test_the_ascents_objective_equals_its_formula(variant, a, b, victim):
 
 def test_the_first_step_has_a_finite_gradient_though_nothing_has_moved(victim):
     image = jax.random.uniform(KEY, (8, 8, 1))
-    objective = objective_of(bibau.Config(), victim.variables, victim.variables, image, jnp.int32(0))
+    objective = objective_of(bibau.Config(procedure="paper"), victim.variables, victim.variables, image, jnp.int32(0))
     assert bool(jnp.isfinite(jax.grad(objective)(image)).all())
 
 
@@ -234,7 +234,14 @@ def test_separate_statistics_are_those_of_the_clean_images_alone(view):
     def one_step(kind, **changes):
         """The variables after a single step on all 40 images."""
         config = bibau.Config(
-            epochs=1, batch_size=40, steps=1, constraints_a=False, constraints_b=False, batch_norm=kind, **changes
+            procedure="paper",
+            epochs=1,
+            batch_size=40,
+            steps=1,
+            constraints_a=False,
+            constraints_b=False,
+            batch_norm=kind,
+            **changes,
         )
         return bibau.purify(config, normed, view, KEY)
 
@@ -250,7 +257,9 @@ def test_separate_statistics_are_those_of_the_clean_images_alone(view):
 
 def test_a_cosine_begins_at_the_peak_and_falls(victim, view):
     def run(schedule, epochs):
-        config = bibau.Config(epochs=epochs, batch_size=40, steps=1, schedule=schedule, learning_rate=0.1)
+        config = bibau.Config(
+            procedure="paper", epochs=epochs, batch_size=40, steps=1, schedule=schedule, learning_rate=0.1
+        )
         return bibau.purify(config, victim, view, KEY)["params"]["body"]
 
     assert_array_equal(run("cosine", 1), run("constant", 1))

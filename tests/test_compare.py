@@ -18,7 +18,7 @@ from bdjax.report import solvers as report
 
 pytestmark = pytest.mark.slow
 
-CONFIG = ibau.Config(batch_size=8, norm_bound=2.0)
+CONFIG = ibau.Config(schedule="release", batch_size=8, norm_bound=2.0)
 SPLIT = SplitConfig(size=16)
 
 

@@ -65,6 +65,7 @@ SMALL = {
     "multi_target": {"parts": ("badnets:0", "blended:3", "l0_inv:4")},
     "baeraser": {"largest_drop": 1.0, **RECOVERY},
     "mesa_finetune": RECOVERY,
+    "auto": {"methods": ("finetune",), "largest_drop": 1.0},
     "neural_cleanse": {"threshold": 0.01, "anomaly": 1e-6, "unlearning_epochs": 1},  # somebody is suspected
 }
 """What else a method's contract is tested with, where its defaults take long."""

@@ -10,14 +10,14 @@ import pytest
 from conftest import perceptron
 
 from bdjax import models
-from bdjax.defenses import ibau
+from bdjax.defenses import _batch, ibau
 from bdjax.engine import parallel
 from bdjax.errors import InputError
 from bdjax.types import DefenderView, Victim, Watch, to_float
 
 
 class Last(Watch):
-    def observe(self, step, variables, perturbation):
+    def observe(self, step, variables, perturbation, **scalars):
         self.perturbation = perturbation
 
 
@@ -56,7 +56,7 @@ def release_round(victim, view, config, key):
     delta = delta * jnp.minimum(1.0, config.norm_bound / norm)
     weight = jnp.stack([jnp.pad(jnp.ones(len(b)), (0, size - len(b))) for b in batches])
     count = max(1, int(config.patched_fraction * size))
-    patched = np.asarray(ibau._patched(weight, size, count, jax.random.fold_in(key, 0)))
+    patched = np.asarray(_batch.patched(weight, size, count, jax.random.fold_in(key, 0)))
     mean = second = jax.tree.map(jnp.zeros_like, params)
     for step, b in enumerate(batches, 1):
         chosen = patched[step - 1, : len(b)]
@@ -88,7 +88,7 @@ def release_round(victim, view, config, key):
 
 @pytest.mark.parametrize("number", [24, 20])  # 20: the last batch has 4 of 8 images
 def test_release_round_equals_a_plain_computation(number):
-    config = ibau.Config(rounds=1, batch_size=8, norm_bound=3.0)
+    config = ibau.Config(schedule="release", rounds=1, batch_size=8, norm_bound=3.0)
     victim, view, cleaned = purify(config, number)
     params, delta = release_round(victim, view, config, jax.random.key(7))
     np.testing.assert_allclose(view.watch.perturbation, delta, rtol=1e-3, atol=1e-4)
@@ -100,7 +100,13 @@ def test_release_round_equals_a_plain_computation(number):
 def test_four_devices_equal_one(fraction):
     """Batches of 10, 10 and 6 are padded to 12 on four devices; SGD, for Adam would enlarge rounding."""
     config = ibau.Config(
-        rounds=2, batch_size=10, outer_optimizer="sgd", outer_lr=0.01, inner_lr=1.0, patched_fraction=fraction
+        schedule="release",
+        rounds=2,
+        batch_size=10,
+        outer_optimizer="sgd",
+        outer_lr=0.01,
+        inner_lr=1.0,
+        patched_fraction=fraction,
     )
     _, first, one = purify(config, 26)
     with parallel.using(4):
@@ -128,8 +134,10 @@ def test_paper_schedule_ascends_the_full_objective():
 
 
 def test_projection_bounds_the_norm_and_infinity_does_not():
-    bounded = purify(ibau.Config(rounds=1, batch_size=8, norm_bound=0.5))[1].watch.perturbation
-    free = purify(ibau.Config(rounds=1, batch_size=8, norm_bound=float("inf")))[1].watch.perturbation
+    bounded = purify(ibau.Config(schedule="release", rounds=1, batch_size=8, norm_bound=0.5))[1].watch.perturbation
+    free = purify(ibau.Config(schedule="release", rounds=1, batch_size=8, norm_bound=float("inf")))[
+        1
+    ].watch.perturbation
     np.testing.assert_allclose(jnp.linalg.norm(bounded), 0.5, rtol=1e-5)
     np.testing.assert_allclose(free / jnp.linalg.norm(free), bounded / 0.5, atol=1e-5)
 
@@ -143,15 +151,19 @@ CHANGES = {
 }  # fmt: skip
 
 
+TARGETED = {"perturbations": 2, "distillation": 0.1}
+"""Fields of the targeted schedule alone."""
+
+
 def test_every_field_is_tried():
-    assert set(CHANGES) | {"schedule"} == {f.name for f in dataclasses.fields(ibau.Config)}
+    assert set(CHANGES) | {"schedule", *TARGETED} == {f.name for f in dataclasses.fields(ibau.Config)}
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("batch_norm", "products") else n for n in CHANGES]
 )
 def test_every_field_changes_the_result(name):
-    base = ibau.Config(rounds=1, batch_size=8, outer_lr=1e-3)
+    base = ibau.Config(schedule="release", rounds=1, batch_size=8, outer_lr=1e-3)
     model = models.create("cnn", (8, 8, 1), 4) if name in ("batch_norm", "products") else None
     _, _, one = purify(base, model=model)
     _, _, two = purify(dataclasses.replace(base, **{name: CHANGES[name]}), model=model)
@@ -159,10 +171,47 @@ def test_every_field_changes_the_result(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["perturbations", "distillation", "rounds", "inner_steps", "outer_steps", "outer_lr", "patched_fraction",
+             "solver", "solver_iterations", "solver_step", "ridge", "penalty", "batch_size"]
+)  # fmt: skip
+def test_fields_of_the_targeted_schedule_change_its_result(name):
+    base = ibau.Config(rounds=1, batch_size=8, inner_steps=2, outer_steps=2, outer_lr=1e-2, perturbations=3)
+    changes = {**CHANGES, **TARGETED, "inner_steps": 1, "outer_steps": 3, "outer_lr": 2e-2}
+    one, two = (purify(config)[2] for config in (base, dataclasses.replace(base, **{name: changes[name]})))
+    assert any(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))
+
+
+def test_the_default_is_targeted_and_follows_the_given_model():
+    """With all weight on the given model's predictions, and no indirect term, a round hardly moves it."""
+    config = ibau.Config()
+    assert (config.schedule, config.rounds, config.batch_size, config.outer_steps) == ("targeted", 8, 64, 10)
+    still = ibau.Config(rounds=1, inner_steps=1, outer_steps=2, distillation=1.0, solver="none", outer_lr=1e-3)
+    moving = dataclasses.replace(still, distillation=0.0)
+    victim = problem(24)[0]
+
+    def change(config):
+        view = problem(24)[1]
+        cleaned = ibau.purify(config, victim, view, jax.random.key(7))
+        before, after = (np.asarray(victim.model.logits(v, to_float(view.images))) for v in (victim.variables, cleaned))
+        return np.abs(before - after).mean()
+
+    assert 0 < change(still) < change(moving)
+
+
+@pytest.mark.slow
 def test_bfloat16_products_hardly_turn_the_step():
     """One θ step of SGD with rate 1 is the hypergradient itself."""
     model = models.create("cnn", (8, 8, 1), 4)
-    config = ibau.Config(rounds=1, batch_size=24, outer_steps=1, outer_optimizer="sgd", outer_lr=1.0, solver_step=50.0)
+    config = ibau.Config(
+        schedule="release",
+        rounds=1,
+        batch_size=24,
+        outer_steps=1,
+        outer_optimizer="sgd",
+        outer_lr=1.0,
+        solver_step=50.0,
+    )
     config = dataclasses.replace(config, solver="one_step")
     start = model.init(jax.random.key(0))["params"]
 
@@ -193,7 +242,7 @@ def test_short_rounds_go_on_where_the_one_before_ended():
 
 
 def test_schedules_fill_in_what_is_left_out_only():
-    release, paper = ibau.Config(), ibau.Config(schedule="paper", outer_lr=0.5)
+    release, paper = ibau.Config(schedule="release"), ibau.Config(schedule="paper", outer_lr=0.5)
     assert (release.rounds, release.inner_lr, release.patched_fraction, release.penalty) == (5, 10.0, 0.01, 0.001)
     assert (paper.patched_fraction, paper.penalty, paper.inner_labels, paper.outer_lr) == (1.0, 0.0, "true", 0.5)
     fast = ibau.Config(schedule="fast", rounds=3)
@@ -204,7 +253,7 @@ def test_schedules_fill_in_what_is_left_out_only():
 def test_patched_images_are_exactly_counted_and_never_padding():
     weight = jnp.array([[0.25] * 4 + [0.0] * 2, [0.5] * 2 + [0.0] * 4])
     for seed in range(5):
-        patched = ibau._patched(weight, 5, 3, jax.random.key(seed))
+        patched = _batch.patched(weight, 5, 3, jax.random.key(seed))
         np.testing.assert_array_equal(patched.sum(1), [3, 2])
         assert not bool((patched & (weight == 0)).any())
 
@@ -222,9 +271,9 @@ def test_patched_images_are_exactly_counted_and_never_padding():
 )
 def test_a_bad_field_is_named_with_its_value(field, value):
     with pytest.raises(InputError, match=f"defense.{field}.*{value}"):
-        ibau.Config(**{field: value})
+        ibau.Config(schedule="release", **{field: value})
 
 
 def test_a_diverging_run_stops_with_the_step_and_the_rate():
     with pytest.raises(InputError, match="unlearning loss became .* at step .* 1e\\+30.*defense.outer_lr"):
-        purify(ibau.Config(batch_size=8, outer_optimizer="sgd", outer_lr=1e30))
+        purify(ibau.Config(schedule="release", batch_size=8, outer_optimizer="sgd", outer_lr=1e30))

@@ -13,7 +13,7 @@ LAYERS = (
     {"attacks", "defenses"},
     {
         "audit", "bench", "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "purification",
-        "doubts", "reactivation", "recorder", "reference", "victim", "suspect", "run", "sweep", "report",
+        "doubts", "reactivation", "recorder", "reference", "victim", "suspect", "run", "sweep", "report", "verdicts",
     },
     {"cli", "__main__"},
 )  # fmt: skip

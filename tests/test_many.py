@@ -47,7 +47,7 @@ def test_purifications_together(how, blobs):
     victim = Victim(MODEL, MODEL.init(jax.random.key(9)))
 
     def purification(rate, seed):
-        config = ibau.Config(rounds=2, batch_size=10, outer_lr=rate)
+        config = ibau.Config(schedule="release", rounds=2, batch_size=10, outer_lr=rate)
         return lambda: ibau.purify(config, victim, DefenderView(images, labels), jax.random.key(seed))
 
     runs = [purification(1e-3, 0), purification(3e-3, 1)]

@@ -116,7 +116,7 @@ def test_a_run_that_another_process_makes_is_waited_for(finished_run, monkeypatc
     (directory / "result.json").rename(directory / "aside.json")
     held = checkpoint.locked(directory)
     held.__enter__()
-    config = registry.load("defenses", "ibau").Config(rounds=2, batch_size=10)
+    config = registry.load("defenses", "ibau").Config(schedule="release", rounds=2, batch_size=10)
     again = run.defend(directory / "victim", "ibau", config, directory, context=Waiting(1))
     assert told == ["waiting"] and again["after"] == result["after"]
 

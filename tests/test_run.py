@@ -13,10 +13,11 @@ import pytest
 from commands import DEFEND, PLANT, bdjax
 from PIL import Image
 
-from bdjax import checkpoint, datasets, run, victim
+from bdjax import checkpoint, datasets, registry, run, victim
 from bdjax.engine.clock import compiled_programs
 from bdjax.evaluation import Evaluation
-from bdjax.experiment import Experiment, SplitConfig, to_json
+from bdjax.experiment import Experiment, SplitConfig, demo, to_json
+from bdjax.recorder import Recorder
 from bdjax.report import table
 
 KEYS = {
@@ -28,7 +29,7 @@ KEYS = {
 def test_run_writes_everything_and_rates_are_fractions(finished):
     out, result = finished
     assert set(result) >= KEYS
-    assert set(result["seconds"]) == {"attack", "defense", "compile"}
+    assert set(result["seconds"]) == {"attack", "defense", "compile", "estimate"}
     for rates in (result["before"], result["after"]):
         assert all(0 <= rates[name] <= 1 for name in ("acc", "asr", "asr_with_target"))
     names = {
@@ -55,6 +56,31 @@ def test_json_is_the_last_line_and_a_finished_run_is_not_repeated(finished, blob
     before = (out / "result.json").stat().st_mtime_ns
     assert json.loads(bdjax(capsys, *argv).splitlines()[-1]) == result
     assert (out / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_defense_is_judged_by_images_kept_apart_and_its_success_is_estimated(tmp_path):
+    """Digits: 100 images, 20 of them kept apart, and an estimate of what is left of the attack."""
+    victim.train(demo(), tmp_path / "victim")
+    config, context = registry.load("defenses", "ibau").Config(rounds=3), victim.Context(estimate=True)
+    split = SplitConfig(size=100)
+    result = run.defend(tmp_path / "victim", "ibau", config, tmp_path / "run", split=split, context=context)
+    assert (result["n_defender"], result["n_validation"]) == (100, 20)
+    assert all(0 <= row["validation_accuracy"] <= 1 for row in result["rounds"])
+    flips = result["estimate"]["flips"]
+    assert {row["form"] for row in flips} == {"additive", "patch"} and flips[0]["label"] == 8
+    assert result["estimate"]["rate"] == max(max(row["after"], row["anew"]) for row in flips)
+    assert flips[0]["before"] > 0.5 > flips[0]["after"] and result["seconds"]["estimate"] > 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+
+
+def test_a_curve_of_many_rounds_is_thinned():
+    measured = []
+    watch = Recorder(lambda *_: None, measure=lambda variables: measured.append(variables) or {"acc": 1.0})
+    for step in range(1, 101):
+        watch.observe(step, step)
+    assert measured == [1, 2, 3, 4, 5, 10, 20, 40, 80] and len(watch.rows) == 100
+    assert [row["step"] for row in watch.rows if "acc" in row] == measured
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def cell(label, defense, dataset={data!r}):
     return Cell(label, Experiment("badnets", "ibau", dataset, attack_config=badnets.Config(target=1),
                                   defense_config=defense, fit=FitConfig(epochs=2, batch_size=40)), scale="toy")
 
-CELLS = (cell("good", ibau.Config(rounds=1, batch_size=10)), cell("other", ibau.Config(rounds=2, batch_size=10)),
+CELLS = (cell("good", ibau.Config("release", 1, 10)), cell("other", ibau.Config("release", 2, 10)),
          cell("bad", ibau.Config(), "npz:nowhere.npz"))
 """
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import perceptron
 from quarters import Seen, clean_images, victim
 
-from bdjax.defenses import _smallest
+from bdjax.defenses import _smallest, _targeted
 from bdjax.defenses import targeted_unlearning as method
 from bdjax.engine import parallel
 from bdjax.errors import InputError
@@ -102,7 +102,7 @@ def test_the_back_door_is_closed_and_the_images_are_still_recognised():
     cleaned = method.purify(config, suspect, view, KEY)
     images = np.asarray(view.images, np.float32) / 255
     triggered = images.copy()
-    triggered[:, 0, 0] = 1.0
+    triggered[:, 0, 0] = 0.4  # the smallest perturbation that works is 0.16
     others = view.labels != 1
 
     def rate(variables, x, labels):
@@ -114,22 +114,6 @@ def test_the_back_door_is_closed_and_the_images_are_still_recognised():
     assert watch.scores.poisoned and watch.scores.target == 1
     radius = [float(arrays["radius"]) for _, _, arrays in watch.rounds if "radius" in arrays]
     assert radius[-1] > 2 * radius[0] or radius[0] >= 1
-
-
-@pytest.mark.parametrize("good", [0, 1])
-def test_a_ruined_model_is_not_handed_back(good, monkeypatch):
-    """The model answers rightly before and in the first `good` of two rounds: the last good one is returned."""
-    suspect, watch = victim(True), Rounds()
-    view = dataclasses.replace(clean_images(), watch=watch)
-    right = iter([True] * (1 + good) + [False] * 2)
-    monkeypatch.setattr(method, "predict", lambda model, variables, images: judge.labels + (0 if next(right) else 1))
-    judge = view.split(1 - QUICK.validation, jax.random.fold_in(KEY, 0))[1]
-    cleaned = method.purify(dataclasses.replace(QUICK, patience=3), suspect, view, KEY)
-    step, shown, arrays = watch.rounds[-1]
-    assert int(arrays["rolled_back_to"]) == good and step == 3
-    expected = suspect.variables if good == 0 else watch.rounds[0][1]
-    for tree in (cleaned, shown):
-        jax.tree.map(np.testing.assert_array_equal, tree["params"], expected["params"])
 
 
 def test_one_image_is_too_few():
@@ -157,11 +141,13 @@ def test_the_suspicious_classes_share_the_starts():
     model = perceptron()
     radii = np.array([1.0, 0.2, 0.3, 1.0], np.float32)
     found = _smallest.Perturbations(np.arange(4, dtype=np.int32), jnp.ones((4, *model.shape)), radii)
-    started = method._starts(dataclasses.replace(QUICK, starts=4), model, found, KEY)
+    started = _targeted._starts(_targeted.Search(starts=4), model, found, KEY)
     assert started.goals.tolist() == [1, 2, 1, 2]
     np.testing.assert_array_equal(started.deltas[:2], found.deltas[:2])  # found already; the others are random
     np.testing.assert_allclose(_smallest.norms(started.deltas[2:]).ravel(), [0.06, 0.09], rtol=1e-5)
-    calm = method._starts(QUICK, model, found._replace(radii=np.array([1.0, 0.9, 0.95, 1.0], np.float32)), KEY)
+    calm = _targeted._starts(
+        _targeted.Search(starts=2), model, found._replace(radii=np.array([1.0, 0.9, 0.95, 1.0], np.float32)), KEY
+    )
     assert calm.goals.tolist() == [1, 1]  # nobody is suspicious: the nearest
 
 
@@ -173,7 +159,6 @@ def test_the_suspicious_classes_share_the_starts():
         ({"enlarged": 0.9}, "defense.enlarged must be at least 1"),
         ({"patched_fraction": 0.0}, r"defense.patched_fraction must be in \(0, 1\]"),
         ({"threshold": 1.0}, r"defense.threshold must be in \(0, 1\)"),
-        ({"validation": 0.0}, r"defense.validation must be in \(0, 1\)"),
         ({"distillation": 1.5}, r"defense.distillation must be in \[0, 1\]"),
     ],
 )

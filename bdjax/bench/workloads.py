@@ -133,7 +133,7 @@ def _bibau(sizes: Sizes) -> Job:
     """One ascent and one outer step, as `purify` hands them to the engine."""
     victim, view = _victim("small_vgg", sizes), DefenderView(*random_images(2 * sizes.adversarial, sizes.shape))
     view.labels[:CLASSES] = np.arange(CLASSES)
-    config, found = bibau.Config(epochs=1, batch_size=sizes.adversarial, fisher_batch=8), []
+    config, found = bibau.Config(procedure="paper", epochs=1, batch_size=sizes.adversarial, fisher_batch=8), []
 
     def keep(step: Any, state: Any, split: Any, whole: Any, shared: Any, **_: Any) -> Any:
         found.append((step, state, *jax.tree.map(lambda leaf: leaf[:1], (split, whole)), shared))

@@ -119,7 +119,7 @@ def ready(options: Any) -> Iterator[Any]:
     from bdjax.victim import Context
 
     with bar() as tick, traced(getattr(options, "profile", None)):
-        yield Context(getattr(options, "devices", 0), tick, say=say)
+        yield Context(getattr(options, "devices", 0), tick, getattr(options, "estimate", True), say=say)
 
 
 def prepare_jax() -> None:

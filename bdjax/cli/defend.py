@@ -23,6 +23,9 @@ class Flags(Place):
     """Of the defense; default the victim's."""
     clean: Path | None = None
     """A model of `bdjax train clean` with the victim's flags, for the score; default the one beside the victim."""
+    estimate: bool = True
+    """Estimate the attack success rate without the trigger, too: by triggers recovered from the model before and after,
+    on images that the defense did not learn from."""
 
 
 def main(argv: list[str]) -> None:

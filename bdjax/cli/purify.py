@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     source = Path(first("purify", argv))
     defense, rest = chosen("defense", argv[1:])
-    defense = defense or "targeted_unlearning"
+    defense = defense or "auto"
     options = parse("purify", (argv[0],), rest, Flags, defense=defense)
     imported = import_options(options)
     from bdjax import purification

@@ -19,6 +19,9 @@ class Flags(Plant):
 
     clean: bool = False
     """Train the same model without poison, too, and print AGE's score against it."""
+    estimate: bool = True
+    """Estimate the attack success rate without the trigger, too: by triggers recovered from the model before and after,
+    on images that the defense did not learn from."""
 
 
 def main(argv: list[str]) -> None:

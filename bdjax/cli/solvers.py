@@ -43,7 +43,10 @@ class Flags(Device):
 def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     victim = Path(first("solvers", argv))
-    options = parse("solvers", (argv[0],), argv[1:], Flags, defense="ibau", split=True)
+    rest = argv[1:]
+    if not any(word.split("=")[0] == "--defense.schedule" for word in rest):
+        rest = ["--defense.schedule", "release", *rest]  # solvers are compared on one perturbation
+    options = parse("solvers", (argv[0],), rest, Flags, defense="ibau", split=True)
     from bdjax import checkpoint, compare
     from bdjax.report import solvers
 

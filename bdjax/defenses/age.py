@@ -12,8 +12,10 @@ Of each layer l with a kernel θ_l in the second half of the network:
     A_l <- γ (A_l - μ) / sqrt(σ² + ε) + λ,     μ, σ² over all elements, γ = 0.5, λ = 1
     θ_l <- θ_l * A_l
 
-Biases and batch normalisation are not edited. The statistics are frozen with knowledge; without it this pass is in
-training mode and moves them, batch by batch (dropout stays off; ours).
+Biases and batch normalisation are not edited. In the paper the statistics are frozen with knowledge; without it the
+pass is in training mode and moves them, batch by batch (dropout stays off; ours). The edit changes what every later
+layer is given, so by default the statistics are estimated anew afterwards on the clean images (ours): m images replace
+m / (m + 32) of the old ones, mean and variance alike.
 
 Axes: a map is [N, H, W, O], so A_l is [H, W, O]; a kernel is [kH, kW, I, O]. H is pooled to kH and W to kW, the factor
 [kH, kW, 1, O] is the same for all I: bin i of m over n places takes floor(i n / m) to ceil((i + 1) n / m) - 1. In
@@ -31,7 +33,7 @@ that has an anomaly index (metrics.anomaly_index) above `threshold` and less tha
 
 Deviations: the trigger is the test-time one, where the paper shows its training strength. Repair is SGD with momentum,
 of which the paper prints the rate alone. Batches are of equal size, so that a few images (fewer than there are batches)
-are left out. "Half of the weights" is read as half of the layers that have a kernel; see `share_of`.
+are left out. "Half of the total weights" is read as half of the numbers in the kernels; see `share_of`.
 """
 
 from collections.abc import Callable
@@ -62,7 +64,7 @@ class Config:
     """Show the network triggered images in place of clean ones; the defender is given the true trigger."""
     share: float = 0.5
     """Part of the network that is edited, counted from the output; in (0, 1]."""
-    share_of: Literal["layers", "scalars"] = "layers"
+    share_of: Literal["layers", "scalars"] = "scalars"
     """What `share` is of: layers with a kernel, or numbers in the kernels. The layer that the border is in counts."""
     batch_size: int = 128
     """Images a batch, at most."""
@@ -72,8 +74,9 @@ class Config:
     """λ, mean of the factors."""
     epsilon: float = 1e-5
     """ε, added to the variance; positive."""
-    batch_norm: Literal["frozen", "updated"] | None = None
-    """Running statistics in the pass; None: frozen with backdoor knowledge, updated without."""
+    batch_norm: Literal["reestimated", "frozen", "updated"] | None = "reestimated"
+    """Running statistics: estimated anew on the clean images after the edit, as they were, or updated by the pass;
+    None: the paper's, frozen with backdoor knowledge and updated without."""
     repair: bool = False
     """Train on the images after the edit; for few images of many classes it can destroy the model."""
     epochs: int = 1
@@ -111,6 +114,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     if config.backdoor_knowledge:
         images = triggered("age with backdoor_knowledge", view, jax.random.fold_in(key, 1))
     variables = _edited(config, victim, images, key)
+    if config.batch_norm == "reestimated":
+        variables = _reestimated(victim.model, variables, view.images, config.batch_size)
     view.watch.tick("editing", 1, 1)
     view.watch.observe(1, variables)
     if not config.repair:
@@ -134,7 +139,8 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     Args: as of :func:`purify`, the trigger aside; labels are needed.
     Returns: how unusual the drop of each class's accuracy on the defender's images is.
     """
-    edited = _edited(replace(config, backdoor_knowledge=False), victim, view.images, key)
+    paper = replace(config, backdoor_knowledge=False, share_of="layers", batch_norm=None)
+    edited = _edited(paper, victim, view.images, key)
     labels = jnp.asarray(view.labels)
     before, after = (
         class_accuracy(jnp.asarray(predict(victim.model, variables, view.images)), labels, victim.model.classes)
@@ -144,6 +150,38 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     target = int(np.nanargmax(found))
     poisoned = found[target] > config.threshold and after[target] < config.collapse * before[target]
     return Scores(found, target, float(found[target]), bool(poisoned))
+
+
+_PRIOR = 32
+"""Images that the old statistics of BatchNorm count for when they are estimated anew."""
+
+
+def _reestimated(model: Model, variables: Variables, images: Any, batch_size: int) -> Variables:
+    """The variables with BatchNorm's statistics estimated on stored images [n, H, W, C] of equal batches."""
+    if not variables["batch_stats"]:
+        return variables
+    number = -(-len(images) // batch_size)
+    size = len(images) // number
+    old, program = variables["batch_stats"], _statistics(model)
+    found = [program(variables, to_float(images[begin : begin + size])) for begin in range(0, number * size, size)]
+    weight = number * size / (number * size + _PRIOR)
+    new = jax.tree.map(lambda *leaves: sum(leaves) / number, *found)
+    return {**variables, "batch_stats": jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, old, new)}
+
+
+@lru_cache(maxsize=16)
+def _statistics(model: Model) -> Callable:
+    """(variables, images) -> the batch's own statistics, whatever momentum the model's running ones have."""
+
+    def run(variables: Variables, images: jax.Array) -> Any:
+        def after(value: float) -> Any:
+            start = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), variables["batch_stats"])
+            return model.apply({"params": variables["params"], "batch_stats": start}, images, True)[2]
+
+        zero, one = after(0.0), after(1.0)  # running statistics are linear: momentum * old + (1 - momentum) * batch
+        return jax.tree.map(lambda a, b: a / jnp.maximum(1 - (b - a), 1e-6), zero, one)
+
+    return jax.jit(run)
 
 
 def factor(activation: jax.Array, shape: tuple[int, ...], scale: Any, shift: Any, epsilon: Any) -> jax.Array:

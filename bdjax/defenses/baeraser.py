@@ -25,6 +25,7 @@ are not ascended on; BatchNorm statistics are the stored ones. The paper's share
 training set's size, though they come from the test set: --split.size. n, η, τ, I and the networks are not in it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -51,7 +52,8 @@ class Config(RecoveryConfig):
     epochs: int = 8
     """I, iterations of unlearning, before each of which ω is computed."""
     steps: int = 0
-    """Steps of SGD in an iteration; 0: a pass over the clean images, again if that is fewer than ten steps."""
+    """Steps of SGD in an iteration; 0: a pass over the clean images, again if that is fewer than ten steps, and 1 / α
+    times as many where α < 1 makes each of them shorter (ours)."""
     learning_rate: float = 0.01
     """Of SGD."""
     momentum: float = 0.9
@@ -63,7 +65,8 @@ class Config(RecoveryConfig):
     ascent_margin: float = 2.0
     """What the loss of a triggered image may exceed log C by before it is no more ascended, in nats."""
     holdout: float = 0.1
-    """Share of the clean images that nothing is learnt from, for the guard; in [0, 1). 0: it sees all of them."""
+    """Share of the clean images that nothing is learnt from, for the guard; in [0, 1). 0: it sees all of them. Where
+    the view has validation images, they are taken in place of a share."""
     largest_drop: float = 0.1
     """What an iteration may leave of accuracy on them below the given model's, a fraction; 1 switches the guard off."""
     batch_norm: Literal["frozen", "batch"] = "frozen"
@@ -106,7 +109,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         watch.observe(1, given)
         return given
     size = batch_of(config.batch_size, len(learn.labels), "clean images a step")
-    number = config.steps or max(len(learn.labels) // size, 10)
+    number = config.steps or math.ceil(max(len(learn.labels) // size, 10) / min(1.0, config.alpha))
     shared: dict[str, Any] = {
         "images": jnp.asarray(learn.images),
         "labels": jnp.asarray(learn.labels),
@@ -203,6 +206,8 @@ _DYNAMIC = ("alpha", "beta", "momentum")
 
 def _parted(config: Config, view: DefenderView, key: Key) -> tuple[DefenderView, DefenderView]:
     """The view to learn from, and the one that the guard is asked on."""
+    if view.validation is not None:
+        return view, view.validation
     total = len(view.labels)
     held = min(max(1, int(config.holdout * total)), total - 1) if config.holdout else 0
     if not held:

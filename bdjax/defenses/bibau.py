@@ -40,31 +40,42 @@ along a cosine and a gentle inverse EWC (λ4 0.01, c 100) keep R-ASR low at more
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.defenses._adversarial import adversarial, project
+from bdjax.defenses import _targeted
 from bdjax.defenses._batch import batch_of
-from bdjax.defenses._cosine import cosine
+from bdjax.defenses._blind_inversion import Static, ascender, one
 from bdjax.defenses._fisher import ewc, fisher
+from bdjax.defenses._pool import batches
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
-from bdjax.engine.optimizer import Name, direction, learning_rates
+from bdjax.engine.optimizer import direction, learning_rates
 from bdjax.errors import InputError, check_fields
-from bdjax.models import head, penultimate
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
+
+_PROCEDURES: dict[str, tuple[Any, Any]] = {
+    "epochs": (12, 20), "batch_size": (32, 256), "steps_per_epoch": (8, 0), "steps": (3, 20),
+    "optimizer": ("adam", "sgd"),
+    "learning_rate": (1e-3, 0.05), "batch_norm": ("frozen", "separate"), "ewc": (1.0, 1e-5),
+    "inverse_ewc": (1.0, 0.01), "clip": (0.01, 100.0),
+}  # fmt: skip
+"""What the robust procedure and the paper's fill in."""
 
 
 @dataclass(frozen=True)
 class Config:
     """The procedure."""
 
+    procedure: Literal["robust", "paper"] = "robust"
+    """Ours, for models that no setting was chosen on, or the paper's; a field at None takes its value from here."""
     variant: Literal["untargeted", "targeted"] = "untargeted"
-    """Ascend away from the true label, or towards `target`."""
+    """Ascend away from the true label, or towards `target`. In the robust procedure the untargeted variant looks for
+    the target itself."""
     target: int = 0
     """y_t of the targeted variant; not used by the other."""
     preset: Literal["general", "refool", "low_orthogonality"] = "general"
@@ -76,12 +87,14 @@ class Config:
     """Likelihood in the ascent and EWC in the descent."""
     constraints_b: bool = True
     """Prior in the ascent and inverse EWC in the descent."""
-    epochs: int = 20
-    """Passes over the clean images."""
-    batch_size: int = 256
-    """Images a step; all of them when there are fewer."""
-    steps: int = 20
-    """PGD steps an image."""
+    epochs: int | None = None
+    """Passes over the clean images, or times `steps_per_epoch` steps; robust 12, paper 20."""
+    batch_size: int | None = None
+    """Images a step; all of them when there are fewer. Robust 32, paper 256."""
+    steps_per_epoch: int | None = None
+    """Steps of θ an epoch, so that few images are no few steps; 0: one pass over the images. Robust 8, paper 0."""
+    steps: int | None = None
+    """PGD steps an image; robust 3, paper 20."""
     step_size: float = 2.0
     """Length of a step in units of 0..255."""
     bound: float = 25.0
@@ -94,27 +107,28 @@ class Config:
     """λ1."""
     prior: float = 1.0
     """λ2."""
-    ewc: float = 1e-5
-    """λ3."""
-    inverse_ewc: float = 0.01
-    """λ4."""
-    clip: float = 100.0
-    """c, where the inverse EWC stops to pull; positive."""
+    ewc: float | None = None
+    """λ3. Robust 1, where both distances are divided by that of all weights from zero, so that they do not grow with
+    the network; paper 1e-5."""
+    inverse_ewc: float | None = None
+    """λ4; robust 1, paper 0.01."""
+    clip: float | None = None
+    """c, where the inverse EWC stops to pull; positive. Robust 0.01, paper 100."""
     inverse: Literal["negated", "reciprocal"] = "negated"
     """Form of the inverse EWC (see above)."""
     temperature: float = 2.0
     """T of the distillation; positive."""
     mixing: float = 0.5
     """α, weight of the distillation against the label; in [0, 1]."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """Of θ; SGD with momentum 0.9."""
-    learning_rate: float = 0.05
-    """Of θ, at its peak."""
+    optimizer: Literal["sgd", "adam"] | None = None
+    """Of θ; SGD with momentum 0.9. Robust adam, paper sgd."""
+    learning_rate: float | None = None
+    """Of θ, at its peak; robust 1e-3, paper 0.05."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Of the learning rate, over all steps; cosine ends at zero."""
-    batch_norm: Literal["separate", "batch", "frozen"] = "separate"
+    batch_norm: Literal["separate", "batch", "frozen"] | None = None
     """Statistics in the outer step: the clean images' and the adversarial ones' own (the running ones follow the clean
-    ones), those of both together, or θ_b's, which stay."""
+    ones), those of both together, or θ_b's, which stay. Robust frozen, paper separate."""
     fisher_cap: float = 100.0
     """Largest entry of a Fisher whose mean is one. Ours: a few weights stand 1e4 times above the mean, and SGD with
     momentum diverges on the quadratic of EWC once 2 λ3 entry learning_rate > 3.8."""
@@ -125,6 +139,9 @@ class Config:
         if self.angle is None:
             angles = {"general": 0.9, "refool": 0.5, "low_orthogonality": 0.1}
             object.__setattr__(self, "angle", angles[self.preset])
+        for name, values in _PROCEDURES.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, values[self.procedure == "paper"])
         _check(self)
 
 
@@ -139,53 +156,95 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
       (float32 [4, H, W, C]), after each epoch.
     Raises InputError for a target that is no class, a class without a clean image, a loss that is not finite.
     """
+    settings: Any = config  # every None was filled in by its procedure
     model, total = victim.model, len(view.labels)
     _check_data(config, model, np.asarray(view.labels))
-    size = batch_of(config.batch_size, total, "clean images")
-    static = _static(config)
+    size = batch_of(settings.batch_size, total, "clean images")
+    hunt = None
+    if config.procedure == "robust":
+        hunt = _targeted.Hunt(_targeted.Search(refresh_steps=5), victim, view, jax.random.fold_in(key, 99), "BI-BAU")
+    static = _static(config, config.target if hunt is None or config.variant == "targeted" else hunt.scores.target)
     original = jax.tree.map(jnp.array, {"params": victim.variables["params"], "stats": victim.variables["batch_stats"]})
     shared: dict[str, Any] = {
         "images": jnp.asarray(view.images),
         "labels": jnp.asarray(view.labels),
         "original": original,
         "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
+        "deltas": _deltas(model, hunt),
     }
-    nothing, of_fisher = jax.tree.map(jnp.zeros_like, original["params"]), (config.fisher_batch, config.fisher_cap)
-    shared["fisher"] = {"clean": nothing, "unlearning": nothing}
-    if config.constraints_a:
-        shared["fisher"]["clean"] = fisher(model, victim.variables, view.images, view.labels, *of_fisher)
-    ascend = _ascender(model, static)
-    if config.constraints_b:
-        made = [
-            np.asarray(ascend(original, original, images, labels, keys, shared["hyper"]))
-            for images, labels, keys in _pieces(view, size, jax.random.fold_in(key, 0))
-        ]
-        shared["fisher"]["unlearning"] = fisher(
-            model, victim.variables, np.concatenate(made)[:total], view.labels, *of_fisher
-        )
+    shared["fisher"] = _fishers(settings, static, victim, view, original, shared, size, jax.random.fold_in(key, 0))
     state = {"params": jax.tree.map(jnp.copy, original["params"]), "stats": jax.tree.map(jnp.copy, original["stats"])}
-    state["opt"] = direction(config.optimizer, 0.9).init(state["params"])
-    step, number = _outer(model, static), total // size
-    rates = learning_rates(config.schedule, config.learning_rate, config.epochs * number)
-    for epoch in range(config.epochs):
+    state["opt"] = direction(settings.optimizer, 0.9).init(state["params"])
+    of_targets = np.zeros(0, int) if hunt is None else np.flatnonzero(np.isin(view.labels, hunt.present.goals))
+    step, number = _outer(model, static), settings.steps_per_epoch or total // size
+    rates = learning_rates(config.schedule, settings.learning_rate, settings.epochs * number)
+    for epoch in range(settings.epochs):
         epoch_key = jax.random.fold_in(key, epoch + 1)
-        order = jax.random.permutation(jax.random.fold_in(epoch_key, 0), total)[: number * size]
-        keys = jax.random.split(jax.random.fold_in(epoch_key, 1), (number, size))
-        split = {"index": order.reshape(number, size), "start": keys}
+        split = _batches(total, size, number, len(shared["deltas"]), of_targets, epoch_key)
         whole = {"rate": jnp.asarray(rates[epoch * number : (epoch + 1) * number])}
-        tick = partial(view.watch.tick, f"BI-BAU epoch {epoch + 1} of {config.epochs}")
+        tick = partial(view.watch.tick, f"BI-BAU epoch {epoch + 1} of {settings.epochs}")
         state, metrics = run_epoch(step, state, split, whole, shared, tick=tick)
         check_finite(metrics["loss"], whole["rate"], epoch * number, "outer loss", "defense.learning_rate")
         variables = {"params": state["params"], "batch_stats": state["stats"]}
+        if hunt is not None:
+            hunt.refresh(variables, jax.random.fold_in(epoch_key, 2))
+            shared["deltas"] = _deltas(model, hunt)
         some = slice(0, min(4, total))
         shown = to_float(view.images[some])
-        found = ascend(
+        found = ascender(model, static)(
             {"params": state["params"], "stats": state["stats"]}, original, shown, shared["labels"][some],
-            jax.random.split(epoch_key, len(shown)), shared["hyper"],
+            jax.random.split(epoch_key, len(shown)), shared["deltas"][jnp.full(len(shown), -1)], shared["hyper"],
         )  # fmt: skip
         means = {name: value.mean() for name, value in metrics.items()}
         view.watch.observe(epoch + 1, variables, perturbation=found - shown, **means)
     return variables
+
+
+def _deltas(model: Model, hunt: Any) -> jax.Array:
+    """Where ascents begin, beside the image: nowhere else, or at perturbations to suspicious classes; [K, H, W, C]."""
+    nothing = jnp.zeros((1, *model.shape))
+    return nothing if hunt is None else jnp.concatenate([nothing, hunt.enlarged(1.2)])
+
+
+def _fishers(
+    config: Any, static: Static, victim: Victim, view: DefenderView, original: Any, shared: Any, size: int, key: Key
+) -> dict[str, Any]:
+    """The two Fishers, and the distance of all weights from zero that theirs is divided by (1 in the paper's)."""
+    nothing = jax.tree.map(jnp.zeros_like, original["params"])
+    found: dict[str, Any] = {"clean": nothing, "unlearning": nothing, "scale": jnp.ones(2)}
+    of_fisher = (config.fisher_batch, config.fisher_cap)
+    if config.constraints_a:
+        found["clean"] = fisher(victim.model, victim.variables, view.images, view.labels, *of_fisher)
+    if config.constraints_b:
+        ascend = ascender(victim.model, static)
+        which = jnp.arange(size) % len(shared["deltas"])
+        made = [
+            np.asarray(ascend(original, original, images, labels, keys, shared["deltas"][which], shared["hyper"]))
+            for images, labels, keys in _pieces(view, size, key)
+        ]
+        images = np.concatenate(made)[: len(view.labels)]
+        found["unlearning"] = fisher(victim.model, victim.variables, images, view.labels, *of_fisher)
+    if config.procedure == "robust":
+        sizes = [ewc(nothing, original["params"], found[name]) for name in ("clean", "unlearning")]
+        found["scale"] = 1 / jnp.maximum(jnp.stack(sizes), 1e-12)
+    return found
+
+
+def _batches(total: int, size: int, number: int, starts: int, of_targets: np.ndarray, key: Key) -> dict[str, jax.Array]:
+    """Of one epoch, each [number, size]: images, the key of each, and where its ascent begins (0: at the image).
+
+    A share of each batch is of the suspicious classes, lest these be unlearned.
+    """
+    order = batches(jax.random.fold_in(key, 0), total, size, number)
+    if kept := round(_targeted.KEPT * size) if len(of_targets) else 0:
+        drawn = jax.random.choice(jax.random.fold_in(key, 3), jnp.asarray(of_targets, jnp.int32), (number, kept))
+        order = jnp.concatenate([order[:, kept:], drawn], 1)
+    keys = jax.random.split(jax.random.fold_in(key, 1), (number, size))
+    return {
+        "index": jnp.asarray(order),
+        "start": keys,
+        "which": jnp.broadcast_to(jnp.arange(size) % starts, order.shape),
+    }
 
 
 def inverse_ewc(distance: jax.Array, clip: Any, form: str) -> jax.Array:
@@ -201,81 +260,24 @@ _DYNAMIC = (
 )  # fmt: skip
 
 
-class _Static(NamedTuple):
-    """What of a Config changes the compiled program."""
-
-    variant: str
-    target: int
-    constraints_a: bool
-    constraints_b: bool
-    steps: int
-    norm: str
-    inverse: str
-    optimizer: Name
-    batch_norm: str
-
-
-def _static(config: Config) -> _Static:
-    return _Static(**{name: getattr(config, name) for name in _Static._fields})
-
-
-def _objective(model: Model, static: _Static, now: Any, original: Any, image: Any, label: Any, hyper: Any) -> Callable:
-    """L_adv of one image [H, W, C] (Eq. 22); `now` and `original` are {"params", "stats"}."""
-
-    def of(weights: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, features, _ = model.apply({"params": weights["params"], "batch_stats": weights["stats"]}, images[None])
-        return logits[0], penultimate(features)[0]
-
-    teacher, clean = of(original, image)[0], of(now, image)[1]
-    difference = head(original["params"]) - head(now["params"])
-
-    def objective(moved: jax.Array) -> jax.Array:
-        seen = of(original, moved)[0]
-        row = jnp.int32(static.target) if static.variant == "targeted" else seen.argmax()
-        value = jax.nn.log_softmax(seen)[row] if static.variant == "targeted" else -jax.nn.log_softmax(seen)[label]
-        if not (static.constraints_a or static.constraints_b):
-            return value
-        student, features = of(now, moved)
-        if static.constraints_a:
-            soft = jax.nn.softmax(teacher / hyper["temperature"])
-            log_soft = jax.nn.log_softmax(student / hyper["temperature"])
-            distance = optax.losses.kl_divergence(log_soft, soft) * hyper["temperature"] ** 2
-            entropy = -jax.nn.log_softmax(student)[label]
-            value -= hyper["likelihood"] * (hyper["mixing"] * distance + (1 - hyper["mixing"]) * entropy)
-        if static.constraints_b:
-            change = features - clean
-            aligned = cosine(change, difference[:, row]) - hyper["angle"] * jnp.abs(cosine(change, clean))
-            value += hyper["prior"] * aligned
-        return value
-
-    return objective
-
-
-def _one(model: Model, static: _Static, now: Any, original: Any, image: Any, label: Any, key: Key, hyper: Any) -> Any:
-    """The adversarial image of one image, float32 [H, W, C] in [0, 1]."""
-    objective = _objective(model, static, now, original, image, label, hyper)
-    noise = hyper["noise"] / 255 * jax.random.normal(key, image.shape)
-    step, bound = hyper["step_size"] / 255, hyper["bound"] / 255
-    start = project(image + noise, image, bound, static.norm)
-    return jax.lax.stop_gradient(adversarial(objective, image, start, static.steps, step, bound, static.norm))
+def _static(config: Config, target: int | None = None) -> Static:
+    """target: of a robust procedure that found it."""
+    values = {name: getattr(config, name) for name in Static._fields}
+    if target is not None and config.procedure == "robust":
+        values |= {"variant": "targeted", "target": target}
+    return Static(**values)
 
 
 @lru_cache(maxsize=32)
-def _ascender(model: Model, static: _Static) -> Callable:
-    """(now, original, images, labels, keys, hyper) -> adversarial images, all float32 [B, H, W, C]."""
-    return jax.jit(jax.vmap(partial(_one, model, static), (None, None, 0, 0, 0, None)))
-
-
-@lru_cache(maxsize=32)
-def _outer(model: Model, static: _Static) -> Callable:
+def _outer(model: Model, static: Static) -> Callable:
     """One ascent and one step of θ, in the engine's form."""
 
     def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
         hyper, original = shared["hyper"], shared["original"]
         images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
         now = {"params": state["params"], "stats": state["stats"]}
-        ascend = jax.vmap(partial(_one, model, static), (None, None, 0, 0, 0, None))
-        moved = ascend(now, original, images, labels, split["start"], hyper)
+        ascend = jax.vmap(partial(one, model, static), (None, None, 0, 0, 0, 0, None))
+        moved = ascend(now, original, images, labels, split["start"], shared["deltas"][split["which"]], hyper)
         weight = jnp.ones(len(labels))
         if static.variant == "targeted":
             weight = (labels != static.target).astype(jnp.float32)
@@ -293,10 +295,11 @@ def _outer(model: Model, static: _Static) -> Callable:
             moved_ = (each[len(labels) :] * weight).sum() / jnp.maximum(weight.sum(), 1)
             found, value = {"clean_loss": clean, "adversarial_loss": moved_}, clean + moved_
             if static.constraints_a:
-                found["ewc"] = ewc(params, original["params"], shared["fisher"]["clean"])
+                found["ewc"] = ewc(params, original["params"], shared["fisher"]["clean"]) * shared["fisher"]["scale"][0]
                 value += hyper["ewc"] * found["ewc"]
             if static.constraints_b:
-                found["inverse_ewc"] = ewc(params, original["params"], shared["fisher"]["unlearning"])
+                distance = ewc(params, original["params"], shared["fisher"]["unlearning"])
+                found["inverse_ewc"] = distance * shared["fisher"]["scale"][1]
                 value += hyper["inverse_ewc"] * inverse_ewc(found["inverse_ewc"], hyper["clip"], static.inverse)
             return value, ({"loss": value, **found}, stats)
 
@@ -333,6 +336,7 @@ def _check(config: Config) -> None:
         config,
         "defense",
         (("epochs", "batch_size", "steps", "fisher_batch"), "at least 1", lambda v: v >= 1),
+        (("steps_per_epoch",), "zero or more", lambda v: v >= 0),
         (("step_size", "bound", "clip", "temperature", "learning_rate", "fisher_cap"), "positive", lambda v: v > 0),
         (("noise", "likelihood", "prior", "ewc", "inverse_ewc", "target"), "zero or more", lambda v: v >= 0),
         (("angle", "mixing"), "in [0, 1]", lambda v: 0 <= v <= 1),

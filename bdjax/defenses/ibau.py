@@ -9,8 +9,12 @@ hypergradient of the outer loss (Eq. 2-3; :mod:`bdjax.hypergrad`). With g = −C
 fixed-point solver at step η this is v = Σ_{j<K} (I − η ∇²_δδ g)^j ∂E/∂δ, ∇ψ = ∂E/∂θ − η ∇²_θδ g v.
 
 `schedule="release"` is what the authors' code runs; `schedule="paper"` is Algorithm 1. They differ in much
-more than constants, so every difference is a field; a field left at None takes its schedule's value. "fast" is ours:
-the release's in ten short rounds of ten ascent and ten θ steps, each on the next ten batches of 64 images.
+more than constants, so every difference is a field; a field left at None takes its schedule's value. Two are ours.
+"fast" is the release's in ten short rounds of ten ascent and ten θ steps, each on the next ten batches of 64 images.
+"targeted", the default, was made for models that no setting was chosen on: one ascent finds one kind of maximum, and
+with the release's the backdoor often stays (experiments/foreign). Here δ are several perturbations: the smallest ones
+that send images to a suspicious class, from several starts, each put on its share of a batch (see
+:mod:`bdjax.defenses._targeted`). θ follows the hypergradient with all of them as δ and, on clean images, the victim.
 
 Deviations from the release: at least one image of a batch is patched (`int(0.01 B)` is none below 100
 images, which silences the indirect term); a last, smaller batch is padded with weight zero; the reported
@@ -30,31 +34,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax import models
+from bdjax.defenses import _targeted
+from bdjax.defenses._batch import in_order, patched
+from bdjax.defenses._bilevel import Static, bilevel, losses
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
-from bdjax.engine.optimizer import Name, direction
+from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError, check_fields
 from bdjax.hypergrad import check, hypergradient, solver
-from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
+from bdjax.types import DefenderView, Key, Model, Variables, Victim
 
 
 @dataclass(frozen=True)
 class Config:
     """The procedure. A field that says "release ..., paper ..." takes its schedule's value when None."""
 
-    schedule: Literal["release", "paper", "fast"] = "release"
-    """The official release's procedure, Algorithm 1, or the release's in short rounds."""
+    schedule: Literal["targeted", "release", "paper", "fast"] = "targeted"
+    """Several targeted perturbations, the official release's procedure, Algorithm 1, or the release's in short rounds.
+    In a targeted one `inner_labels`, `inner_data`, `inner_optimizer`, `inner_lr`, `norm_bound`, `clamp`,
+    `hessian_data`, `outer_optimizer`, `batch_norm` and `products` have no effect."""
     rounds: int | None = None
-    """Times that δ is found anew; release 5 (script default), paper 100 (its GTSRB tables), fast 10."""
+    """Times that δ is found anew; targeted at most 8, release 5 (script default), paper 100 (its GTSRB tables), fast
+    10."""
     batch_size: int | None = None
-    """Images a batch, in their given order; 0: all in one. Release 100, paper 0, fast 64."""
+    """Images a batch, in their given order (targeted: drawn); 0: all in one. Release 100, paper 0, else 64."""
     inner_labels: Literal["predicted", "true"] | None = None
     """Labels that the ascent moves away from; release predicted (by the current θ), paper true."""
     inner_data: Literal["batch", "all"] | None = None
     """What one ascent step sees; release one batch, paper all images."""
     inner_steps: int | None = None
-    """Ascent steps T; 0: one for each batch. Release 0, paper and fast 10."""
+    """Ascent steps T; 0: one for each batch. Release 0, else 10."""
     inner_optimizer: Literal["sgd", "adam"] | None = None
     """Of δ, started anew each round; sgd in both (the release's GTSRB notebook: adam, inner_lr 1)."""
     inner_lr: float | None = None
@@ -67,9 +76,9 @@ class Config:
     clamp: bool | None = None
     """Clip x + δ to [0, 1]; release no (CIFAR-10; its GTSRB notebook clips), paper yes."""
     patched_fraction: float | None = None
-    """Share of a batch that carries δ in the outer loss (at least one image); release 0.01, paper 1."""
+    """Share of a batch that carries δ in the outer loss (at least one image); targeted 0.4, release 0.01, paper 1."""
     outer_steps: int | None = None
-    """θ steps on one δ, cycling through the batches; 0: one for each batch. Release 0, paper 1, fast 10."""
+    """θ steps on one δ, cycling through the batches; 0: one for each batch. Release 0, paper 1, else 10."""
     hessian_data: Literal["first_batch", "same_batch"] | None = None
     """Which batch the inner objective in the hypergradient is of; release the first, paper the outer one."""
     outer_optimizer: Literal["adam", "sgd"] | None = None
@@ -80,15 +89,20 @@ class Config:
     """Statistics: the stored ones (the release runs in eval mode; scale and shift are trained), or the batch's."""
     solver: str = "fixed_point"
     """Of the hypergradient: a name in docs/solvers.md, or the path of a .py file with solve(matvec, b)."""
-    solver_iterations: int = 5
-    """K. With fixed_point, K − 1 Hessian-vector products: the first iteration multiplies zero."""
-    solver_step: float = 0.1
-    """η of fixed_point, neumann, one_step and unrolled; unrelated to inner_lr in the release."""
+    solver_iterations: int | None = None
+    """K; targeted 2, else 5. With fixed_point, K − 1 Hessian-vector products: the first iteration multiplies zero."""
+    solver_step: float | None = None
+    """η of fixed_point, neumann, one_step and unrolled; unrelated to inner_lr in the release. Targeted 0.01, for with
+    0.1 its perturbations make the map diverge and accuracy falls; else 0.1."""
     ridge: float = 0.0
     """Multiple of the identity added to the inner Hessian."""
     products: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in inside the inner objective of the hypergradient, hence in the products with its
     Hessian; the ascent and the outer loss are not touched. bfloat16 changes the indirect term by a few percent."""
+    perturbations: int = 4
+    """Targeted: perturbations that are unlearned together."""
+    distillation: float = 0.8
+    """Targeted: weight, in [0, 1], of the cross-entropy with the given model's predictions on clean images."""
 
     def __post_init__(self) -> None:
         schedules = {
@@ -96,16 +110,21 @@ class Config:
                 rounds=5, batch_size=100, inner_labels="predicted", inner_data="batch", inner_steps=0,
                 inner_optimizer="sgd", inner_lr=10.0, penalty=0.001, norm_bound=math.inf, clamp=False,
                 patched_fraction=0.01, outer_steps=0, hessian_data="first_batch", outer_optimizer="adam", outer_lr=1e-3,
+                solver_iterations=5, solver_step=0.1,
             ),
             "paper": dict(
                 rounds=100, batch_size=0, inner_labels="true", inner_data="all", inner_steps=10,
                 inner_optimizer="sgd", inner_lr=0.1, penalty=0.0, norm_bound=10.0, clamp=True, patched_fraction=1.0,
                 outer_steps=1, hessian_data="same_batch", outer_optimizer="sgd", outer_lr=0.1,
+                solver_iterations=5, solver_step=0.1,
             ),
         }  # fmt: skip
         schedules["fast"] = schedules["release"] | dict(
             rounds=10, batch_size=64, inner_steps=10, outer_steps=10,
         )  # fmt: skip
+        schedules["targeted"] = schedules["fast"] | dict(
+            rounds=8, clamp=True, patched_fraction=0.4, solver_iterations=2, solver_step=0.01
+        )
         for name, value in schedules[self.schedule].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -122,6 +141,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     Returns: the cleaned variables; the watch is shown them and δ (float32 [1, H, W, C]) after each round.
     """
     settings: Any = config  # every None was filled in by its schedule
+    if config.schedule == "targeted":
+        return _unlearn_targeted(settings, victim, view, key)
     batches, shared = _prepared(config, victim, view)
     inner, outer = _steps(victim.model, _static(config))
     state = {"params": jax.tree.map(jnp.copy, victim.variables["params"])}
@@ -142,6 +163,17 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     return variables
 
 
+def _unlearn_targeted(config: Any, victim: Victim, view: DefenderView, key: Key) -> Variables:
+    rounds = _targeted.Rounds(
+        "I-BAU", config.rounds, config.outer_steps or 1, config.batch_size or len(view.labels), config.outer_lr,
+        "defense.outer_lr", config.patched_fraction, config.distillation, solver=config.solver,
+        solver_iterations=config.solver_iterations, solver_step=config.solver_step, ridge=config.ridge,
+        penalty=config.penalty,
+    )  # fmt: skip
+    search = _targeted.Search(refresh_steps=config.inner_steps or 1, starts=config.perturbations)
+    return _targeted.unlearn(rounds, search, victim, view, key)
+
+
 class Problem(NamedTuple):
     """The bilevel problem of one θ step: `build(model, arrays) -> (g, E)`, both (δ, θ) -> scalar, and δ."""
 
@@ -156,7 +188,10 @@ def problem(config: Config, victim: Victim, view: DefenderView, key: Key) -> Pro
     """The bilevel problem of :func:`purify`'s first θ step, on one device, for comparing solvers on it.
 
     Nothing in it depends on the solver or on `products`; the losses compute in the dtype of the model given to build.
+    Raises InputError for the targeted schedule.
     """
+    if config.schedule == "targeted":
+        raise InputError("solvers are compared on one δ: use --defense.schedule release, paper or fast.")
     settings: Any = config
     with parallel.using(1):
         batches, shared = _prepared(config, victim, view)
@@ -166,12 +201,12 @@ def problem(config: Config, victim: Victim, view: DefenderView, key: Key) -> Pro
         delta = _ascend(settings, _steps(victim.model, static)[0], victim.model.shape, batches, start, tick)
     split = _outer_batches(settings, batches, jax.random.fold_in(key, 0))
     arrays = {"shared": shared, "split": jax.tree.map(lambda leaf: leaf[0], split)}
-    return Problem(lambda model, a: _bilevel(model, static, a["shared"], a["split"], None), arrays, delta)
+    return Problem(lambda model, a: bilevel(model, static, a["shared"], a["split"], None), arrays, delta)
 
 
 def _prepared(config: Any, victim: Victim, view: DefenderView) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """The batches, and what every step shares."""
-    batches = _batches(len(view.labels), config.batch_size or len(view.labels), parallel.count())
+    batches = in_order(len(view.labels), config.batch_size or len(view.labels), parallel.count())
     shared = {
         "images": jnp.asarray(view.images),
         "labels": jnp.asarray(view.labels),
@@ -187,7 +222,7 @@ def _outer_batches(config: Any, batches: dict[str, jax.Array], key: Key, round_:
     number, size = len(batches["index"]), int(batches["images"][0])
     which = _turn(round_, config.outer_steps or number, number)
     split = {name: batches[name][which] for name in _SPLIT}
-    split["patched"] = _patched(split["weight"], size, max(1, int(config.patched_fraction * size)), key)
+    split["patched"] = patched(split["weight"], size, max(1, int(config.patched_fraction * size)), key)
     return split
 
 
@@ -195,70 +230,14 @@ _DYNAMIC = ("inner_lr", "penalty", "outer_lr", "solver_step", "ridge")  # other 
 _SPLIT = ("index", "weight")
 
 
-class _Static(NamedTuple):
-    """What of a Config changes the compiled program."""
-
-    inner_labels: str
-    inner_optimizer: Name
-    clamp: bool
-    hessian_data: str
-    outer_optimizer: Name
-    batch_norm: str
-    solver: str
-    solver_iterations: int
-    products: str
-
-
-def _static(config: Config) -> _Static:
-    return _Static(**{name: getattr(config, name) for name in _Static._fields})
+def _static(config: Config) -> Static:
+    return Static(**{name: getattr(config, name) for name in Static._fields})
 
 
 @lru_cache(maxsize=32)
-def _losses(model: Model, static: _Static) -> tuple[Callable, Callable]:
-    """The cross-entropy of one batch with δ on, and the inner objective g."""
-
-    def entropy(delta: jax.Array, params: Any, shared: Any, split: Any, axis: str | None, labels: Any = None):
-        """This device's share of CE(f(x + δ), y); the weights of a batch sum to one over all devices."""
-        images = to_float(shared["images"][split["index"]]) + delta
-        images = jnp.clip(images, 0, 1) if static.clamp else images
-        variables = {"params": params, "batch_stats": shared["batch_stats"]}
-        logits = model.apply(variables, images, static.batch_norm == "batch", None, axis)[0]
-        labels = shared["labels"][split["index"]] if labels is None else labels
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return (losses * split["weight"]).sum(), logits
-
-    def g(delta: jax.Array, params: Any, shared: Any, split: Any, axis: str | None, labels: Any = None) -> jax.Array:
-        """This device's share of the inner objective −CE + penalty ‖δ‖²."""
-        penalty = shared["hyper"]["penalty"] * (delta**2).sum() / parallel.size(axis)
-        return penalty - entropy(delta, params, shared, split, axis, labels)[0]
-
-    return entropy, g
-
-
-def _bilevel(model: Model, static: _Static, shared: Any, split: Any, axis: str | None) -> tuple[Callable, Callable]:
-    """g(δ, θ) and E(δ, θ) of one θ step."""
-    entropy = _losses(model, static)[0]
-    if static.products != "float32":
-        model = models.as_dtype(model, jnp.dtype(static.products))
-    g = _losses(model, static)[1]
-    inner_split = split
-    if static.hessian_data == "first_batch":
-        inner_split = jax.tree.map(partial(_own_part, axis=axis), shared["first"])
-
-    def inner(delta: jax.Array, params: Any) -> jax.Array:
-        return g(delta, params, shared, inner_split, axis)
-
-    def outer(delta: jax.Array, params: Any) -> jax.Array:
-        patch = jnp.where(split["patched"][:, None, None, None], delta, jnp.zeros_like(delta))
-        return entropy(patch, params, shared, split, axis)[0]
-
-    return inner, outer
-
-
-@lru_cache(maxsize=32)
-def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
+def _steps(model: Model, static: Static) -> tuple[Callable, Callable]:
     """The inner and the outer step, in the engine's form (see :mod:`bdjax.engine.parallel`)."""
-    entropy, g = _losses(model, static)
+    entropy, g = losses(model, static)
 
     def inner(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
         """Gather this batch's gradient; step δ when the last batch of a step is in."""
@@ -278,7 +257,7 @@ def _steps(model: Model, static: _Static) -> tuple[Callable, Callable]:
         """One hypergradient step of θ."""
         hyper = shared["hyper"]
         value, gradient, _ = hypergradient(
-            *_bilevel(model, static, shared, split, axis),
+            *bilevel(model, static, shared, split, axis),
             shared["delta"],
             state["params"],
             solver(static.solver, static.solver_iterations, hyper["solver_step"], hyper["ridge"]),
@@ -316,43 +295,6 @@ def _ascend(
     return delta * jnp.minimum(1, config.norm_bound / jnp.maximum(jnp.linalg.norm(delta), 1e-12))
 
 
-def _own_part(leaf: jax.Array, axis: str | None) -> jax.Array:
-    """This device's share of a batch that every device was given whole."""
-    if axis is None:
-        return leaf
-    part = leaf.shape[0] // parallel.size(axis)
-    return jax.lax.dynamic_slice_in_dim(leaf, jax.lax.axis_index(axis) * part, part)
-
-
-def _batches(total: int, size: int, devices: int) -> dict[str, jax.Array]:
-    """Batches in the given order, padded to one shape that the devices divide.
-
-    index int32 and weight float32 [batches, padded size] (weights of a batch sum to one), images float32 [batches].
-    """
-    size = min(size, total)
-    number = -(-total // size)
-    padded = -(-size // devices) * devices
-    place = np.arange(number)[:, None] * size + np.arange(padded)
-    real = (np.arange(padded) < size) & (place < total)
-    images = real.sum(1)
-    return {
-        "index": jnp.asarray(np.where(real, place, 0), jnp.int32),
-        "weight": jnp.asarray(real / images[:, None], jnp.float32),
-        "images": jnp.asarray(images, jnp.float32),
-    }
-
-
-def _patched(weight: jax.Array, size: int, count: int, key: Key) -> jax.Array:
-    """Exactly `count` images of each batch (all, if it has fewer), drawn at random: bool [batches, padded size].
-
-    The draw is over the `size` places before padding, so that it is the same on any number of devices.
-    """
-    score = jax.random.uniform(key, (len(weight), size))
-    score = jnp.where(weight > 0, jnp.pad(score, ((0, 0), (0, weight.shape[1] - size))), -1)
-    rank = jnp.argsort(jnp.argsort(-score, axis=1), axis=1)
-    return (rank < count) & (weight > 0)
-
-
 def _check(config: Config) -> None:
     check_fields(
         config,
@@ -363,6 +305,6 @@ def _check(config: Config) -> None:
         (("patched_fraction",), "in (0, 1]", lambda v: 0 < v <= 1),
     )
     try:
-        check(config.solver, config.solver_iterations, config.solver_step, config.ridge)
+        check(config.solver, config.solver_iterations or 0, config.solver_step or 0.0, config.ridge)
     except InputError as error:
         raise InputError(f"defense.solver={config.solver}: {error}") from None

@@ -36,12 +36,7 @@ def summary(result: dict[str, Any], out: Path) -> str:
 def notes(result: dict[str, Any]) -> list[str]:
     """What a reader must know before believing any of it."""
     accuracy, after = result["accuracy"], result["audit"]["after"]
-    found = [f"Warning: {warning}" for warning in result.get("warnings", [])]
-    found += [
-        f"The smallest perturbation towards class {result['classes'][row['class']]} turned {100 * row['before']:.0f} % "
-        f"of {row['n']} held-out images before and {100 * row['after']:.0f} % after."
-        for row in result["perturbations"][:1]
-    ]
+    found = [f"Warning: {warning}" for warning in result.get("warnings", [])] + _estimated(result)
     if result["rolled_back_to"] is not None:
         found.append(
             "Accuracy on images that the defense had kept apart fell too far: it gave back "
@@ -67,4 +62,21 @@ def notes(result: dict[str, Any]) -> list[str]:
         found.append(
             f"No image was held out of {len(bare)} of {len(result['classes'])} classes: {', '.join(bare[:10])}."
         )
+    return found
+
+
+def _estimated(result: dict[str, Any]) -> list[str]:
+    """The trigger-free estimate in words; of each form of trigger the class that was the most suspicious."""
+    if result["estimate"] is None:
+        return ["Too few clean images to estimate, without the trigger, what is left of an attack."]
+    found, names = [], {"additive": "smallest perturbation", "patch": "smallest patch"}
+    for form, name in names.items():
+        row = next(row for row in result["estimate"]["flips"] if row["form"] == form)
+        found.append(
+            f"The {name} towards class {result['classes'][row['label']]} that was recovered from the model turned "
+            f"{100 * row['before']:.0f} % of {row['n']} clean images before and turns {100 * row['after']:.0f} % now; "
+            f"recovered anew, {100 * row['anew']:.0f} %."
+        )
+    rate = result["estimate"]["rate"]
+    found.append(f"Estimate of the attack success rate that is left, without knowing the trigger: {100 * rate:.0f} %.")
     return found

@@ -35,8 +35,10 @@ def ibau(run: Run) -> None:
     A seed that would take longer than is left is not begun.
     """
     fit, model = (SMALL, "cnn") if run.smoke else (FitConfig(epochs=50), "small_vgg")
-    config = ibau_.Config(rounds=1, batch_size=50) if run.smoke else ibau_.Config()
-    split = SplitConfig(source="test", size=100 if run.smoke else 5000, order="given")
+    config = (
+        ibau_.Config(schedule="release", rounds=1, batch_size=50) if run.smoke else ibau_.Config(schedule="release")
+    )
+    split = SplitConfig(source="test", size=100 if run.smoke else 5000, order="given", validation=0.0)
     longest = 0.0
     for seed in SEEDS[:1] if run.smoke else SEEDS:
         if longest > run.left():
@@ -56,11 +58,15 @@ def bibau(run: Run) -> None:
     10 epochs of training for the paper's 200, 6 of unlearning for its 20: these numbers are not the paper's.
     """
     fit = FitConfig(10, 128, "sgd", 0.1, 0.9, 5e-4, "cosine", "crop_flip", "bfloat16")
-    config = bibau_.Config(variant="untargeted", epochs=6)
-    model, split, again = "resnet18", SplitConfig(source="train", size=2500), retuning.Config()
+    config = bibau_.Config(procedure="paper", variant="untargeted", epochs=6)
+    model, split, again = "resnet18", SplitConfig(source="train", size=2500, validation=0.0), retuning.Config()
     if run.smoke:
-        fit, model, split = FitConfig(2, 40, precision="bfloat16"), "cnn", SplitConfig(source="train", size=50)
-        config = bibau_.Config(variant="untargeted", epochs=1, batch_size=25, steps=1)
+        fit, model, split = (
+            FitConfig(2, 40, precision="bfloat16"),
+            "cnn",
+            SplitConfig(source="train", size=50, validation=0.0),
+        )
+        config = bibau_.Config(procedure="paper", variant="untargeted", epochs=1, batch_size=25, steps=1)
         again = retuning.Config(share=0.1, epochs=1)
     attack = badnets.Config(target=0, ratio=0.1, size=1 if run.smoke else 3, margin=0, exclude_target=False)
     experiment = _experiment(run, model, fit, split, "bibau", config, attack=attack)
@@ -78,9 +84,9 @@ def bibau(run: Run) -> None:
 def age(run: Run) -> None:
     """AGE without backdoor knowledge on resnet18_imagenet, ten epochs of training (experiments/age_table1.py)."""
     fit = FitConfig(10, 128, "sgd", 0.1, 0.9, 5e-4, "cosine", "crop_flip")
-    model, split = "resnet18_imagenet", SplitConfig(source="test", size=512, order="stratified")
+    model, split = "resnet18_imagenet", SplitConfig(source="test", size=512, order="stratified", validation=0.0)
     if run.smoke:
-        fit, model, split = SMALL, "cnn", SplitConfig(source="test", size=50, order="stratified")
+        fit, model, split = SMALL, "cnn", SplitConfig(source="test", size=50, order="stratified", validation=0.0)
     experiment = _experiment(run, model, fit, split, "age", age_.Config())
     _defended(run, _trained(run, experiment), experiment)
 
@@ -88,7 +94,7 @@ def age(run: Run) -> None:
 def baeraser(run: Run) -> None:
     """BAERASER on the victim that the step `ibau` trained with seed 0. Raises SkipStep without it."""
     fit, model = (SMALL, "cnn") if run.smoke else (FitConfig(epochs=50), "small_vgg")
-    split = SplitConfig(source="test", size=100 if run.smoke else 2500)
+    split = SplitConfig(source="test", size=100 if run.smoke else 2500, validation=0.0)
     config = baeraser_.Config()
     if run.smoke:
         config = baeraser_.Config(epochs=1, steps=1, thresholds=(0.5,), iterations=2, samples=2, hidden=8, noise_size=4)

@@ -1,6 +1,6 @@
 """Defenses with their defaults on models that their settings were not chosen on: ACC, ASR, drop, seconds, memory.
 
-    python experiments/foreign/bench.py victims.json --out runs/foreign [--defenses ibau,targeted_unlearning]
+    python experiments/foreign/bench.py victims.json --out runs/foreign [--defenses ibau,bibau,auto]
         [--sizes 100,500,2500] [--seeds 0,1,2] [--sets dev,test]
 
 `victims.json` is a list of {"name", "set", "path", "dataset"}: the path of a victim directory, or of a weight file,
@@ -19,6 +19,7 @@ from typing import Any
 
 from bdjax import checkpoint, datasets, interop, registry, run
 from bdjax.experiment import SplitConfig
+from bdjax.victim import Context
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("victims", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/foreign"))
-    parser.add_argument("--defenses", default="ibau,targeted_unlearning")
+    parser.add_argument("--defenses", default="ibau,bibau,auto")
     parser.add_argument("--sizes", default="500")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--sets", default="")
@@ -65,14 +66,20 @@ def one(victim: dict[str, Any], folder: Path, defense: str, size: int, seed: int
     config = registry.load("defenses", defense).Config()
     result = run.defend(
         path, defense, config, out / f"{victim['name']}-{defense}-{size}-{seed}",
-        split=SplitConfig("test", size, "stratified"), seed=seed, data=datasets.load(dataset), dataset=dataset, **given,
+        split=SplitConfig("test", size, "stratified"), seed=seed, data=datasets.load(dataset), dataset=dataset,
+        context=Context(estimate=True), **given,
     )  # fmt: skip
+    rounds = result["rounds"]
+    chosen = next((int(row["chosen"]) for row in rounds if "chosen" in row), None)
     return {
         "victim": victim["name"], "set": victim["set"], "defense": defense, "size": size, "seed": seed,
         "n_test": result["n_test"], "n_asr": result["n_asr"],
         **{f"{phase}_{rate}": 100 * result[phase][rate] for phase in ("before", "after") for rate in ("acc", "asr")},
         "detection": result["detection"], "seconds": result["seconds"]["defense"],
-        "rolled_back": any("rolled_back_to" in row for row in result["rounds"]),
+        "rolled_back": any("rolled_back_to" in row for row in rounds),
+        "ctca": [result[phase]["ctca"] for phase in ("before", "after")],
+        "estimate": result["estimate"],
+        "chosen": None if chosen is None else config.methods[chosen] if chosen >= 0 else "none",
         "peak_memory_bytes": result["peak_memory_bytes"], "device": result["env"]["device"],
     }  # fmt: skip
 
@@ -80,15 +87,18 @@ def one(victim: dict[str, Any], folder: Path, defense: str, size: int, seed: int
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, and for each defense and size how many victims meet the goal."""
     lines = [
-        "| set | victim | defense | images | seed | ACC before, after | ASR before, after | seconds | n (ACC, ASR) |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+        "| set | victim | defense | images | seed | ACC before, after | ASR before, after | estimate | seconds | GB "
+        "| n (ACC, ASR) |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in sorted(rows, key=lambda r: (r["set"], r["victim"], r["size"], r["seed"], r["defense"])):
-        back = " (rolled back)" if row["rolled_back"] else ""
+        back = " (rolled back)" if row["rolled_back"] else f" ({row['chosen']})" if row.get("chosen") else ""
+        estimate = f"{100 * row['estimate']['rate']:.0f}" if row.get("estimate") else ""
         lines.append(
             f"| {row['set']} | {row['victim']} | {row['defense']}{back} | {row['size']} | {row['seed']} "
             f"| {row['before_acc']:.1f}, {row['after_acc']:.1f} | {row['before_asr']:.1f}, {row['after_asr']:.1f} "
-            f"| {row['seconds']:.0f} | {row['n_test']}, {row['n_asr']} |"
+            f"| {estimate} | {row['seconds']:.0f} | {row['peak_memory_bytes'] / 1e9:.1f} "
+            f"| {row['n_test']}, {row['n_asr']} |"
         )
     lines += [
         "",

@@ -1,0 +1,87 @@
+"""The guard: which images judge, which round is kept, what is handed back, what the watch is told."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quarters import Seen, clean_images, victim
+
+from bdjax.defenses._guard import FEWEST, accuracy, guarded, split_off
+from bdjax.types import DefenderView
+
+KEY = jax.random.key(3)
+
+
+class Rounds(Seen):
+    """Keeps what each round shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.rounds = []
+
+    def observe(self, step, variables, **arrays):
+        super().observe(step, variables, **arrays)
+        self.rounds.append((step, variables, arrays))
+
+
+def ruined(variables, by=0.0):
+    """The victim's parameters, all set to zero or moved: all images are called by one class."""
+    return {**variables, "params": jax.tree.map(lambda p: p * by, variables["params"])}
+
+
+def defense(*rounds):
+    """A method whose rounds give these variables, the last of which it returns."""
+
+    def purify(config, suspect, view, key):
+        assert view.validation is not None
+        for step, variables in enumerate(rounds, 1):
+            view.watch.observe(step, variables)
+        return rounds[-1]
+
+    return SimpleNamespace(purify=purify)
+
+
+@pytest.mark.parametrize("good", [0, 1, 2])
+def test_the_last_round_that_holds_accuracy_is_handed_back(good):
+    suspect, watch = victim(True), Rounds()
+    view = split_off(dataclasses.replace(clean_images(), watch=watch), 0.2, KEY)
+    fine = [ruined(suspect.variables, 1.0 + 0.001 * step) for step in (1, 2)][:good]
+    cleaned = guarded(defense(*fine, ruined(suspect.variables)), None, suspect, view, KEY, 0.1)
+    expected = fine[-1] if good else suspect.variables
+    jax.tree.map(np.testing.assert_array_equal, cleaned["params"], expected["params"])
+    step, shown, arrays = watch.rounds[-1]
+    assert step == good + 2 and int(arrays["rolled_back_to"]) == good
+    jax.tree.map(np.testing.assert_array_equal, shown["params"], expected["params"])
+    judged = [float(arrays["validation_accuracy"]) for _, _, arrays in watch.rounds[:-1]]
+    assert judged[-1] < accuracy(suspect, suspect.variables, view.validation) - 0.1
+
+
+def test_a_defense_that_holds_is_not_touched_and_says_nothing():
+    suspect, watch = victim(True), Rounds()
+    view = split_off(dataclasses.replace(clean_images(), watch=watch), 0.2, KEY)
+    last = ruined(suspect.variables, 1.01)
+    assert guarded(defense(ruined(suspect.variables), last), None, suspect, view, KEY, 0.1) is last
+    assert not any("rolled_back_to" in arrays for _, _, arrays in watch.rounds)
+
+
+def test_the_judges_images_are_not_learnt_from():
+    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
+    view = DefenderView(images, np.tile(np.arange(4, dtype=np.int32), 25), trigger=lambda x, key: x)
+    apart = split_off(view, 0.2, KEY)
+    assert len(apart.labels) == 80 and len(apart.validation.labels) == 20 and apart.trigger is view.trigger
+    assert not set(apart.images.ravel().tolist()) & set(apart.validation.images.ravel().tolist())
+    assert np.bincount(apart.validation.labels).tolist() == [5] * 4
+
+
+def test_few_images_are_all_learnt_from():
+    view = DefenderView(np.zeros((40, 1, 1, 1), np.uint8), np.zeros(40, np.int32))
+    assert split_off(view, 0.2, KEY) is view and round(0.2 * 40) < FEWEST
+    assert split_off(view, 0.0, KEY) is view
+
+    def purify(config, suspect, view, key):
+        return jnp.float32(7)
+
+    assert guarded(SimpleNamespace(purify=purify), None, None, view, KEY, 0.1) == 7

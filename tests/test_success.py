@@ -1,0 +1,122 @@
+"""The estimate without the trigger, and the automatic choice of a defense by it."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quarters import Seen, clean_images, victim
+
+from bdjax import registry
+from bdjax.defenses import _success, auto
+from bdjax.defenses._guard import split_off
+from bdjax.errors import InputError
+
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def view():
+    return split_off(clean_images(), 0.25, KEY)
+
+
+@pytest.fixture(scope="module")
+def before(view):
+    return _success.recover(victim(True), np.array([1, 0], np.int32), view, KEY)
+
+
+def estimate(before, cleaned, view):
+    return _success.estimate(before, victim(True), cleaned, view, view.validation, KEY)
+
+
+def test_both_forms_of_trigger_find_the_pixel_of_the_back_door(before):
+    for found in (before.additive[0], (before.masks * before.patterns)[0]):
+        assert np.unravel_index(np.abs(found[..., 0]).argmax(), (4, 4)) == (0, 0)
+    assert before.sizes[0, 0] < before.sizes[0, 1] and before.sizes[1, 0] < before.sizes[1, 1]
+
+
+def test_the_estimate_is_high_for_the_victim_and_low_without_the_back_door(before, view):
+    suspect, healed = victim(True), victim(False)
+    kept = estimate(before, suspect.variables, view)
+    row = next(row for row in kept.flips if row.form == "additive" and row.label == 1)
+    assert row.before == row.after > 0.8 and kept.rate >= row.after
+    assert row.n == (view.validation.labels != 1).sum()
+    gone = estimate(before, healed.variables, view)
+    of_target = [row for row in gone.flips if row.label == 1]
+    assert {row.form for row in of_target} == {"additive", "patch"}
+    assert gone.rate > 0.5  # a natural class is reached as easily as before: it tells nothing
+    assert all(row.after < 0.2 and row.anew == 0 and row.size_anew > 1.5 * row.size for row in of_target)
+    assert set(gone.plain()) == {"rate", "flips"} and gone.rate == max(max(r.after, r.anew) for r in gone.flips)
+
+
+def test_the_most_suspicious_classes_are_the_nearest(view):
+    assert _success.suspicious(victim(True), view, KEY).tolist() == [1]
+    scores = SimpleNamespace(classes=np.array([0.5, np.nan, 3.0, 2.5, 2.9, 2.8], np.float32))
+    assert _success.most_suspicious(scores).tolist() == [2, 4, 5]  # three at most
+    scores.classes[4:] = 1.0
+    assert _success.most_suspicious(scores).tolist() == [2, 3]
+
+
+class Rounds(Seen):
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def observe(self, step, variables, **arrays):
+        self.rows.append({"step": step, **{k: float(v) for k, v in arrays.items() if jnp.ndim(v) == 0}})
+
+
+def methods(monkeypatch, **results):
+    """Stand-ins for defenses: each returns the parameters of its name."""
+    real = registry.load
+
+    def load(kind, name):
+        if name not in results:
+            return real(kind, name)
+        return SimpleNamespace(Config=lambda: None, purify=lambda config, suspect, view, key: results[name])
+
+    monkeypatch.setattr(registry, "load", load)
+    return auto.Config(methods=tuple(results))
+
+
+def test_auto_stops_at_the_first_that_passes_and_reports_every_try(monkeypatch, view):
+    suspect, healed = victim(True), victim(False)
+    scarred = {**healed.variables, "params": {"head": {"kernel": healed.variables["params"]["head"]["kernel"] * 0}}}
+    tried = methods(monkeypatch, nothing=suspect.variables, ruin=scarred, heal=healed.variables, never=None)
+    watch = Rounds()
+    cleaned = auto.purify(tried, suspect, dataclasses.replace(view, watch=watch), KEY)
+    np.testing.assert_array_equal(cleaned["params"]["head"]["kernel"], healed.variables["params"]["head"]["kernel"])
+    rows = [row for row in watch.rows if "tried" in row]
+    assert [row["tried"] for row in rows] == [0, 1, 2]
+    assert rows[0]["estimated_rate"] > 0.8 and rows[2]["estimated_rate"] < 0.2
+    assert any(row.get("rolled_back_to") == 0 for row in watch.rows)  # what was ruined is the victim again
+    assert watch.rows[-1]["chosen"] == 2
+    assert [row["step"] for row in watch.rows] == list(range(1, len(watch.rows) + 1))
+
+
+def test_auto_returns_the_best_when_none_passes(monkeypatch, view):
+    suspect = victim(True)
+    weaker = jax.tree.map(lambda p: p * 0.9, suspect.variables)
+    tried = methods(monkeypatch, first=suspect.variables, second=weaker)
+    watch = Rounds()
+    auto.purify(tried, suspect, dataclasses.replace(view, watch=watch), KEY)
+    rates = [row["estimated_rate"] for row in watch.rows if "tried" in row]
+    assert len(rates) == 2 and min(rates) > 0.1
+    assert watch.rows[-1]["chosen"] == int(np.argmin(rates))
+
+
+@pytest.mark.parametrize("name", ["auto", "universal"])
+def test_auto_refuses_what_cleans_nothing_by_itself(name):
+    with pytest.raises(InputError, match=f"defense.methods has {name}"):
+        auto.Config(methods=(name,))
+
+
+def test_auto_judges_few_images_by_themselves(monkeypatch):
+    few = clean_images()
+    few = dataclasses.replace(few, images=few.images[:20], labels=few.labels[:20], watch=Rounds())
+    healed = victim(False).variables
+    auto.purify(methods(monkeypatch, heal=healed), victim(True), few, KEY)
+    assert [row["tried"] for row in few.watch.rows if "tried" in row] == [0]
+    assert few.watch.rows[-1]["chosen"] == 0
