@@ -94,7 +94,8 @@ def manifests(data, spec):
     purified = {**victim, "kind": "purified", "victim_hash": "0" * 64, "defense": method("defenses", "ibau")}
     source = {
         "file": "weights.pt", "sha256": "0" * 64, "format": "torch", "names": "bdjax", "key": "", "prefix": "",
-        "tensors": [["Conv_0.weight", "float32", [16, 1, 3, 3]]], "kept": [],
+        "tensors": [["Conv_0.weight", "float32", [16, 1, 3, 3]]], "kept": [], "skipped": {"epoch": "builtins.set"},
+        "ignored": ["mask"], "normalised": ["mean", "std"], "classes": "class_to_idx", "accuracy": 0.5,
     }  # fmt: skip
     given = {"mean": [0.5], "std": [0.25], "channels": "rgb", "layout": "chw", "resize": 0}
     return {
@@ -103,7 +104,8 @@ def manifests(data, spec):
         "reactivated": {**victim, "kind": "reactivated", "reactivation": method("attacks", "retuning")},
         "imported": {
             **victim, "kind": "imported", "attack": None, "dataset": None, "fit": None, "poison": None, "width": None,
-            "input": given, "source": source,
+            "input": given, "source": source, "variant": {}, "assumed": {}, "tried": [{"options": {}, "acc": 0.5}],
+            "note": "",
         },
     }  # fmt: skip
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from commands import refused
 
-from bdjax import arrays, datasets, files
+from bdjax import arrays, datasets, files, models
 from bdjax.datasets._files import read_array
 from bdjax.errors import InputError
-from bdjax.interop import matching, reader, writer
+from bdjax.interop import matching, names, reader, writer
+from bdjax.interop._tensors import Tensor
 
 
 def says(read, *given):
@@ -217,6 +218,18 @@ def test_of_many_dictionaries_few_have_a_model_built_for_them(monkeypatch):
     assert len(built) <= matching._MOST_TRIED
     with pytest.raises(InputError, match="does not fit small_vgg"):
         matching.best("x", near, wanted, None)
+
+
+@pytest.mark.slow
+def test_a_deeper_network_than_usual_is_found_among_many():
+    """Its names are more than the usual ones, and the others' are fewer."""
+    naming = names.of_model("resnet_cifar")[0]
+    deep = models.create("resnet_cifar", (32, 32, 3), 10, variant=models.variant({"blocks": (18, 18, 18)}))
+    whole = {entry.name: Tensor("float32", entry.shape, lambda: None) for entry in names.entries(naming, deep)}
+    near = {f"d{place}": dict(list(whole.items())[: 3 + place % 7]) for place in range(50)}
+    near = {place: {**one, **dict(list(whole.items())[-2:])} for place, one in near.items()}
+    wanted = matching.Wanted("resnet_cifar", None, None, None)
+    assert matching.best("x", {**near, "right": whole}, wanted, None).key == "right"
 
 
 def test_the_bounds_of_readers_are_said(tmp_path):

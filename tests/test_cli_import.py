@@ -193,6 +193,25 @@ def test_averaged_weights_are_a_choice(change, key, left, tmp_path, capsys):
     assert told["model"] == "small_vgg" and told["key"] == (key or "")
 
 
+def test_a_normalisation_layer_of_the_part_that_is_chosen_is_the_inputs(tmp_path, capsys):
+    def averaged(state):
+        layer = {"mean": np.float32([0.25, 0.5, 0.75]), "std": np.float32([0.5, 0.5, 0.25])}
+        return {f"{which}.{name}": value for which in ("model", "ema") for name, value in {**layer, **state}.items()}
+
+    file = altered(tmp_path, "m.pt", averaged)
+    argv = ["import", file, "--model", "small_vgg", "--key", "ema", "--out", tmp_path / "m"]
+    told = answered(capsys, *argv)
+    assert told["input"]["mean"] == [0.25, 0.5, 0.75] and told["normalised"] == ["ema.mean", "ema.std"]
+    said = refused(capsys, *argv, "--input-mean", "0.1,0.2,0.3", "--force")
+    assert "normalisation layer ('ema.mean'" in said
+
+
+def test_of_a_part_that_is_chosen_the_options_are_measured(data, tmp_path, capsys):
+    file = altered(tmp_path, "m.pt", lambda s: {f"{which}.{k}": v for which in ("net", "ema") for k, v in s.items()})
+    argv = ["import", file, "--model", "small_vgg", "--key", "ema", "--clean-data", data, "--out", tmp_path / "m"]
+    assert answered(capsys, *argv)["tried"]
+
+
 def test_a_defense_has_its_own_place_by_what_it_is_measured_with(model, data, picture):
     from bdjax import run
     from bdjax.experiment import SplitConfig, config_of
