@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from bdjax import checkpoint, registry
-from bdjax.engine import parallel
+from bdjax import checkpoint, doubts, registry
+from bdjax.engine import parallel, predict
 from bdjax.engine.clock import Clock
 from bdjax.errors import InputError
 from bdjax.experiment import stream, to_json
@@ -47,8 +47,13 @@ def audit(
     Raises InputError for a method that cannot audit, and for classes without a clean image.
     """
     names = asked(names)
-    suspect = read_recorded(checkpoint.model_directory(Path(directory)), dataset=clean)
-    return judge(suspect, *_chosen(suspect, size, seed), names, seed=seed, configs=configs, context=context)
+    place = checkpoint.model_directory(Path(directory))
+    suspect = read_recorded(place, dataset=clean)
+    images, labels = _chosen(suspect, size, seed)
+    guesses = predict(suspect.victim.model, suspect.victim.variables, images)
+    told = doubts.about(suspect.data, suspect.manifest, place, guesses, labels)
+    result, arrays = judge(suspect, images, labels, names, seed=seed, configs=configs, context=context)
+    return {**result, "accuracy": float((guesses == labels).mean()), **told}, arrays
 
 
 def asked(names: Sequence[str]) -> list[str]:
@@ -97,7 +102,7 @@ def judge(
         "directory": str(suspect.directory),
         **{name: suspect.manifest[name] for name in ("model", "hash")},
         "dataset": suspect.data.name,
-        "classes": list(suspect.data.classes),
+        "classes": list(doubts.class_names(suspect.manifest, suspect.data)),
         "n": len(labels),
         "seed": seed,
         "methods": found,

@@ -16,6 +16,27 @@ from bdjax.experiment import Experiment, SplitConfig, stream
 from bdjax.metrics import accuracy, attack_success_rate, ctca
 from bdjax.types import Data, Images, Model, Variables, to_float
 
+MEASURED = 1000  # images at most that tell the networks apart which a weight file fits
+
+
+def measure_on(data: Data) -> Callable[[Model, Variables], float]:
+    """`measure(model, variables) -> accuracy`, a fraction, on up to MEASURED images of the test split, drawn once.
+
+    It raises InputError when they do not fit the model.
+    """
+    drawn = np.sort(np.random.default_rng(0).permutation(len(data.y_test))[:MEASURED])
+    images, labels = data.x_test[drawn], data.y_test[drawn]
+
+    def measure(model: Model, variables: Variables) -> float:
+        if model.shape != data.shape or model.classes != len(data.classes):
+            raise InputError(
+                f"the model takes {model.shape} images of {model.classes} classes; {data.name} has {data.shape} and "
+                f"{len(data.classes)}. Give images of the model's shape, or --size."
+            )
+        return float((predict(model, variables, images) == labels).mean())
+
+    return measure
+
 
 class Evaluation:
     """Held-out images, clean and triggered, drawn once a run; `measure` gives the rates of a model."""
@@ -36,11 +57,14 @@ class Evaluation:
             images, labels = images[keep], labels[keep]
         self.images, self.labels = images, labels
         own = attacks.own_arrays(arrays)
+        self.has_trigger = experiment.attack != "clean"
+        """Whether images get a trigger at all; without one there is no attack success rate."""
         self.trigger = attacks.trigger_of(experiment.attack, experiment.attack_config, own)
         parts = attacks.parts_of(experiment.attack, experiment.attack_config, own)
         key = stream(experiment.seed, "evaluate")
         self.parts = [part.label for part, _ in parts]
         whole = [part.config for part, _ in parts if part.config.labels != "all_to_all"]
+        whole = whole if self.has_trigger else []
         self.targets = sorted({own.target for own in whole})
         """Classes that triggered images shall be taken for; none of an all-to-all attack."""
         triggered, goals = [], []
@@ -50,10 +74,12 @@ class Evaluation:
             goals.append(attacks.goal(part.config, self.labels, classes))
         self.triggered = np.concatenate(triggered)  # all images with the first part's trigger, then the next's
         self.wanted, self.eligible = (np.concatenate(each) for each in zip(*goals, strict=True))
+        self.eligible &= self.has_trigger
 
     def measure(self, variables: Variables, perturb: Callable[[Images], Images] | None = None) -> dict[str, Any]:
         """{"acc", "asr", "asr_with_target", "ctca"} as fractions; `asr_with_target` counts target-class images, as
         I-BAU's release; `ctca` is None where no class, or no image of one, is the target, else the mean over targets.
+        Both ASRs are None where no trigger is known.
 
         `perturb`, float32 [N, H, W, C] in [0, 1] to the same, is done to clean and triggered images alike.
         Of an attack with parts, also {"asr_by_trigger": {label: ASR}}; its ASRs are the mean over the parts.
@@ -64,16 +90,21 @@ class Evaluation:
         self, variables: Variables, perturb: Callable[[Images], Images] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Predicted classes of the clean images, int32 [N], and of the triggered ones, int32 [parts * N]."""
-        clean, triggered = (_perturbed(images, perturb) for images in (self.images, self.triggered))
-        return predict(self.model, variables, clean), predict(self.model, variables, triggered)
+        clean = predict(self.model, variables, _perturbed(self.images, perturb))
+        if not self.has_trigger:  # the images as they are
+            return clean, clean
+        return clean, predict(self.model, variables, _perturbed(self.triggered, perturb))
 
     def rates(self, clean: np.ndarray, triggered: np.ndarray) -> dict[str, Any]:
         """What `measure` gives, of :meth:`predictions`."""
+        acc = float(accuracy(jnp.asarray(clean), jnp.asarray(self.labels)))
+        if not self.has_trigger:
+            return {"acc": acc, "asr": None, "asr_with_target": None, "ctca": None}
         each = [jnp.asarray(a).reshape(len(self.parts), -1) for a in (triggered, self.wanted, self.eligible)]
         rates = [float(attack_success_rate(*of_part)) for of_part in zip(*each, strict=True)]
         whole = [float(attack_success_rate(*of_part)) for of_part in zip(*each[:2], strict=True)]
         return {
-            "acc": float(accuracy(jnp.asarray(clean), jnp.asarray(self.labels))),
+            "acc": acc,
             "asr": float(np.mean(rates)),
             "asr_with_target": float(np.mean(whole)),
             "ctca": self._ctca(clean),
@@ -107,7 +138,8 @@ class Evaluation:
     def pictures(self, count: int = 6) -> dict[str, np.ndarray]:
         """A few eligible images, clean and triggered, for the figure; of parts one each in turn, and at least one."""
         size = len(self.images)
-        eligible = self.eligible.reshape(len(self.parts), size)
+        shown_of = self.eligible if self.has_trigger else np.ones_like(self.eligible)
+        eligible = shown_of.reshape(len(self.parts), size)
         turns = zip_longest(*(np.flatnonzero(own)[:count] + i * size for i, own in enumerate(eligible)))
         shown = np.array([row for turn in turns for row in turn if row is not None][: max(count, len(self.parts))], int)
         at = shown % size

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import jax
 
-from bdjax import registry
+from bdjax import records, registry
 from bdjax.engine import FitConfig
-from bdjax.errors import InputError, check_fields
+from bdjax.errors import check_fields
+from bdjax.files import sha256
 from bdjax.types import ArrayFile
 
 
@@ -135,22 +136,9 @@ def to_json(config: Any) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def from_json(kind: type, values: dict[str, Any]) -> Any:
-    """A Config from what :func:`to_json` gave. Raises InputError for fields that the class does not have."""
-    hints = typing.get_type_hints(kind)
-    unknown = set(values) - {f.name for f in dataclasses.fields(kind)}
-    if unknown:
-        raise InputError(
-            f"{kind.__module__}.Config has no field {', '.join(sorted(unknown))}; it is of another version."
-        )
-
-    def back(name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return tuple(value)
-        number = float in (hints[name], *typing.get_args(hints[name]))
-        return float(value) if isinstance(value, str) and number else value  # "inf"
-
-    return kind(**{name: back(name, value) for name, value in values.items()})
+def from_json(kind: type, values: dict[str, Any], where: str = "the record") -> Any:
+    """A Config from what :func:`to_json` gave. Raises InputError for fields that the class does not have or refuses."""
+    return records.typed(kind, values, where)
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -167,6 +155,4 @@ def _source(name: str) -> str | None:
 
 
 def _file_hash(path: str) -> str:
-    if not Path(path).is_file():
-        raise InputError(f"no such file: {path}.")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return sha256(Path(path))

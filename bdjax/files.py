@@ -1,23 +1,34 @@
 """Files that are there whole or not at all, a lock for what several processes may make, free space, hashes.
 
+What is read is a regular file of a bounded size, and what is written never goes through a symbolic link: a directory
+from a stranger may hold links to anything, pipes that nobody writes to, and files without an end.
+
 Where several processes train one model together, only the first of them writes, and all wait for it (`meet`).
 """
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
+
 from bdjax.errors import InputError
 
+MOST_TEXT = 16 << 20
+"""Bytes of a record (JSON), at most."""
+MOST_WEIGHTS = 16 << 30
+"""Bytes of a weight file, at most: read are its description and the tensors of one network."""
 _SPARE_BYTES = 1 << 20
 
 
@@ -57,33 +68,86 @@ def locked(target: Path, waiting: Callable[[], None] = lambda: None) -> Iterator
         yield
         return
     target = Path(os.path.abspath(target))
-    lock = target.with_name(f".{target.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(lock, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waiting()
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_still(lock, file.fileno()):  # the holder before removed it: what is held is a file without name
-                continue
-            try:
-                for left in lock.parent.glob(f".{glob.escape(target.name)}.*.partial*"):
-                    if re.fullmatch(r"(\d+|shared)\.partial.*", left.name[len(target.name) + 2 :]):
-                        shutil.rmtree(left, ignore_errors=True)
-                meet("a lock is held")
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
+    path = target.with_name(f".{target.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise InputError(f"{path} would be the lock of {target}, but it is {_kind(path)}. Remove it.")
+    lock = filelock.FileLock(path, fallback_to_soft=False)  # opens no link, and empties nothing
     try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        waiting()
+        lock.acquire()
+    try:
+        for left in path.parent.glob(f".{glob.escape(target.name)}.*.partial*"):
+            if re.fullmatch(r"(\d+|shared)\.partial.*", left.name[len(target.name) + 2 :]):
+                shutil.rmtree(left, ignore_errors=True)
+        meet("a lock is held")
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # one who waits for it sees that it has gone, and makes another
+        lock.release()
+
+
+def _kind(path: Path) -> str:
+    mode = os.lstat(path).st_mode
+    kinds = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"))
+    return next((name for test, name in kinds if test(mode)), "a device or a socket")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise InputError when `path`, a folder whose content will be replaced, is a symbolic link to another."""
+    if Path(path).is_symlink():
+        raise InputError(f"{path} is a symbolic link, and what it leads to would be replaced. Remove it.")
+
+
+def no_link(path: Path) -> Path:
+    """`path`, where a file will be written, after a symbolic link that stands there was removed."""
+    if path.is_symlink():
+        path.unlink()
+    return path
+
+
+def open_regular(path: Path, most: int, what: str) -> BufferedReader:
+    """A file opened for reading, which never waits.
+
+    Args: most: bytes that it may have; what: such a file, for the message ("a record").
+    Raises InputError when there is none, when it is no regular file (a pipe, a device), and when it is larger.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a pipe, too, without a writer
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"no such file: {path}.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', error)}).") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+        os.close(descriptor)
+        if stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path} has {found.st_size} bytes; {what} has at most {most} ({shown_size(most)}).")
+        sort = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
+        raise InputError(f"{path} is {sort}, not a regular file. Give {what} as a file.")
+    return open(descriptor, "rb")
+
+
+def shown_size(count: int) -> str:
+    """A number of bytes for people: 512 MiB, 2 GiB."""
+    unit, name = (1 << 30, "GiB") if count >= 1 << 30 else (1 << 20, "MiB")
+    return f"{count / unit:.4g} {name}"
+
+
+def read_bytes(path: Path, most: int, what: str) -> bytes:
+    """All of a file. Raises InputError as :func:`open_regular`."""
+    with open_regular(path, most, what) as file:
+        return file.read(most + 1)  # it may grow meanwhile
+
+
+def read_record(path: Path) -> Any:
+    """The value of a JSON file. Raises ValueError when it is none, nests too deeply, or is refused by the above."""
+    try:
+        return json.loads(read_bytes(path, MOST_TEXT, "a record").decode())
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,7 +164,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         return
     partial = partial_of(path)
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -120,7 +185,7 @@ def check_space(path: Path, need: int) -> None:
         )
 
 
-def sha256(path: Path) -> str:
-    """Of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
+def sha256(path: Path, most: int = MOST_WEIGHTS, what: str = "a file to be hashed") -> str:
+    """Of a file, as hexadecimal digits. Raises InputError as :func:`open_regular`."""
+    with open_regular(path, most, what) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

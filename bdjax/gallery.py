@@ -63,7 +63,7 @@ def gallery(
     """
     sources = tuple(dict.fromkeys(sources))
     victims = {source: checkpoint.model_directory(Path(source)) for source in sources if _is_directory(source)}
-    manifests = {source: checkpoint.read_manifest(path) for source, path in victims.items()}
+    manifests = {source: checkpoint.read_record(path) for source, path in victims.items()}
     data = datasets.load(dataset or _dataset_of(manifests))
     drawing, stamping = jax.random.split(stream(seed, "evaluate"))
     measured = np.asarray(jax.random.permutation(drawing, len(data.x_test)))[: _at_least_one(count)]

@@ -6,6 +6,9 @@ from typing import Literal
 
 from bdjax.errors import InputError
 
+UNMEASURED = "not measured: no trigger given"
+"""What stands in the place of an attack success rate where images got no trigger."""
+
 
 @dataclass
 class Common:
@@ -13,6 +16,9 @@ class Common:
 
     json: bool = False
     """Make the last line of stdout the result, as one JSON object."""
+    code: str = ""
+    """Paths of .py files of your own, with commas between, that a directory's records name; they are executed. Without
+    it nothing that a directory names is."""
 
 
 @dataclass
@@ -92,7 +98,21 @@ class Foreign:
     resize: int = 0
     """Side in pixels that the network enlarges or reduces images to before all else; 0: it does not."""
     key: str | None = None
-    """Which dictionary of the file holds the weights, where several fit."""
+    """Which dictionary of the file holds the weights, where several fit: of a file with averaged weights, those or the
+    others."""
+    ignore: str = ""
+    """Tensors that the model need not have, with commas between: whole names, their ends or beginnings (neuron_mask),
+    or with * and ?. A weight that torch.nn.utils.prune split is multiplied by its mask where weight_mask is ignored."""
+    stem: Literal["", "plain", "max", "stride2", "stride2-max"] = ""
+    """Of a residual network, which no file tells: the stride of the first convolution (1 unless it says 2), and whether
+    3x3 max-pooling follows; default plain for a 3x3 convolution and stride2-max for a 7x7 one."""
+    pool: str = ""
+    """What stands before the last layer, which no file tells: global (one mean over all places) or the side of the
+    squares that are averaged, such as 4; of a network for MNIST mean or max. Default global, and mean."""
+    transform_input: bool = False
+    """GoogLeNet brings its input from ImageNet's mean and std to 0.5, as torchvision's pretrained one does."""
+    network: str = ""
+    """Other options of the network that import lists as assumed: heads=6 or padding=same,epsilon=3."""
 
 
 def whole_numbers(flag: str, text: str, example: str) -> tuple[int, ...]:

@@ -20,15 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from bdjax import audit, checkpoint, datasets, interop, metrics, run
+from bdjax import audit, checkpoint, datasets, doubts, interop, metrics, run
+from bdjax.datasets._checks import check_text
 from bdjax.defenses import needs_trigger, purifier, without_trigger
 from bdjax.engine import predict
 from bdjax.errors import InputError
 from bdjax.evaluation import pool
 from bdjax.experiment import Experiment, SplitConfig, digest, run_record, to_json
+from bdjax.interop import assumptions, reader
 from bdjax.provenance import environment
 from bdjax.report import audit as audit_report
 from bdjax.report import page
+from bdjax.report.imported import notes as import_notes
 from bdjax.report.purification import notes
 from bdjax.suspect import Suspect, read_recorded, read_suspect
 from bdjax.types import Data
@@ -79,6 +82,8 @@ def purify(
     module, methods = purifier(defense), audit.asked(methods)
     if out.is_file():
         raise InputError(f"--out {out} is a file. Give the name of a directory.")
+    for what, path in (("the input", source), ("--out", out)):
+        check_text(what, str(path))  # else the report could not be written, after all work
     config = config or module.Config()
     if needs_trigger(module, config):
         able = ", ".join(without_trigger())
@@ -127,7 +132,8 @@ def purify(
 
 def _incoming(source: Path, imported: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What came in, and its manifest ({} of a file). Raises InputError for what is not there, or contradicts itself."""
-    if source.is_file():
+    if source.exists() and not source.is_dir():
+        reader.read(source)  # what is no weight file is refused before all of it is hashed
         sha256 = checkpoint.sha256(source)
         options = {name: interop.plain(value) for name, value in imported.items()}
         facts = {"kind": "file", "path": str(source.absolute()), "sha256": sha256, "bytes": source.stat().st_size}
@@ -135,7 +141,7 @@ def _incoming(source: Path, imported: dict[str, Any]) -> tuple[dict[str, Any], d
     if not source.is_dir():
         raise InputError(f"{source} does not exist. Give a weight file, or a model directory of bdjax.")
     directory = checkpoint.model_directory(source)
-    manifest = checkpoint.read_manifest(directory)
+    manifest = checkpoint.read_record(directory)
     name = imported.pop("model", None)
     if name not in (None, manifest["model"]):
         raise InputError(f"--model {name}, but {directory} holds a {manifest['model']}. Leave --model away.")
@@ -172,8 +178,12 @@ def _model(
         return Path(incoming["path"])
     if not (out / "model").exists():
         say(f"importing {source}")
-        interop.import_model(source, out / "model", **imported, env=environment())
-    check_fits(checkpoint.read_manifest(out / "model"), source, data)
+        manifest = interop.import_model(source, out / "model", **imported, env=environment())
+        for line in assumptions.described(manifest["assumed"], manifest["tried"], manifest["note"]):
+            say(f"network: {line}")
+        for line in import_notes(manifest):
+            say(line)
+    check_fits(checkpoint.read_record(out / "model"), source, data)
     return out / "model"
 
 
@@ -185,6 +195,11 @@ def _cleaned(
     shutil.rmtree(out / "pictures", ignore_errors=True)  # of a call that was killed
     (out / "pictures").mkdir()
     say(f"{len(evaluation.clean_labels)} clean images to clean with, {len(evaluation.labels)} held out to measure on")
+    model, source = suspect.victim.model, suspect.manifest.get("source")
+    guess = predict(model, suspect.victim.variables, evaluation.images)
+    told = doubts.about(data, suspect.manifest, suspect.directory, guess, evaluation.labels, evaluation.targets)
+    for line in [*told["data"], *(f"warning: {one}" for one in told["warnings"])]:
+        say(line)
     before = _audited(suspect, suspect, out, "audit", asked, say)
     say(f"cleaning with {defense}")
     ran = run.defend(
@@ -194,10 +209,10 @@ def _cleaned(
     purified = read_recorded(out / "purified" / "purified", data=data)
     after = _audited(purified, suspect, out, "audit-after", asked, say)
     weights = _export(suspect, out)
-    model, source = suspect.victim.model, suspect.manifest.get("source")
-    guesses = [predict(model, one.victim.variables, evaluation.images) for one in (suspect, purified)]
+    guesses = [guess, predict(model, purified.victim.variables, evaluation.images)]
     counts = [np.bincount(labels, minlength=model.classes) for labels in (evaluation.clean_labels, evaluation.labels)]
     known = None if ran["attack"] == "clean" else ran["attack"]
+    named = doubts.class_names(suspect.manifest, data)
     return {
         "kind": "purification",
         "model": {
@@ -205,7 +220,9 @@ def _cleaned(
             "directory": str(suspect.directory.absolute()),
             "source": source,
         },
-        "classes": list(data.classes),
+        "classes": list(named),
+        "data_notes": told["data"],
+        "warnings": told["warnings"],
         "data": {"spec": experiment.dataset, "name": data.name, "fingerprint": data.fingerprint},
         "split": to_json(experiment.split),
         "n_defender": len(evaluation.clean_labels),

@@ -1,17 +1,27 @@
-"""The registry is the folder: a module's name is the method's name, and nothing is imported to list it."""
+"""The registry is the folder: a module's name is the method's name, and nothing is imported to list it.
+
+A name that ends in `.py` is the path of a user's own method. It comes from the command line or from a Python caller,
+never from a file: what a record names must be installed, or have been loaded in this process already (`recorded`).
+"""
 
 import ast
 import difflib
 import importlib
 import importlib.util
+import logging
+import os
 import pkgutil
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from bdjax.errors import InputError
+from bdjax.text import visible
 
 KINDS = ("attacks", "defenses", "models", "datasets")
+_OWN = "bdjax_user_"  # begins the module names of users' files
+_LOG = logging.getLogger("bdjax")
 
 
 def names(kind: str) -> list[str]:
@@ -49,13 +59,17 @@ def load(kind: str, name: str) -> ModuleType:
 
 
 def load_file(path: Path) -> ModuleType:
-    """A Python file as a module; the same file gives the same module. Raises InputError when there is none."""
+    """A Python file as a module; the same file gives the same module. It is executed, which the log "bdjax" says.
+
+    Raises InputError when there is none.
+    """
     if not path.is_file():
         raise InputError(f"no such file: {path}.")
     path = path.resolve()
-    name = f"bdjax_user_{path.stem}_{abs(hash(path)):x}"
+    name = f"{_OWN}{path.stem}_{abs(hash(path)):x}"
     if name in sys.modules:
         return sys.modules[name]
+    _LOG.info("%s is code of your own and is executed.", path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} cannot be loaded as a Python module.")
@@ -67,3 +81,32 @@ def load_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def recorded(kind: str, name: str) -> str:
+    """`name` as it stands in a record, if it may be used: an installed method, or a file that is loaded already.
+
+    A file that has moved since is found by its name. Raises InputError for anything else; nothing is loaded.
+    """
+    if not name.endswith(".py"):
+        check(kind, name)
+        return name
+    return recorded_file(name)
+
+
+def recorded_file(name: str) -> str:
+    """The path of a loaded file of the user's own that a record names. Raises InputError when it is not loaded."""
+    files = [Path(str(module.__file__)) for key, module in [*sys.modules.items()] if key.startswith(_OWN)]
+    alike = [path for path in files if path.name == Path(name).name]
+    exact = [path for path in alike if path == Path(os.path.abspath(name))]
+    if exact or len(alike) == 1:
+        return str((exact or alike)[0])
+    raise InputError(
+        f"{name!r} is a file of code, and code is never taken from a directory: nothing was run. If the file is your "
+        f"own, name it on the command line as well: --code {shlex.quote(visible(name))}."
+    )
+
+
+def same_file(name: str, other: str) -> bool:
+    """Whether two names are the path of one file of code."""
+    return name.endswith(".py") and other.endswith(".py") and os.path.abspath(name) == os.path.abspath(other)

@@ -5,29 +5,28 @@ Phases are separate functions over directories, so two processes give the number
 """
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from bdjax import checkpoint, datasets
+from bdjax import checkpoint, datasets, doubts, records, verdicts
 from bdjax import victim as victims
-from bdjax.defenses import _success as success
 from bdjax.defenses import needs_trigger, purifier
 from bdjax.defenses._guard import guarded, split_off
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock, peak_memory
 from bdjax.errors import InputError
-from bdjax.evaluation import Evaluation, clean_indices
+from bdjax.evaluation import clean_indices
 from bdjax.experiment import Experiment, SplitConfig, attack_record, digest, run_record, stream, to_json
-from bdjax.metrics import score
+from bdjax.files import read_record
 from bdjax.provenance import environment
 from bdjax.recorder import Recorder
 from bdjax.suspect import Suspect, read_clean, read_recorded, read_suspect
-from bdjax.types import Data, DefenderView, Scores, Variables
+from bdjax.types import Data
 from bdjax.victim import Context, check_fingerprint, check_same, experiment_of, train
 
 _CURVE = 1000
@@ -80,7 +79,8 @@ def defend(
             return _defend(suspect, module, directory, record, clean, context, extra)
         if clean is not None and finished.get("clean") is None:
             beside = suspect.evaluation.measure(read_clean(clean, suspect).victim.variables)
-            finished |= _beside(beside, finished["before"], finished["after"])
+            with records.reading(directory / "result.json"):
+                finished |= verdicts.beside(beside, finished["before"], finished["after"])
             _write_json(directory / "result.json", finished)
         return finished
 
@@ -93,7 +93,9 @@ def _defend(
     evaluation = suspect.evaluation
     if context.measured:
         evaluation = evaluation.sample(context.measured)
-    before = evaluation.measure(suspect.victim.variables)
+    guesses = evaluation.predictions(suspect.victim.variables)
+    before = evaluation.rates(*guesses)
+    told = doubts.about(suspect.data, manifest, victim, guesses[0], evaluation.labels, evaluation.targets)
     rates = evaluation.measure(read_clean(clean, suspect).victim.variables) if clean else None
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", record)
@@ -121,9 +123,9 @@ def _defend(
             found = module.detect(experiment.defense_config, suspect.victim, suspect.view(), key)
     if found is not None:
         known = None if manifest["kind"] == "imported" else experiment.attack
-        verdict = {**_verdict(found, known, evaluation), "seconds": clock.read()[0]}
+        verdict = {**verdicts.verdict(found, known, evaluation), "seconds": clock.read()[0]}
     clock = Clock()
-    estimated = _estimate(suspect, cleaned, view, watch.scores, context) if context.estimate else None
+    estimated = verdicts.estimate(suspect, cleaned, view, watch.scores, context) if context.estimate else None
     result = {
         "attack": experiment.attack,
         "defense": experiment.defense,
@@ -136,7 +138,7 @@ def _defend(
         "n_validation": 0 if view.validation is None else len(view.validation.labels),
         "before": before,
         "after": after,
-        **_beside(rates, before, after),
+        **verdicts.beside(rates, before, after),
         "estimate": estimated,
         "detection": verdict,
         "seconds": {
@@ -147,6 +149,7 @@ def _defend(
         },
         "peak_memory_bytes": memory,
         "peak_memory_of": what,
+        **told,
         "rounds": watch.rows,
         "n_rounds": len(curve.images),
         "attack_config": to_json(experiment.attack_config),
@@ -184,21 +187,6 @@ def _defend(
     return result
 
 
-def _estimate(
-    suspect: Suspect, cleaned: Variables, view: DefenderView, found: Scores | None, context: Context
-) -> dict[str, Any] | None:
-    """What is left of the attack by triggers recovered from the model; None without images to judge by."""
-    if view.validation is None:
-        return None
-    key = jax.random.fold_in(stream(suspect.experiment.seed, "defense"), 1)
-    watch = Recorder(context.tick)
-    own, judged = replace(view, watch=watch, trigger=None), view.validation
-    with parallel.using(context.devices):
-        labels = success.most_suspicious(found) if found else success.suspicious(suspect.victim, own, key)
-        before = success.recover(suspect.victim, labels, own, jax.random.fold_in(key, 1))
-        return success.estimate(before, suspect.victim, cleaned, own, judged, jax.random.fold_in(key, 2)).plain()
-
-
 def _neighbour(victim: Path, manifest: dict[str, Any]) -> Path | None:
     """The clean model that `run` keeps beside this victim, or None."""
     if manifest["kind"] == "imported":
@@ -206,20 +194,6 @@ def _neighbour(victim: Path, manifest: dict[str, Any]) -> Path | None:
     alike = victims.clean_of(experiment_of(manifest, None, None, None, None))
     found = victims.directory_of(alike, victim.parent, manifest["dataset"]["fingerprint"])
     return found if (found / "manifest.json").is_file() else None
-
-
-def _beside(clean: dict[str, Any] | None, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """{"clean", "score"}: the rates of a model trained without poison, and AGE's score; None without one."""
-    if clean is None:
-        return {"clean": None, "score": None}
-    value = float(score(*(jnp.float32(rate) for rate in (after["asr"], before["asr"], after["acc"], clean["acc"]))))
-    return {"clean": clean, "score": value if value == value else None}
-
-
-def _verdict(found: Scores, attack: str | None, evaluation: Evaluation) -> dict[str, Any]:
-    """What an audit found, and the truth; None where that is not known."""
-    truth = {"poisoned": attack != "clean", "targets": [] if attack == "clean" else evaluation.targets}
-    return {**found.plain(), "truth": None if attack is None else truth}
 
 
 def evaluate(
@@ -231,23 +205,22 @@ def evaluate(
     """
     directory = checkpoint.model_directory(directory)
     suspect = read_recorded(directory, dataset=dataset, attack=attack, attack_config=attack_config)
-    if suspect.manifest["kind"] == "imported" and attack is None:
-        evaluation = suspect.evaluation
-        found = {"directory": str(directory), "kind": "imported", "dataset": suspect.data.name}
-        return {**found, "n_test": len(evaluation.images), "acc": evaluation.measure(suspect.victim.variables)["acc"]}
-    if dataset is None:
-        check_fingerprint(suspect.manifest, suspect.data, directory)
-    else:
+    imported = suspect.manifest["kind"] == "imported"
+    if dataset is not None:
         suspect = replace(suspect, held_out=False)
-    evaluation = suspect.evaluation
+    elif not imported:
+        check_fingerprint(suspect.manifest, suspect.data, directory)
+    evaluation, data = suspect.evaluation, suspect.data
+    guesses = evaluation.predictions(suspect.victim.variables)
     return {
         "directory": str(directory),
         "kind": suspect.manifest["kind"],
-        "attack": suspect.experiment.attack,
-        "dataset": suspect.data.name,
+        "attack": None if imported and attack is None else suspect.experiment.attack,
+        "dataset": data.name,
         "n_test": len(evaluation.images),
         "n_asr": int(evaluation.eligible.sum()),
-        **evaluation.measure(suspect.victim.variables),
+        **evaluation.rates(*guesses),
+        **doubts.about(data, suspect.manifest, directory, guesses[0], evaluation.labels, evaluation.targets),
     }
 
 
@@ -325,7 +298,7 @@ def defense_directory_of(
 
     `imported`: dataset, attack and attack_config, as :func:`defend` takes them.
     """
-    manifest = checkpoint.read_manifest(victim)
+    manifest = checkpoint.read_record(victim)
     if manifest["kind"] == "imported":
         suspect = read_suspect(victim, defense, defense_config, split=split, seed=seed, **imported)
         manifest, experiment = suspect.manifest, suspect.experiment
@@ -337,12 +310,10 @@ def defense_directory_of(
 def read_result(directory: Path) -> dict[str, Any] | None:
     """The result.json of a finished run, or None. Raises InputError when it is damaged."""
     path = Path(directory) / "result.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}). Remove it to run again.") from None
+    with records.reading(path):
+        return {**read_record(path)}
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -360,8 +331,8 @@ def finished_result(directory: Path, expected: str) -> dict[str, Any] | None:
     config = Path(directory) / "config.json"
     if config.is_file():
         try:
-            found = digest(json.loads(config.read_text()))
-        except ValueError:
+            found = digest(read_record(config))
+        except (ValueError, RecursionError):
             found = None
         check_same(directory, found, expected)
     elif Path(directory).exists() and any(

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bdjax import attacks, checkpoint, datasets, registry
+from bdjax import attacks, checkpoint, datasets, doubts, registry
 from bdjax.datasets._files import read_array
 from bdjax.errors import InputError
 from bdjax.evaluation import Evaluation
@@ -76,14 +76,14 @@ def read_suspect(
 
     Raises InputError for a damaged directory and for another data set.
     """
-    manifest = checkpoint.read_manifest(directory)
+    manifest = checkpoint.read_record(directory)
     if manifest["kind"] == "imported":
         return _imported(
             directory, manifest, defense, defense_config, split, seed, dataset, data, attack, attack_config
         )
     _refuse_attack(directory, manifest, attack)
     experiment = experiment_of(manifest, defense, defense_config, split, seed)
-    data = data or datasets.load(dataset or experiment.dataset)
+    data = doubts.aligned(manifest, directory, data or datasets.load(dataset or experiment.dataset))
     check_fingerprint(manifest, data, directory)
     return Suspect(directory, manifest, experiment, data)
 
@@ -95,7 +95,7 @@ def _imported(
     """An imported model on a data set, with the trigger of an attack; without one, images are left as they are."""
     if dataset is None:
         raise InputError(f"{directory} was imported and has no data set of its own. Give one by --data or --dataset.")
-    data = data or datasets.load(dataset)
+    data = doubts.aligned(manifest, directory, data or datasets.load(dataset))
     check_fits(manifest, directory, data)
     whole, arrays = _adopted(manifest, dataset, data, attack, attack_config, seed or 0)
     experiment = experiment_of(whole, defense, defense_config, split, seed)
@@ -121,7 +121,8 @@ def _adopted(
             "Give its picture to image_trigger: --attack image_trigger --attack.trigger FILE."
         ) from None
     record = {"imported": manifest["hash"], **attack_record(experiment, data.fingerprint)}
-    whole = {**manifest, **describe(experiment, data), "fit": None, "hash": digest(record)}
+    named = {"classes": doubts.class_names(manifest, data)}
+    whole = {**manifest, **describe(experiment, data), **named, "fit": None, "hash": digest(record)}
     return whole, {**arrays, **portraits(experiment, data, arrays)}
 
 
@@ -148,7 +149,8 @@ def trigger_arrays(attack: str, config: Any, data: Data, seed: int) -> Arrays:
 
 
 def _refuse_attack(directory: Path, manifest: dict[str, Any], attack: str | None) -> None:
-    if attack is not None:
+    """Refuse an attack beside the recorded one; its own file, named to say that it may be run, is no other."""
+    if attack is not None and not registry.same_file(attack, manifest["attack"]["name"]):
         raise InputError(
             f"{directory} records its own attack ({manifest['attack']['name']}). --attack is for imported models."
         )
@@ -168,18 +170,19 @@ def read_recorded(
     shape will do: whether it is the recorded one (`check_fingerprint`) is for the caller to ask. attack,
     attack_config: as for :func:`read_suspect`; taken by what a defense made of an imported model, too.
     """
-    manifest = checkpoint.read_manifest(directory)
+    manifest = checkpoint.read_record(directory)
     if manifest["kind"] == "imported":
         return _imported(directory, manifest, None, None, None, None, dataset, data, attack, attack_config)
     if "source" not in manifest:
         _refuse_attack(directory, manifest, attack)
+        attack = None
     defense, arrays = manifest.get("defense"), None
     spec = dataset or manifest["dataset"]["spec"]
-    data = data or datasets.load(spec)
+    data = doubts.aligned(manifest, directory, data or datasets.load(spec))
     if attack is not None:
         whole, arrays = _adopted(manifest, spec, data, attack, attack_config, manifest["seed"])
         manifest = {**whole, **{name: manifest[name] for name in ("hash", "dataset")}}
-    split = from_json(SplitConfig, manifest["split"]) if defense else None
+    split = from_json(SplitConfig, manifest["split"], "split") if defense else None
     experiment = experiment_of(manifest, None, None, split, defense["seed"] if defense else None)
     return Suspect(directory, manifest, experiment, data, held_out=defense is not None, given=arrays)
 

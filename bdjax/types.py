@@ -57,6 +57,8 @@ class Data:
     x_test: np.ndarray
     y_test: np.ndarray
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What its source left out or did to the images: sentences."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

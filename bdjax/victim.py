@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bdjax import attacks, checkpoint, datasets, interop, models
+from bdjax import attacks, checkpoint, datasets, doubts, interop, models, records
 from bdjax.datasets._files import read_array
 from bdjax.engine import FitConfig, fit_controlled, parallel
 from bdjax.engine.clock import Clock
@@ -45,6 +45,8 @@ class Context:
     """Held-out images that a defense's rates are measured on, at most, drawn at random; 0: all. The result says n."""
     store: Path | None = None
     """Directory of victims by hash, where a clean model that an attack begins with is kept and found again."""
+    say: Callable[[str], None] = field(default=lambda line: None)
+    """Told what a user should know of the data before hours of training: one line each."""
 
     def waiting(self) -> None:
         """Say that another process makes the same thing."""
@@ -63,7 +65,7 @@ def train(experiment: Experiment, directory: Path, context: Context | None = Non
         hashed = digest(attack_record(experiment, data.fingerprint))
         unfinished = directory.with_name(f".{directory.name}.training-{hashed[:12]}")
         if directory.exists():
-            check_same(directory, checkpoint.read_manifest(directory).get("hash"), hashed)
+            check_same(directory, checkpoint.read_record(directory).get("hash"), hashed)
         else:
             _train(experiment, directory, context, data, hashed, unfinished)
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -73,6 +75,10 @@ def train(experiment: Experiment, directory: Path, context: Context | None = Non
 def _train(
     experiment: Experiment, directory: Path, context: Context, data: Data, hashed: str, unfinished: Path
 ) -> None:
+    parts = attacks.parts_of(experiment.attack, experiment.attack_config, {}) if experiment.attack != "clean" else []
+    targets = sorted({part.config.target for part, _ in parts})
+    for line in [*doubts.described(data), *(f"warning: {one}" for one in doubts.of_data(data, targets))]:
+        context.say(line)
     clock, watch = Clock(), Recorder(context.tick)
     with parallel.using(context.devices):
         task = task_of(experiment, data, context, watch, unfinished, clock)
@@ -106,7 +112,7 @@ def poisoned_set(directory: Path, dataset: str | None = None) -> tuple[Data, np.
     Raises InputError for an attack that poisons inside the training step (no set exists), for another data set, and
     when the poison is not what the manifest's sha256 says.
     """
-    manifest = checkpoint.read_manifest(directory)
+    manifest = checkpoint.read_record(directory)
     experiment = experiment_of(manifest, None, None, None, None)
     if not manifest.get("poison"):
         raise InputError(
@@ -176,7 +182,7 @@ def task_of(experiment: Experiment, data: Data, context: Context, watch: Watch, 
         with clock:  # its time is not this attack's
             directory = directory_of(alike, context.store, data.fingerprint)
             train(alike, directory, context, data)
-            return load_model(checkpoint.read_manifest(directory), directory, data)[1]
+            return load_model(checkpoint.read_record(directory), directory, data)[1]
 
     return Task(
         images=data.x_train,
@@ -250,9 +256,9 @@ def experiment_of(
         dataset=manifest["dataset"]["spec"],
         model=manifest["model"],
         seed=manifest["seed"] if seed is None else seed,
-        attack_config=from_json(config_of("attacks", attack["name"]), attack["config"]),
+        attack_config=from_json(config_of("attacks", attack["name"]), attack["config"], "attack.config"),
         defense_config=defense_config,
-        fit=from_json(FitConfig, manifest["fit"] or {}),
+        fit=from_json(FitConfig, manifest["fit"] or {}, "fit"),
         split=split or SplitConfig(),
     )
 
@@ -260,8 +266,10 @@ def experiment_of(
 def load_model(manifest: dict[str, Any], directory: Path, data: Data) -> tuple[Model, Variables]:
     """The model of a directory and its variables. Raises InputError when `data` is of another shape or class count."""
     check_fits(manifest, directory, data)
-    model = interop.model_of(manifest, from_json(FitConfig, manifest["fit"] or {}).dtype)
-    like = jax.eval_shape(model.init, jax.random.key(0))
+    dtype = from_json(FitConfig, manifest["fit"] or {}, "fit").dtype
+    with records.reading(Path(directory) / checkpoint.MANIFEST):
+        model = interop.model_of(manifest, dtype)
+        like = jax.eval_shape(model.init, jax.random.key(0))
     return model, checkpoint.read_variables(directory, like)
 
 
@@ -270,8 +278,8 @@ def check_fits(manifest: dict[str, Any], directory: Path, data: Data) -> None:
     shape, classes = tuple(manifest["shape"]), len(manifest["classes"])
     if data.shape != shape or len(data.classes) != classes:
         raise InputError(
-            f"{directory} holds a model for {shape} images of {classes} classes; "
-            f"{data.name} has {data.shape} and {len(data.classes)}. Give data of the model's shape."
+            f"{directory} holds a model for {shape} images of {classes} classes; {data.name} has {data.shape} and "
+            f"{len(data.classes)}. Give data of the model's shape. {doubts.remedy(manifest, data)}"
         )
 
 

@@ -19,6 +19,16 @@ CALLED = [
 ]  # fmt: skip
 
 
+ACTING = [
+    "os.system", "posix.system", "builtins.eval", "builtins.exec", "subprocess.Popen", "runpy.run_path",
+    "shutil.rmtree", "importlib.import_module", "socket.socket", "ctypes.CDLL", "pickle.loads", "torch.load",
+    "torch.hub.load", "webbrowser.open", "operator.attrgetter", "bdjax.cli.main", "__builtin__.getattr",
+    "os.path.join", "numpy.load", "collections.OrderedDict.__init__", "somewhere.helper", "pip.main",
+    "types.FunctionType",
+]  # fmt: skip
+"""What nobody needs to put weights together: refused by name even beside good weights."""
+
+
 def text(value):
     raw = value if isinstance(value, bytes) else value.encode()
     return b"X" + struct.pack("<I", len(raw)) + raw
@@ -51,6 +61,12 @@ def tensor(shape=(2, 2), stride=(2, 1), offset=0, inside=None):
     sizes = [tuple_(*(part if isinstance(part, bytes) else number(part) for part in each)) for each in (shape, stride)]
     begin = offset if isinstance(offset, bytes) else number(offset)
     return call("torch._utils._rebuild_tensor_v2", inside or storage(), begin, *sizes, b"\x89", b"}")
+
+
+def _array(code, count, raw):
+    dtype = call("numpy.dtype", text(code))
+    array = call("numpy.core.multiarray._reconstruct", b"cnumpy\nndarray\n", tuple_(number(0)), text("b"))
+    return array + tuple_(number(1), tuple_(number(count)), dtype, b"\x89", b"C" + bytes([len(raw)]) + raw) + b"b"
 
 
 def state(body):
@@ -141,6 +157,45 @@ def pickles():
     found["a storage described twice"] = program(
         b"}" + text("a") + tensor() + b"s" + text("b") + tensor((1,), (1,), inside=storage("DoubleStorage")) + b"s"
     )
+    whole = text("weight") + tensor((4,), (1,))
+    found |= {
+        f"{name} beside weights": program(b"}(" + whole + text("x") + call(name, touch) + b"u") for name in ACTING
+    }
+    found |= {
+        f"{name} named beside weights": program(
+            b"}(" + whole + text("x") + "c{}\n{}\n".format(*name.rsplit(".", 1)).encode() + b"u"
+        )
+        for name in ACTING[:5]
+    }
+    long = text(b"k" * 1_000_000)
+    found |= {
+        "places of a terabyte": program(b"}" + long + b"q\x00" + b"(" + b"".join(
+            text(str(place)) + b"}" + b"h\x00" + b"}" + text("w") + tensor() + b"ss" for place in range(3_000)
+        ) + b"us"),
+        "a text encoded again and again": program(b"c_codecs\nencode\nq\x00" + text("\xff" * 5_000_000) + text("latin1")
+                                                  + b"\x86q\x010" + b"h\x00h\x01R" * 100_000),
+        "one storage seen in a thousand ways": program(b"}(" + b"".join(
+            text(str(place)) + call("torch._utils._rebuild_tensor_v3",
+                storage("UntypedStorage", module="torch.storage"), b"K\x00",
+                tuple_(number(1)), tuple_(number(1)), b"\x89", b"}", b"ctorch\nfloat32\n")
+            for place in range(1_000)) + b"u"),
+        "an array that is longer than its bytes": state(_array(b"f4", 2**40, b"1234")),
+        "an array of objects": state(_array(b"O8", 1, b"12345678")),
+        "an array of texts": state(_array(b"U4", 1, b"1234567890123456")),
+        "an array of negative size": state(_array(b"f4", -1, b"1234")),
+        "a sparse tensor as a weight": state(call("torch._utils._rebuild_sparse_tensor", b"N", tuple_(tensor()))),
+        "a counter as a weight": state(call("collections.Counter", b"}")),
+        "a complex tensor as a weight": state(tensor((2,), (1,), inside=storage("ComplexFloatStorage", count=2))),
+        "a set that holds itself": program(b"\x8fq\x00(h\x00\x90"),
+        "a set of shared tuples": program(b"\x8f(" + shared + b"\x90"),
+        "a list added to as a set": program(b"](N\x90"),
+        "an instance of a text": program(text("os.system") + touch + b"\x85\x81"),
+        "getattr of a private name": program(call("builtins.getattr", b"cx\nThing\n", text("__class__"))),
+        "getattr of getattr": program(call("builtins.getattr", call("builtins.getattr", b"cx\nThing\n", text("a")),
+                                           text("b"))),
+        "numbers that are no keys": program(b"}(" + b"".join(
+            number(k * (2**61 - 1)) + b"N" for k in range(1, 60_000)) + b"u"),
+    }  # fmt: skip
     found["a parameter of nothing"] = state(call("torch._utils._rebuild_parameter", b"N", b"\x88", b"}"))
     found["another outside reference"] = program(tuple_(text("module"), text("os"), text("x"), text("y"), b"N") + b"Q")
     return found

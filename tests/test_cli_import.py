@@ -9,7 +9,7 @@ from commands import bdjax, refused
 from PIL import Image
 
 from bdjax import checkpoint
-from bdjax.interop import reader
+from bdjax.interop import reader, writer
 
 HERE = Path(__file__).parent / "fixtures" / "torch"
 SMALL = HERE / "small_vgg_bgr.pt"
@@ -66,7 +66,7 @@ def test_evaluate_measures_accuracy_alone_or_with_a_trigger(model, data, picture
     from bdjax.datasets import load
 
     alone = answered(capsys, "evaluate", model, "--data", data)
-    assert alone["n_test"] == 20 and "asr" not in alone
+    assert alone["n_test"] == 20 and alone["asr"] is None and alone["asr_with_target"] is None
     tried = answered(capsys, "evaluate", model, "--data", data, *picture, "--attack.target", "2")
     assert tried["attack"] == "image_trigger" and tried["n_asr"] == 16 and tried["acc"] == alone["acc"]
     images, labels = load(data).x_test.copy(), load(data).y_test
@@ -98,9 +98,118 @@ def test_defend_cleans_it_and_what_comes_out_is_a_model_like_any_other(model, da
     assert "classifier.0.weight" in changed and not [name for name in changed if "num_batches" in name]
 
 
-def test_defend_without_a_trigger_says_what_its_rate_means(model, data, capsys, tmp_path):
-    out = bdjax(capsys, "defend", model, *DEFEND, "--dataset", data, "--out", tmp_path / "d")
+@pytest.mark.slow
+def test_without_a_trigger_no_rate_of_success_is_printed_or_stored(model, data, capsys, tmp_path):
+    out = bdjax(capsys, "defend", model, *DEFEND, "--dataset", data, "--out", tmp_path / "d", "--json")
     assert "No trigger is put on images" in out and "clean -> naive_at" in out
+    result = json.loads(out.splitlines()[-1])
+    assert [result[phase]["asr"] for phase in ("before", "after")] == [None, None] and result["n_asr"] == 0
+    assert all(row["asr"] is None for row in result["rounds"]) and (tmp_path / "d" / "figure.png").exists()
+    assert any("clean accuracy" in warning for warning in result["warnings"]) and "warning: the clean" in out
+    again = bdjax(capsys, "evaluate", tmp_path / "d")
+    report = bdjax(capsys, "report", tmp_path / "d")
+    for text in (out, again, report):
+        assert "not measured: no trigger given" in text
+    for form in ("--markdown", "--csv"):
+        table = bdjax(capsys, "report", tmp_path / "d", form)
+        assert ("not measured" in table) == (form == "--markdown")
+
+
+def test_evaluate_says_what_the_data_are_and_that_the_accuracy_cannot_be(model, data, capsys):
+    out = bdjax(capsys, "evaluate", model, "--data", data)
+    assert "asr              not measured: no trigger given" in out and "noise: 5 classes, images 24x24x3." in out
+    assert "20 test images, 4 to 4 a class: 0 4, 1 4" in out and "warning: the clean accuracy is" in out
+
+
+@pytest.mark.parametrize("command", ["import", "purify", "evaluate", "audit", "export"])
+def test_help_without_a_file_lists_all_flags(command, capsys):
+    out = bdjax(capsys, command, "--help")
+    flags = {"import": "--input-mean --size --ignore --key --force", "purify": "--clean --held-out --input-mean "
+             "--defense.", "evaluate": "--data --json", "audit": "--methods --size", "export": "--format"}  # fmt: skip
+    assert f"usage: bdjax {command} " in out and all(flag in out for flag in flags[command].split())
+    assert bdjax(capsys, command, "-h") == out
+
+
+def altered(tmp_path, name, change):
+    """The small network's weights after `change(names and arrays)`, as a file of torch's."""
+    state = {key: one.read() for key, one in reader.state_dicts(reader.read(SMALL)[1])["state_dict"].items()}
+    with open(tmp_path / name, "wb") as file:
+        writer.write_torch(file, change(state))
+    return tmp_path / name
+
+
+def test_a_normalisation_layer_is_exported_again_with_its_bits(tmp_path, capsys):
+    numbers = {"0.mean": np.float32([[[0.4]], [[0.5]], [[0.6]]]), "0.std": np.float32([[[0.2]], [[0.25]], [[0.3]]])}
+    file = altered(tmp_path, "m.tar", lambda s: {**numbers, **{f"1.{k}": v for k, v in s.items()}})
+    told = answered(capsys, "import", file, "--model", "small_vgg", "--out", tmp_path / "m")
+    assert told["input"]["mean"] == [0.4, 0.5, 0.6] and told["normalised"] == ["0.mean", "0.std"]
+    bdjax(capsys, "export", tmp_path / "m", "--format", "torch", "--out", tmp_path / "again.th")
+    before, after = (reader.read(path)[1] for path in (file, tmp_path / "again.th"))
+    assert list(before) == list(after)
+    for name in before:
+        np.testing.assert_array_equal(before[name].read(), after[name].read())
+
+
+def test_left_overs_are_refused_or_waived_by_name(tmp_path, capsys):
+    def masked(state):
+        return {**state, "features.0.neuron_mask": np.ones(2, np.float32)}
+
+    file = altered(tmp_path, "m.ckpt", masked)
+    argv = ["import", file, "--model", "small_vgg", "--out", tmp_path / "m"]
+    said = refused(capsys, *argv)
+    assert "features.0.neuron_mask [2]" in said and "--ignore NAME" in said
+    assert "no tensor that --ignore 'mask' names" in refused(capsys, *argv, "--ignore", "mask")
+    assert answered(capsys, *argv, "--ignore", "neuron_mask")["ignored"] == ["features.0.neuron_mask"]
+    bdjax(capsys, "export", tmp_path / "m", "--format", "torch", "--out", tmp_path / "m.bin")
+    assert "features.0.neuron_mask" in reader.read(tmp_path / "m.bin")[1]
+
+
+def test_pruned_weights_come_in_as_their_product(tmp_path, capsys):
+    def pruned(state):
+        found = {k: v for k, v in state.items() if k != "features.0.weight"}
+        whole = state["features.0.weight"]
+        return {"features.0.weight_orig": whole, "features.0.weight_mask": np.zeros_like(whole), **found}
+
+    file = altered(tmp_path, "m.pt", pruned)
+    bdjax(capsys, "import", file, "--model", "small_vgg", "--out", tmp_path / "m", "--ignore", "weight_mask")
+    bdjax(capsys, "export", tmp_path / "m", "--format", "torch", "--out", tmp_path / "again.pt")
+    again = reader.read(tmp_path / "again.pt")[1]
+    assert not again["features.0.weight"].read().any() and "features.0.weight_mask" not in again
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "left"),
+    [
+        (lambda s: {"n_averaged": np.array(3), **{f"module.{k}": v for k, v in s.items()}}, None, False),
+        (lambda s: {f"{which}.{k}": v for which in ("model", "ema_model") for k, v in s.items()}, "ema_model", True),
+    ],
+)
+def test_averaged_weights_are_a_choice(change, key, left, tmp_path, capsys):
+    file = altered(tmp_path, "m.pt", change)
+    argv = ["import", file, "--model", "small_vgg", "--out", tmp_path / "m"]
+    if left:
+        assert "several networks" in refused(capsys, *argv) and "--key" in refused(capsys, *argv)
+    told = answered(capsys, *argv, *(["--key", key] if key else []))
+    assert told["model"] == "small_vgg" and told["key"] == (key or "")
+
+
+def test_a_normalisation_layer_of_the_part_that_is_chosen_is_the_inputs(tmp_path, capsys):
+    def averaged(state):
+        layer = {"mean": np.float32([0.25, 0.5, 0.75]), "std": np.float32([0.5, 0.5, 0.25])}
+        return {f"{which}.{name}": value for which in ("model", "ema") for name, value in {**layer, **state}.items()}
+
+    file = altered(tmp_path, "m.pt", averaged)
+    argv = ["import", file, "--model", "small_vgg", "--key", "ema", "--out", tmp_path / "m"]
+    told = answered(capsys, *argv)
+    assert told["input"]["mean"] == [0.25, 0.5, 0.75] and told["normalised"] == ["ema.mean", "ema.std"]
+    said = refused(capsys, *argv, "--input-mean", "0.1,0.2,0.3", "--force")
+    assert "normalisation layer ('ema.mean'" in said
+
+
+def test_of_a_part_that_is_chosen_the_options_are_measured(data, tmp_path, capsys):
+    file = altered(tmp_path, "m.pt", lambda s: {f"{which}.{k}": v for which in ("net", "ema") for k, v in s.items()})
+    argv = ["import", file, "--model", "small_vgg", "--key", "ema", "--clean-data", data, "--out", tmp_path / "m"]
+    assert answered(capsys, *argv)["tried"]
 
 
 def test_a_defense_has_its_own_place_by_what_it_is_measured_with(model, data, picture):

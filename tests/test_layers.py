@@ -7,13 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "bdjax"
 LAYERS = (
-    {"errors", "types", "registry", "options", "files", "large_pages"},
+    {"errors", "types", "registry", "options", "files", "large_pages", "records", "text", "arrays"},
     {"datasets", "models", "augment", "metrics", "hypergrad"},
     {"engine", "checkpoint", "interop"},
     {"attacks", "defenses"},
     {
         "audit", "bench", "experiment", "evaluation", "compare", "gallery", "inspection", "provenance", "purification",
-        "reactivation", "recorder", "reference", "victim", "suspect", "run", "sweep", "report",
+        "doubts", "reactivation", "recorder", "reference", "victim", "suspect", "run", "sweep", "report", "verdicts",
     },
     {"cli", "__main__"},
 )  # fmt: skip

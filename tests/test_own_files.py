@@ -36,7 +36,7 @@ def test_own_attack_in_a_file_outside_the_package(blobs_npz, capsys, tmp_path):
     out = tmp_path / "v"
     bdjax(capsys, "train", tmp_path / "stripes.py", "--dataset", blobs_npz, "--attack.width", "2", *FAST, "--out", out)
     assert checkpoint.read_manifest(out)["attack"]["config"]["width"] == 2
-    again = bdjax(capsys, "evaluate", out, "--json").splitlines()[-1]
+    again = bdjax(capsys, "evaluate", out, "--code", tmp_path / "stripes.py", "--json").splitlines()[-1]
     assert json.loads(again)["n_test"] == 40
 
 

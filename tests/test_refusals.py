@@ -1,7 +1,11 @@
 """What a user gets wrong: exit code 2, the name, the value and the remedy."""
 
+import os
 import shutil
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 from commands import DEFEND, PLANT, refused
@@ -85,3 +89,20 @@ def test_full_disk(blobs_npz, capsys, tmp_path, monkeypatch):
     argv = ["train", "badnets", "--dataset", blobs_npz, *PLANT, "--out", tmp_path / "v"]
     assert "no space" in refused(capsys, *argv)
     assert not (tmp_path / "v").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run badnets ibau", "train badnets", "evaluate m", "audit m", "demo"])
+@pytest.mark.parametrize("asked", ["gpu9", "cuda"])
+def test_a_device_that_is_not_there_is_named_in_one_line(command, asked, tmp_path):
+    """In a process of its own: jax looks for devices once."""
+    if asked == "cuda" and any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("there is a GPU")
+    (tmp_path / "m").mkdir()
+    env = {**os.environ, "JAX_PLATFORMS": asked, "PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = [sys.executable, "-m", "bdjax", *command.split()]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"bdjax: JAX_PLATFORMS={asked} asks for a device")
+    assert "Set JAX_PLATFORMS=cpu" in done.stderr and done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["m"]

@@ -13,13 +13,18 @@ def read_picture(
 ) -> np.ndarray:
     """The file of `attack.field` as float32 [H, W, 1, 3 or 4] in [0, 1], brought to `size` (default the images').
 
-    Raises InputError when it has another shape or range, or another size and `resize` is off.
+    Channels may come first. Raises InputError when it has another shape or range, or another size and `resize` is off.
     """
     height, width = size or task.model.shape[:2]
     array = task.read_array(path)
+    array = array[0] if array.ndim == 4 and len(array) == 1 else array
     array = array[..., None] if array.ndim == 2 else array
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)  # PyTorch's order
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        raise InputError(f"attack.{field}={path} has shape {array.shape}; expected [H, W] or [H, W, 1, 3 or 4].")
+        raise InputError(
+            f"attack.{field}={path} has shape {array.shape}; expected [H, W], [H, W, 1, 3 or 4] or [1, 3 or 4, H, W]."
+        )
     found = checked(array, field, path)
     if found.shape[:2] != (height, width):
         if not resize:
@@ -34,6 +39,8 @@ def read_picture(
 
 def checked(array: np.ndarray, field: str, path: ArrayFile) -> np.ndarray:
     """What the file of `attack.field` holds as float32. Raises InputError when it is outside [0, 1]."""
+    if array.dtype == np.uint8 and array.size and array.max() == 1:
+        array = array.astype(np.float32)  # a mask of zeros and ones, not one of 0 to 255
     found = np.asarray(to_float(array))
     if not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
         raise InputError(f"attack.{field}={path} has values outside [0, 1]. Store it as uint8 or scale it.")

@@ -28,7 +28,8 @@ class Config(PoisonConfig):
     """PNG, JPEG or .npy (uint8, or float in [0, 1]) of [H, W] or [H, W, 1, 3 or 4]; the fourth channel of a
     picture is its mask. Empty: a checkerboard of 4-pixel squares over the whole image."""
     mask: ArrayFile = ArrayFile("")
-    """Grey picture or .npy [H, W]: where the trigger is seen. Empty: its own alpha, else everywhere."""
+    """Picture or .npy [H, W], [H, W, 1 or 3] or [1 or 3, H, W]: where the trigger is seen. Empty: its own alpha, else
+    everywhere."""
     mode: Literal["replace", "add", "blend"] = "blend"
     """How it is laid on."""
     strength: float = 0.2
@@ -43,7 +44,7 @@ class Config(PoisonConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """Read the files: {"pattern": float32 [H, W, C], "mask": float32 [H, W, 1]}, both in [0, 1].
+    """Read the files: {"pattern": float32 [H, W, C], "mask": float32 [H, W, 1 or C]}, both in [0, 1].
 
     Raises InputError when a file has another shape or range than the images allow.
     """
@@ -55,7 +56,7 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
     if pattern.shape[-1] == 4:
         pattern, mask = pattern[..., :3], pattern[..., 3:]
     if config.mask:
-        mask = read_picture(task, "mask", config.mask, resize=config.resize)[..., :1]
+        mask = _mask(read_picture(task, "mask", config.mask, resize=config.resize), channels)
     return {"pattern": to_channels(pattern, channels, "trigger"), "mask": mask}
 
 
@@ -65,6 +66,14 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     strength = 1.0 if config.mode == "replace" else config.strength
     kept = 1.0 if config.mode == "add" else 1 - strength * mask
     return jnp.clip(images * kept + strength * (mask * pattern)[None], 0, 1)
+
+
+def _mask(picture: np.ndarray, channels: int) -> np.ndarray:
+    """Where the trigger is seen: by channel where a mask of as many channels as the images differs between them."""
+    own = picture[..., :3] if picture.shape[-1] == 4 else picture
+    if (own == own[..., :1]).all():
+        return own[..., :1]
+    return own if own.shape[-1] == channels else own.mean(-1, keepdims=True)
 
 
 def _checkerboard(height: int, width: int) -> np.ndarray:

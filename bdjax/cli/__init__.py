@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from bdjax import __version__
-from bdjax.cli._common import command, fail, say
+from bdjax.cli._common import command, fail, no_device, say, tell
 from bdjax.errors import InputError
 
 
@@ -32,9 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv[0] not in _names():
             known = ", ".join(sorted(_names(), key=_place))
             raise InputError(f"unknown command {argv[0]!r}. Known: {known}; see bdjax --help.")
+        tell()
         command(argv[0]).main(argv[1:])
     except InputError as error:
         fail(str(error))
+    except RuntimeError as error:
+        if "Unable to initialize backend" not in str(error):
+            raise
+        fail(no_device(error))
+    except ValueError as error:  # of a variable that jax reads when it is imported
+        if not (any(name.startswith("JAX_") and name in str(error) for name in os.environ) and "env" in str(error)):
+            raise
+        fail(f"jax refuses one of its environment variables: {error}. Correct or unset it.")
     except BrokenPipeError:  # `bdjax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

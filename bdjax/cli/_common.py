@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import keyword
+import logging
 import os
 import shutil
 import sys
@@ -18,6 +19,8 @@ import tyro
 from bdjax import registry
 from bdjax.errors import InputError
 from bdjax.options import Cluster, Foreign, numbers, whole_numbers
+from bdjax.options import names as split_names
+from bdjax.text import visible
 
 
 def command(name: str) -> ModuleType:
@@ -35,7 +38,14 @@ def usage(name: str, argv: list[str], more: str = "") -> None:
 
 
 def first(name: str, argv: list[str], more: str = "") -> str:
-    """The argument that a command begins with; its usage when there is none."""
+    """The argument that a command begins with; its usage when there is none.
+
+    Where only help is asked for, the argument's name is put before the flags, which `parse` then lists.
+    """
+    own = command(name).USAGE.split()
+    if {"-h", "--help"} & set(argv) and argv[0].startswith("-") and own[1][0] in "[-":
+        say(f"usage: bdjax {name} {command(name).USAGE}\n")  # what follows lists all flags, and needs no argument
+        argv.insert(0, own[0])
     if not argv or argv[0].startswith("-"):
         usage(name, argv, more)
     return argv[0]
@@ -76,22 +86,70 @@ def parse(name: str, names: tuple[str, ...], rest: list[str], base: type, **part
             extra.append((part, config, dataclasses.field(default_factory=config)))
     options = dataclasses.make_dataclass(base.__name__, extra, bases=(base,))
     options.__doc__ = command(name).SUMMARY
-    return tyro.cli(options, prog=" ".join(("bdjax", name, *names)), args=rest)
+    found: Any = tyro.cli(options, prog=" ".join(("bdjax", name, *names)), args=rest)
+    for file in split_names(getattr(found, "code", "")):
+        registry.load_file(Path(file))
+    return found
+
+
+class _Told(logging.Handler):
+    """What the library logs, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one."""
+        sys.stderr.write(f"bdjax: {visible(record.getMessage())}\n")
+
+
+def tell() -> None:
+    """Show on stderr what the library logs: which file of code is executed."""
+    log = logging.getLogger("bdjax")
+    if not any(isinstance(handler, _Told) for handler in log.handlers):
+        log.addHandler(_Told())
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 @contextlib.contextmanager
 def ready(options: Any) -> Iterator[Any]:
     """Everything a computing command needs around it: the compilation cache, a progress bar, a Context."""
-    prepare_jax()
+    _configure()
     join(options)
+    _check_devices()
     from bdjax.report.progress import bar
     from bdjax.victim import Context
 
     with bar() as tick, traced(getattr(options, "profile", None)):
-        yield Context(getattr(options, "devices", 0), tick, getattr(options, "estimate", True))
+        yield Context(getattr(options, "devices", 0), tick, getattr(options, "estimate", True), say=say)
 
 
 def prepare_jax() -> None:
+    """What computing needs of jax: a device, and compiled programs that are kept. Raises InputError without one."""
+    _configure()
+    _check_devices()
+
+
+def _check_devices() -> None:
+    """Raise InputError when jax finds no device of the kind that JAX_PLATFORMS asks for."""
+    import jax
+
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where a CUDA build of jaxlib is missing
+        raise InputError(no_device(error)) from None
+
+
+def no_device(error: BaseException) -> str:
+    """Why jax has no device, and the remedy, in a line."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    said = (str(error).splitlines() or [""])[0].partition(" (set JAX_PLATFORMS")[0] or type(error).__name__
+    what = f"JAX_PLATFORMS={asked} asks for a device that" if asked else "there is no device that"
+    return (
+        f"{what} jax cannot use ({said[:300]}). Set JAX_PLATFORMS=cpu or leave it empty; for an accelerator install "
+        "its jax: pip install 'bdjax[cuda13]', 'bdjax[cuda12]' or 'bdjax[tpu]', and a driver that fits."
+    )
+
+
+def _configure() -> None:
     """Keep compiled programs from run to run, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
     import jax
 
@@ -165,23 +223,53 @@ def import_options(options: Foreign) -> dict[str, Any]:
         "size": None if size is None else (size[0], size[-1]),
         "input": None if given == Input() else given,
         "key": options.key,
+        **({"ignore": tuple(split_names(options.ignore))} if options.ignore else {}),
+        "network": _network(options) or None,
     }
+
+
+def _network(options: Foreign) -> dict[str, Any]:
+    """The options of a network that flags name. Raises InputError for what is no pair NAME=VALUE."""
+    found: dict[str, Any] = {"stem": options.stem} if options.stem else {}
+    if options.pool:
+        found["pool"] = 0 if options.pool == "global" else _value(options.pool)
+    if options.transform_input:
+        found["transform_input"] = True
+    for pair in split_names(options.network):
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"--network must be NAME=VALUE pairs with commas between, such as heads=6; got {pair!r}.")
+        found[name.strip()] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    return {"true": True, "false": False}.get(text.lower(), int(text) if text.isdecimal() and text.isascii() else text)
+
+
+def remarks(result: dict[str, Any]) -> None:
+    """What a result says of its data, and its warnings, a line each."""
+    for line in result.get("data") or ():
+        say(f"data:    {line}")
+    for warning in result.get("warnings") or ():
+        say(f"warning: {warning}")
 
 
 def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
     """The table, the picture and the places of a finished run."""
-    import numpy as np
-
-    from bdjax import checkpoint
+    from bdjax import checkpoint, records
     from bdjax.report import figure, table
 
     if not checkpoint.first():
         return
-    say(table.one(result))
+    with records.reading(directory / "result.json"):
+        say(table.one(result))
+        remarks(result)
     picture = directory / "figure.png"
     if not picture.exists():
-        with np.load(directory / "arrays.npz", allow_pickle=False) as arrays:
-            figure.draw(result, dict(arrays), picture)
+        arrays = checkpoint.read_arrays(directory, "arrays")
+        with records.reading(directory / "arrays.npz"):
+            figure.draw(result, arrays, picture)
     say(f"picture: {picture}\nresult:  {directory / 'result.json'}\nmodel:   {directory / 'purified'}")
     if as_json:
         say(json.dumps(result))
@@ -199,6 +287,8 @@ def remove_run(directory: Path) -> None:
 def _remove(directory: Path) -> None:
     if not directory.exists():
         return
+    if directory.is_symlink() or not directory.is_dir():
+        raise InputError(f"{directory} is a file or a symbolic link, no directory of bdjax's. Choose another --out.")
     ours = any((directory / name).exists() for name in ("config.json", "result.json", "manifest.json", "victim"))
     if not ours and any(directory.iterdir()):
         raise InputError(f"{directory} is not a bdjax run; it is left alone. Choose another --out.")
@@ -219,12 +309,12 @@ def check_file(path: Path, suffix: str | tuple[str, ...], what: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line on stdout, at once."""
-    sys.stdout.write(text + "\n")
+    """A line on stdout, at once; what would move the cursor or turn text around is escaped."""
+    sys.stdout.write(visible(text, lines=True) + "\n")
     sys.stdout.flush()
 
 
 def fail(message: str) -> None:
     """A line on stderr, and exit code 2."""
-    sys.stderr.write(f"bdjax: {message}\n")
+    sys.stderr.write(f"bdjax: {visible(message, lines=True)}\n")
     sys.exit(2)

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdjax.cli._common import first, parse, ready, say
+from bdjax.cli._common import first, parse, ready, remarks, say
 from bdjax.options import Device, names
 
 ORDER = 41
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
         checkpoint.write_text(out / "audit.json", json.dumps(result, indent=1) + "\n")
         report.draw(result, arrays, out / "audit.png")
     say(report.table(result))
+    remarks(result)
     say(f"evidence: {out / 'audit.json'}, {out / 'audit.png'}")
     if options.json:
         say(json.dumps(result))

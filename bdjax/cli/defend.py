@@ -49,5 +49,5 @@ def main(argv: list[str]) -> None:
             split=options.split, seed=options.seed, clean=options.clean, context=context, **own,
         )  # fmt: skip
     if result["attack"] == "clean":
-        say("No trigger is put on images: the attack success rate is that of others taken for the target.")
+        say("No trigger is put on images, so no attack success rate is measured; give one by --attack.")
     finish(result, directory, options.json)

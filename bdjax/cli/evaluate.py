@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdjax.cli._common import chosen, first, parse, ready, say
-from bdjax.options import Common
+from bdjax.cli._common import chosen, first, parse, ready, remarks, say
+from bdjax.options import UNMEASURED, Common
 
 ORDER = 50
 USAGE = "DIR [--data D] [--attack ATTACK --attack.FIELD ..]"
@@ -31,8 +31,11 @@ def main(argv: list[str]) -> None:
     with ready(options):
         found = run.evaluate(directory, options.data, attack, getattr(options, "attack", None))
     by_trigger = {f"asr {label}": value for label, value in found.get("asr_by_trigger", {}).items()}
-    for name, value in ({k: v for k, v in found.items() if k != "asr_by_trigger"} | by_trigger).items():
-        value = "-" if value is None else value
+    apart = ("asr_by_trigger", "data", "warnings")
+    for name, value in ({k: v for k, v in found.items() if k not in apart} | by_trigger).items():
+        if value is None:
+            value = UNMEASURED if name == "asr" else "-"
         say(f"{name:16s} {value:.4f}" if isinstance(value, float) else f"{name:16s} {value}")
+    remarks(found)
     if options.json:
         say(json.dumps(found))

@@ -11,7 +11,7 @@ from bdjax.options import Common
 ORDER = 43
 USAGE = "DIR --format safetensors|torch --out FILE"
 SUMMARY = "write a model directory as a weight file, with the names and types that it was imported with"
-_ENDS = {"safetensors": (".safetensors",), "torch": (".pt", ".pth")}
+_ENDS = {"safetensors": (".safetensors",), "torch": (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar")}
 
 
 @dataclass(kw_only=True)

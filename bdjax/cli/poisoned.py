@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     }  # fmt: skip
     checkpoint.check_space(options.out, sum(array.nbytes for array in arrays.values()))
     checkpoint.write_arrays(options.out, arrays)
-    manifest = checkpoint.read_manifest(directory)
+    manifest = checkpoint.read_record(directory)
     facts = {
         "file": str(options.out),
         "victim": str(directory),

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         ("clean model", result["clean_before"], result["clean_after"]),
     ):
         rates = (before["acc"], before["asr"], after["acc"], after["asr"])
-        cells = [f"{100 * rate:.2f}" for rate in rates]
+        cells = ["-" if rate is None else f"{100 * rate:.2f}" for rate in rates]
         say(f"{label:16s}{cells[0]:>8s}{cells[1]:>8s}{cells[2]:>11s}{cells[3]:>11s}")
     say(f"result:  {out / 'result.json'}")
     if options.json:

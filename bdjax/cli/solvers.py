@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     from bdjax import checkpoint, compare
     from bdjax.report import solvers
 
-    out = options.out or Path("runs") / f"solvers-{checkpoint.read_manifest(victim)['hash'][:16]}"
+    out = options.out or Path("runs") / f"solvers-{checkpoint.read_record(victim)['hash'][:16]}"
     if (out / "solvers.json").exists() and not options.force:
         raise InputError(f"{out} holds a comparison already. Choose another --out, or --force to replace it.")
     chosen = tuple(options.solvers.split(",")) if options.solvers else compare.DEFAULT

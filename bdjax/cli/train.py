@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         victim.train(experiment, directory, context)
     if not checkpoint.first():
         return
-    manifest = checkpoint.read_manifest(directory)
+    manifest = checkpoint.read_record(directory)
     summary = {"directory": str(directory), **{k: manifest[k] for k in ("hash", "model", "seed", "seconds", "attack")}}
     say(f"victim: {directory}\nnext:   bdjax evaluate {directory}\n        bdjax defend {directory} ibau")
     if options.json:

@@ -4,7 +4,7 @@
 |-----------------------|-------------------------------------------------------------------------------------|
 | `digits`              | scikit-learn's 1,797 real digits as 32x32x1; needs no file and no network           |
 | `npz:PATH`            | one .npz file with uint8 `x_train y_train x_test y_test` and optional `classes`     |
-| `folder:PATH`         | PNG or JPEG files in `train/CLASS/` and `test/CLASS/`, or in `CLASS/`               |
+| `folder:PATH`         | pictures in `train/CLASS/` and `test/CLASS/` (or training, val ...), or in `CLASS/` |
 | `tfds:NAME[@FOLDER]`  | a set that TensorFlow Datasets has prepared; reading it does not need TensorFlow    |
 
 Where the sets of the papers come from:
@@ -14,8 +14,8 @@ Where the sets of the papers come from:
 - CINIC-10: `folder:`, as unpacked: `train/CLASS/*.png` and `test/CLASS/*.png`; its `valid/` is left aside.
 - Tiny-ImageNet: `folder:`. `train/CLASS/images/*.JPEG` is read as it is. The published `test/` has no labels: move it
   away, and put each file of `val/images/` into `test/CLASS/`, as `val/val_annotations.txt` names its CLASS.
-- GTSRB: its photographs differ in size and are .ppm. Bring them to one size as PNG
-  (`mogrify -format png -resize '32x32!' *.ppm` in each class folder) for `folder:`, or save one file for `npz:`.
+- GTSRB: its photographs differ in size. Bring them to one size (`mogrify -resize '32x32!' *.ppm` in each class folder)
+  for `folder:`, or save one file for `npz:`. `Meta/` is left aside; of a flat `Test/` the images go into class folders.
 
 A set of one's own comes as `path/to/mine.py:REST`, where `mine.py` has `load(rest: str) -> Data`.
 """

@@ -1,22 +1,24 @@
 """Reading one picture or array, for methods whose Config names a file."""
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from pathlib import Path
 
-from bdjax.errors import InputError
+import numpy as np
+
+from bdjax.arrays import open_picture, read_npy
 from bdjax.types import ArrayFile
+
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 
 def read_array(path: ArrayFile) -> np.ndarray:
-    """A picture as uint8 [H, W, C], or an .npy array as stored; nothing is unpickled."""
-    try:
-        if str(path).endswith(".npy"):
-            return np.load(path, allow_pickle=False)
-        with Image.open(path) as picture:
+    """A picture as uint8 [H, W, C], or an .npy array as stored; nothing is unpickled.
+
+    Raises InputError when there is none, when it is no regular file, too large or damaged.
+    """
+    if str(path).endswith(".npy"):
+        array = read_npy(Path(path))
+    else:
+        with open_picture(Path(path), _FORMATS, f"picture ({', '.join(_FORMATS)}) or .npy array") as picture:
             modes = {"1": "L", "L": "L", "RGB": "RGB", "RGBA": "RGBA", "LA": "RGBA", "P": "RGBA"}
             array = np.asarray(picture.convert(modes.get(picture.mode, "RGB")))
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}.") from None
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as an image or .npy array: {error}") from None
     return array[..., None] if array.ndim == 2 else array

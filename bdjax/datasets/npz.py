@@ -3,14 +3,14 @@
 Pickled arrays are never loaded, so a file from a stranger cannot run code.
 """
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
+from bdjax.arrays import MOST_FILE, open_npz
 from bdjax.datasets import _checks
 from bdjax.errors import InputError
+from bdjax.files import open_regular
 from bdjax.types import Data
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -21,44 +21,34 @@ def load(rest: str) -> Data:
 
     The file holds uint8 images `x_train`, `x_test` ([N, H, W, C], C 1 or 3, or [N, H, W]), integer labels `y_train`,
     `y_test` [N], and may hold `classes`, the names by label [classes]; without it they are "0" to the highest label.
-    Raises InputError for no such file, no .npz file, a damaged one, missing or pickled arrays, and what
-    `_checks.make` refuses.
+    Raises InputError for no such file, no .npz file, a damaged one, one that unpacks to too much, missing or pickled
+    arrays, and what `_checks.make` refuses.
     """
     if not rest:
         raise InputError("the data set `npz` needs the path of a file. Write `npz:PATH`, for instance `npz:gtsrb.npz`.")
+    _checks.check_text("the path of a data set", rest)
     path = Path(rest).expanduser()
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         found = "is a folder; did you mean `folder:PATH`?" if path.is_dir() else "does not exist."
         raise InputError(f"npz:{rest}: {path.absolute()} {found} Give the path of a .npz file.")
-    if not zipfile.is_zipfile(path):
-        raise InputError(
-            f"{path} is not a .npz file, or it is cut off. Copy it again, or write it with numpy.savez_compressed."
-        )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in KEYS if key not in file.files]
-            if missing:
-                raise InputError(
-                    f"{path} has no {', '.join(missing)}; there are {', '.join(file.files) or 'no arrays'}. "
-                    f"Save the file with the arrays {', '.join(KEYS)} (and, if you like, classes)."
-                )
-            x_train, y_train, x_test, y_test = (_read(path, file, key) for key in KEYS)
-            classes = _classes(path, _read(path, file, "classes")) if "classes" in file.files else None
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read ({error}). Copy the file again, or check its permissions.") from error
-    return _checks.make(path.stem, x_train, y_train, x_test, y_test, classes)
-
-
-def _read(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    try:
-        return file[key]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        if "allow_pickle" in str(error):  # numpy tells a pickled array from a damaged one only by its message
+    if path.suffix.lower() == ".mat":
+        raise InputError(f"{path} is not a .npz file. {_checks.SVHN}.")
+    with open_regular(path, MOST_FILE, "an .npz file") as opened:
+        is_pickle = opened.read(1) == b"\x80"
+    if is_pickle:
+        cifar = path.name.startswith(("data_batch", "test_batch")) or path.name in ("train", "test")
+        more = f" {_checks.CIFAR}." if cifar else " Save its arrays with numpy.savez_compressed."
+        raise InputError(f"{path} is not a .npz file but a pickle, and pickles are never loaded.{more}")
+    with open_npz(path) as file:
+        missing = [key for key in KEYS if key not in file.files]
+        if missing:
             raise InputError(
-                f"{key} of {path} is an object array, stored as a pickle, and pickles are never loaded. "
-                f"Save it as a plain array: uint8 images of one size, integer labels, classes as strings."
-            ) from error
-        raise InputError(f"{key} of {path} is damaged ({error}). Copy or write the file again.") from error
+                f"{path} has no {', '.join(missing)}; there are {', '.join(file.files) or 'no arrays'}. "
+                f"Save the file with the arrays {', '.join(KEYS)} (and, if you like, classes)."
+            )
+        x_train, y_train, x_test, y_test = (file[key] for key in KEYS)
+        classes = _classes(path, file["classes"]) if "classes" in file.files else None
+    return _checks.make(path.stem, x_train, y_train, x_test, y_test, classes)
 
 
 def _classes(path: Path, names: np.ndarray) -> list[str]:

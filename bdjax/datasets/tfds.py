@@ -5,6 +5,7 @@ Nothing is downloaded or prepared here: a set that is not there ends in an error
 
 import difflib
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,10 +14,13 @@ import numpy as np
 
 from bdjax.datasets import _checks
 from bdjax.errors import InputError
+from bdjax.files import read_record
+from bdjax.text import visible
 from bdjax.types import Data
 
 TRAIN = "train"
 TEST = ("test", "validation")
+_NAME = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.+-]+)?(:[0-9.*]+)?")
 _INSTALL = 'pip install "bdjax[tfds]"'
 
 
@@ -34,7 +38,13 @@ def load(rest: str) -> Data:
         raise InputError(
             "the data set `tfds` needs a name. Write `tfds:NAME` or `tfds:NAME@FOLDER`, e.g. `tfds:mnist`."
         )
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"tfds:{name} is no name of TFDS's. Write `tfds:NAME`, or with its config and version "
+            "`tfds:NAME/CONFIG:1.2.3`; sets of other collections are not read."
+        )
     folder = os.path.expanduser(folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    _check_features(Path(folder) / re.split("[/:]", name)[0])
     builder = _builder(_package(name), name, folder)
     features, splits = builder.info.features, list(builder.info.splits)
     missing = [key for key in ("image", "label") if key not in features]
@@ -52,6 +62,26 @@ def load(rest: str) -> Data:
     x_train, y_train = _read(builder, name, folder, TRAIN)
     x_test, y_test = _read(builder, name, folder, test)
     return _checks.make(name, x_train, y_train, x_test, y_test, getattr(features["label"], "names", None))
+
+
+def _check_features(folder: Path) -> None:
+    """Raise InputError when a prepared set asks for features of another package, which TFDS would import by name."""
+    for path in (path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}features.json")):
+        try:
+            parts = [read_record(path)]
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({error}). Prepare the set again.") from None
+        while parts:
+            part = parts.pop()
+            if isinstance(part, dict | list):
+                parts += part.values() if isinstance(part, dict) else part
+            for key in ("pythonClassName", "python_class_name", "type"):
+                called = part.get(key) if isinstance(part, dict) else None
+                if isinstance(called, str) and "." in called and not called.startswith("tensorflow_datasets."):
+                    raise InputError(
+                        f"{path} asks to import {visible(called[:80])!r}, which is no feature of TFDS's own; nothing "
+                        "was run. Export the set to `npz:` where you trust it."
+                    )
 
 
 def _package(name: str) -> ModuleType:

@@ -8,28 +8,22 @@ normalisation, the halves of double precision) stays beside them in original.npz
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bdjax import checkpoint, models
+from bdjax import checkpoint, models, records
 from bdjax.errors import InputError
-from bdjax.interop import matching, names, reader, writer
-from bdjax.interop._tensors import DTYPES, shown
+from bdjax.interop import _beside, _crc, assumptions, matching, names, reader, writer
+from bdjax.interop._tensors import DTYPES, Refused, shown
 from bdjax.models import Input
 
 __all__ = ["export_model", "import_model", "model_of", "plain"]
 
 FORMATS = ("safetensors", "torch")
-_NORMALISED = {  # BackdoorBench's, by the data set that its results name
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "mnist": ((0.5,), (0.5,)),
-    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
+_LISTED = 1000  # entries that were passed over, in a manifest
 
 
 def import_model(
@@ -41,6 +35,9 @@ def import_model(
     size: tuple[int, int] | None = None,
     input: Input | None = None,
     key: str | None = None,
+    ignore: Sequence[str] = (),
+    network: Mapping[str, Any] | None = None,
+    measure: assumptions.Measure | None = None,
     env: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Make the model directory `out` of a weight file, and return its manifest.
@@ -52,6 +49,11 @@ def import_model(
       size: (H, W) of the images; default what the file or its weights tell, else the model's usual.
       input: what the owner did to images in [0, 1] before; default nothing, or what BackdoorBench does to its sets.
       key: which dictionary of the file holds the weights, where several fit.
+      ignore: names of tensors that the model need not have (`_beside.waived`); they are kept for the export.
+      network: options of it that no file tells ({"stem": "max"}); default what is usual. The manifest lists under
+        "assumed" what was taken and what else the file would fit.
+      measure: `measure(model, variables) -> accuracy` on clean images; of the networks that the file fits, the most
+        accurate one is taken, and the manifest lists each one's accuracy under "tried".
       env: goes into the manifest.
 
     Raises InputError, and writes nothing, when the file is not read, when anything is missing, left over or of another
@@ -59,25 +61,47 @@ def import_model(
     """
     file = Path(file)
     form, value = reader.read(file)
-    dicts = reader.state_dicts(value)
+    dicts, others = reader.state_dicts(value), reader.skipped(value)
     if not dicts:
-        raise InputError(f"{file} holds no tensors by name. Give the file of a state dict.")
+        reader.check_some(file, value, others)
     facts = value if isinstance(value, dict) else {}
     name = _model(file, model, facts)
-    wanted = matching.Wanted(name, classes or _number(facts.get("num_classes")), size or _size(facts), input)
-    if input is None and facts.get("clean_data") in _NORMALISED:
-        mean, std = _NORMALISED[facts["clean_data"]]
-        wanted = dataclasses.replace(wanted, input=Input(mean, std))
-    fit = matching.best(file, dicts, wanted, key)
+    classes, size, input = _beside.facts(facts, classes, size, input)
+    wanted = matching.Wanted(name, classes, size, input, network or {})
+    strangers = reader.strangers(value)
+    waived = _beside.waived(file, dicts, [one for one in ignore if not any(one in held for held in strangers.values())])
+    dicts = {place: _beside.folded(tensors, waived[place]) for place, tensors in dicts.items()}
+    every = frozenset[str]().union(*waived.values())
+    dicts = dicts if key is None else {key: matching.under(file, dicts, key)}
+    inputs, layers = _beside.normalised(file, dicts, wanted.input)
+    left = {place: waived.get(place, every) | layers.get(place, frozenset()) for place in dicts}
+    wanted = dataclasses.replace(wanted, inputs=inputs, waived=left)
+    fit = matching.best(file, dicts, wanted, None)
+    try:
+        _crc.check(file)
+    except Refused as refused:
+        raise InputError(f"{file} is not read: {refused}.") from None
+    _beside.check_plain(file, fit.key, strangers, ignore)
+    named = _beside.class_names(value, fit.model.classes)
     variables, kept = _variables(file, fit)
+    tried: list[dict[str, Any]] = []
+    if measure is not None:
+        only = {fit.key: fit.tensors}
+        fit, tried = assumptions.best_variant(
+            fit, wanted, lambda other: matching.best(file, only, other, None), variables, measure
+        )
     arrays = {"original": {str(place): array for place, array in enumerate(kept.values())}} if kept else {}
     sha256 = checkpoint.sha256(file)
     manifest: dict[str, Any] = {
         "kind": "imported",
         "model": fit.model.name,
         **{option: plain(given) for option, given in fit.model.options},
+        "variant": _json(dict(dict(fit.model.options)["variant"])),
         "shape": list(fit.model.shape),
-        "classes": [str(label) for label in range(fit.model.classes)],
+        "classes": list(named[0]) if named else [str(label) for label in range(fit.model.classes)],
+        "assumed": assumptions.listed(fit, network or {}, tried),
+        "tried": tried,
+        "note": fit.naming.note,
         "source": {
             "file": file.name,
             "sha256": sha256,
@@ -87,9 +111,15 @@ def import_model(
             "prefix": fit.prefix,
             "tensors": [[name, tensor.dtype, list(tensor.shape)] for name, tensor in fit.tensors.items()],
             "kept": list(kept),
+            "skipped": dict(list(others.items())[:_LISTED]),
+            "ignored": sorted(every & set(fit.tensors)),
+            "normalised": sorted(layers.get(fit.key, ())),
+            "classes": named[1] if named else None,
+            "accuracy": _beside.accuracy(value),
         },
     }
     described = {what: manifest[what] for what in ("model", "width", "input", "shape", "classes")}
+    described |= {"variant": manifest["variant"]} if manifest["variant"] else {}
     manifest["hash"] = hashlib.sha256(json.dumps([sha256, fit.key, described], sort_keys=True).encode()).hexdigest()
     own: dict[str, Any] = {
         "seed": 0,
@@ -114,16 +144,23 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
     """
     if form not in FORMATS:
         raise InputError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}.")
-    manifest = checkpoint.read_manifest(directory)
-    model = model_of(manifest)
+    manifest = checkpoint.read_record(directory)
+    with records.reading(Path(directory) / checkpoint.MANIFEST):
+        model = model_of(manifest)
+        like = names.like_of(model)
     source = manifest.get("source")
-    known = names.namings(model.name)
+    known = names.of_model(model.name)
     naming = names.usual(model.name)
     if source:
-        naming = next(one for one in known if (one.model, one.label) == (model.name, source["names"]))
-    entries = names.entries(naming, model)
-    variables = checkpoint.read_variables(directory, names.like_of(model))
-    tensors = _original(directory, source, entries, variables) if source else _fresh(entries, variables)
+        naming = _named(directory, known, source["names"])
+    with records.reading(Path(directory) / checkpoint.MANIFEST):
+        entries = names.entries(naming, model)
+    variables = checkpoint.read_variables(directory, like)
+    if source:
+        with records.reading(Path(directory) / checkpoint.MANIFEST):
+            tensors = _original(directory, source, entries, variables)
+    else:
+        tensors = _fresh(entries, variables)
     need = sum(array.nbytes for array in tensors.values())
     checkpoint.check_space(out, need)
     with checkpoint.whole_file(out) as file:
@@ -138,31 +175,37 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
 def model_of(manifest: Mapping[str, Any], dtype: Any = np.float32) -> models.Model:
     """The model that a manifest describes."""
     given = manifest.get("input")
-    done = None if not given else Input(**given | {name: tuple(given[name]) for name in ("mean", "std")})
+    done = None if not given else records.typed(Input, given, "input")
+    if done is not None and done.resize > records.MOST_SIDE:
+        raise InputError(f"input.resize is {done.resize}; images have sides of at most {records.MOST_SIDE} pixels.")
     shape, classes = tuple(manifest["shape"]), len(manifest["classes"])
-    return models.create(manifest["model"], shape, classes, dtype, manifest.get("width"), done)
+    own = models.variant(manifest.get("variant") or {})
+    return models.create(manifest["model"], shape, classes, dtype, manifest.get("width"), done, own)
+
+
+def _named(directory: Path, known: tuple[names.Naming, ...], label: Any) -> names.Naming:
+    for naming in known:
+        if naming.label == label:
+            return naming
+    raise InputError(
+        f"{directory}: source.names is {shown(label)}; known are {', '.join(naming.label for naming in known)}. It is "
+        "damaged or of another version; import the file anew."
+    )
+
+
+def _json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they are read back: lists for tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
 
 def _model(file: Path, given: str | None, facts: Mapping[Any, Any]) -> str:
     found = given if given is not None else facts.get("model_name")
     if not isinstance(found, str):
-        raise InputError(f"{file} does not say which model it is of. Give --model: {', '.join(names.FAMILIES)}.")
+        raise InputError(f"{file} does not say which model it is of. Give --model: {', '.join(names.families())}.")
     name = names.family(found)
-    if given is None and name not in names.FAMILIES:
-        raise InputError(f"{file} is of a model {shown(found)}; these can be read: {', '.join(names.FAMILIES)}.")
+    if given is None and not names.known(name):
+        raise InputError(f"{file} is of a model {shown(found)}; these can be read: {', '.join(names.families())}.")
     return name
-
-
-def _number(value: Any) -> int | None:
-    return value if type(value) is int and value > 1 else None
-
-
-def _size(facts: Mapping[Any, Any]) -> tuple[int, int] | None:
-    """BackdoorBench's img_size: height, width, channels."""
-    found = facts.get("img_size")
-    if isinstance(found, list | tuple) and len(found) == 3 and all(type(side) is int for side in found):
-        return (found[0], found[1]) if min(found) > 0 and max(found) < 10_000 else None
-    return None
 
 
 def plain(given: Any) -> Any:

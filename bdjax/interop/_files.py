@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from bdjax.interop import _pickle
-from bdjax.interop._tensors import DTYPES, Refused, Storage, Tensor, shown
+from bdjax.interop import _globals, _pickle
+from bdjax.interop._globals import Global, Skipped
+from bdjax.interop._tensors import Refused, Storage, Tensor, shown
 
-MOST_BYTES = 64 << 20  # of a pickle or a header: what describes tensors, without their elements
+MOST_BYTES = 96 << 20  # of a pickle, in which NumPy's arrays may lie, or of six headers
 _MOST_ENTRIES = 20_000  # of an archive, and tensors of a safetensors file
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before PyTorch 1.6
 _SAFE = {
@@ -30,7 +31,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     with open(path, "rb") as opened:
         head = opened.read(8)
     length = int.from_bytes(head, "little")
-    if len(head) < 8 or length > min(path.stat().st_size - 8, MOST_BYTES // 4):
+    if len(head) < 8 or length > min(path.stat().st_size - 8, MOST_BYTES // 6):
         raise Refused(f"it claims a header of {length} bytes: it is cut off, or no safetensors file")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -62,10 +63,8 @@ def open_zip(path: Path) -> Any:
     if len(pickles) != 1 or pickles[0].count("/") > 1:
         raise Refused("it is a zip without one data.pkl: torch.save did not write it")
     folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}constants.pkl" in entries:
-        raise Refused("it is a TorchScript program. Save the weights alone: torch.save(model.state_dict(), FILE)")
     if entries[pickles[0]][1] > MOST_BYTES:
-        raise Refused(f"its data.pkl has more than {MOST_BYTES >> 20} MiB, which no description of weights needs")
+        raise Refused(f"its data.pkl has more than {MOST_BYTES >> 20} MiB; weights lie in files of their own")
     with open(path, "rb") as file:
         start, size = entries.get(f"{folder}byteorder", (0, 0))
         file.seek(start)
@@ -76,6 +75,7 @@ def open_zip(path: Path) -> Any:
         raise Refused(f"its byteorder is {shown(order)}, not little or big")
     known: dict[str, Storage] = {}
     value = _pickle.load(stream, lambda reference: _pickle.storage(reference, known))
+    _globals.check_root(value)
     for key, storage in known.items():
         if f"{folder}data/{key}" not in entries:
             raise Refused(f"it refers to storage {shown(key)}, which is not in it")
@@ -95,6 +95,7 @@ def _entries(path: Path) -> dict[str, tuple[int, int]]:
             raise Refused(f"it is a damaged zip ({shown(str(error))})") from None
         if len(infos) > _MOST_ENTRIES:
             raise Refused(f"it has {len(infos)} entries, more than any model that can be read")
+        _check_kind([info.filename for info in infos])
         found: dict[str, tuple[int, int]] = {}
         for info in infos:
             name = info.filename
@@ -118,6 +119,26 @@ def _entries(path: Path) -> dict[str, tuple[int, int]]:
             raise Refused("two of its entries overlap, which torch.save never writes")
         end = max(end, start + length)
     return found
+
+
+def _check_kind(names: list[str]) -> None:
+    """Refuse, with what to do, an archive of something else than weights; such ones are compressed in part."""
+    ends = {name.rpartition("/")[2] for name in names}
+    if "archive_format" in ends or "serialized_exported_program.json" in ends:
+        raise Refused(
+            "it is a program of torch.export. Load it where you trust it and save its weights alone: "
+            "torch.save(torch.export.load(FILE).state_dict, NEW)"
+        )
+    if "constants.pkl" in ends or ("model.json" in ends and "data.pkl" not in ends):
+        raise Refused(
+            "it is a TorchScript program. Load it where you trust it and save its weights alone: "
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        raise Refused(
+            "it is an .npz of NumPy's, not weights of torch.save. Write it anew: "
+            "safetensors.numpy.save_file(dict(numpy.load(FILE)), 'weights.safetensors')"
+        )
 
 
 def _check_directory(file: Any, size: int) -> None:
@@ -148,6 +169,7 @@ def open_legacy(path: Path) -> Any:
     if protocol != _PROTOCOL or not isinstance(system, dict):
         raise Refused(f"it is of protocol {shown(protocol)}; {_PROTOCOL} is read")
     value = _pickle.load(stream, lambda reference: _legacy_storage(reference, known, views))
+    _globals.check_root(value)
     keys = _pickle.load(stream, _no_storage)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
         raise Refused("its list of storages is damaged")
@@ -157,7 +179,7 @@ def open_legacy(path: Path) -> Any:
         if root not in roots:
             raise Refused(f"it refers to storage {shown(root)}, which is not in it")
         start, size = roots[root]
-        skipped = offset * DTYPES[storage.dtype].itemsize
+        skipped = offset * storage.itemsize
         storage.bind(path, start + skipped, size - skipped, system.get("little_endian") is False)
     return value
 
@@ -168,7 +190,7 @@ def _legacy_roots(
     """Where each storage lies, one behind the other from `place` on: key -> (first byte, bytes)."""
     roots: dict[str, tuple[int, int]] = {}
     whole = path.stat().st_size
-    sizes = {views.get(key, (key, 0))[0]: DTYPES[storage.dtype].itemsize for key, storage in known.items()}
+    sizes = {views.get(key, (key, 0))[0]: storage.itemsize for key, storage in known.items()}
     with open(path, "rb") as file:
         for key in keys:
             file.seek(place)
@@ -188,11 +210,13 @@ def _no_storage(reference: Any) -> Any:
 
 def _legacy_storage(reference: Any, known: dict[str, Storage], views: dict[str, tuple[str, int]]) -> Any:
     """A storage, or the view of one that old versions wrote: (..., root's elements, (view, offset, elements))."""
-    if isinstance(reference, tuple) and reference[:1] == ("module",):
-        raise Refused(
-            "it holds a whole network with its program, not weights. Load it where you trust it and save its weights: "
-            "torch.save(model.state_dict(), FILE)"
-        )
+    if isinstance(reference, tuple) and reference[:1] == ("module",):  # the class of a network, with its source
+        found = reference[1] if len(reference) > 1 else None
+        if isinstance(found, Global):
+            return found
+        other = Skipped(found if type(found) is str else "unnamed")
+        other.network = True
+        return other
     view = reference[5] if isinstance(reference, tuple) and len(reference) > 5 else None
     if view is None:
         return _pickle.storage(reference, known)

@@ -1,7 +1,7 @@
 """What a weight file is read into: tensors that are checked before a byte of them is read, and nothing that runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bool": np.dtype(np.bool_),
 }
 """Of the elements of a tensor, by their name in PyTorch."""
+OTHER_STORAGES = {
+    "torch.ComplexFloatStorage": 8, "torch.ComplexDoubleStorage": 16, "torch.QInt8Storage": 1,
+    "torch.QUInt8Storage": 1, "torch.QInt32Storage": 4, "torch.QUInt4x2Storage": 1, "torch.QUInt2x4Storage": 1,
+    "torch.storage.UntypedStorage": 1, "torch.UntypedStorage": 1,
+}  # fmt: skip
+"""Storages of elements that are no plain weights: bytes an element. Their tensors are passed over."""
 
 
 class Refused(Exception):
@@ -45,19 +51,28 @@ class Storage:
 
     key: str
     dtype: str
+    """One of DTYPES, or of OTHER_STORAGES."""
     count: int
     """Elements that the pickle claims."""
     path: Path = Path()
     start: int = 0
     """First byte in the file; with `path` and the order of bytes set by whoever finds it."""
     big_endian: bool = False
+    views: list["Storage"] = field(default_factory=list)
+    """The same bytes as elements of another type."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else OTHER_STORAGES[self.dtype]
 
     def bind(self, path: Path, start: int, size: int, big_endian: bool) -> None:
         """Say where its bytes lie: `size` of them are there. Raises Refused when more were claimed."""
-        need = self.count * DTYPES[self.dtype].itemsize
+        need = self.count * self.itemsize
         if size < need:
             raise Refused(f"storage {shown(self.key)} claims {need} bytes and has {max(size, 0)}: the file is cut off")
-        self.path, self.start, self.big_endian = path, start, big_endian
+        for storage in (self, *self.views):
+            storage.path, storage.start, storage.big_endian = path, start, big_endian
 
     def tensor(self, offset: Any, shape: Any, stride: Any) -> Tensor:
         """The tensor that begins at element `offset`. Raises Refused when it does not lie inside without overlaps."""

@@ -1,9 +1,10 @@
 """Which model a state dict is of: by the names and shapes of all its tensors, or not at all."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from bdjax import models, registry
 from bdjax.errors import InputError
@@ -14,9 +15,11 @@ from bdjax.types import Model
 
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
 _SHOWN = 20  # lines of what does not fit
-_MOST_PREFIXES = 8  # that are tried in one dictionary
+_MOST_PREFIXES = 8  # that are looked at in one dictionary
+_MOST_TRIED = 8  # places and namings that a model is built for
 _WIDEST = 16  # times the usual width
 _MOST_CHANNELS = 64  # of images
+_AVERAGED = "n_averaged"  # how many models torch.optim.swa_utils took the mean of
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,17 @@ class Wanted:
     size: tuple[int, int] | None
     """(H, W) of the images."""
     input: Input | None
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    """By dictionary: what a normalisation layer in it does, in place of `input`."""
+    waived: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By dictionary: tensors that need no counterpart."""
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the network that its owner gave, which no file tells."""
+
+
+def with_options(wanted: Wanted, options: Mapping[str, Any]) -> Wanted:
+    """The same with more options chosen."""
+    return replace(wanted, chosen={**wanted.chosen, **options})
 
 
 class Fit(NamedTuple):
@@ -42,6 +56,8 @@ class Fit(NamedTuple):
     tensors: Mapping[str, Tensor]
     differences: list[tuple[str, str]]
     """What the model needs and what the file has, where they are not the same."""
+    options: names.Options
+    """What the network was had with, and what else the file would fit."""
 
 
 def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, key: str | None) -> Fit:
@@ -50,22 +66,34 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     Raises InputError with the differences of the nearest one, or when several dictionaries fit.
     """
     if key is not None:
-        if key not in dicts:
-            raise InputError(f"{file} has no tensors under --key {key!r}; there are some under {_listed(dicts)}.")
-        dicts = {key: dicts[key]}
-    found = [fit for place, tensors in dicts.items() for fit in _fits(wanted, place, tensors)]
+        dicts = {key: under(file, dicts, key)}
+    places = [one for place, tensors in dicts.items() for one in _fits(wanted, place, tensors)]
+    found, errors = [], list[InputError]()
+    for likely in _likeliest(places):
+        try:
+            found.append(_fit(*likely))
+        except InputError as error:
+            errors.append(error)
+    if errors and all(fit.differences for fit in found):
+        raise errors[0]
     if not found:
         first = names.namings(wanted.model)[0].first_weight
         place, tensors = max(dicts.items(), key=lambda item: len(item[1]))
         has = ", ".join(shown(name) for name in list(tensors)[:3])
         raise InputError(
             f"{file} is not of {wanted.model}: nothing under {_listed(dicts)} ends in {first!r} with four axes; "
-            f"there are {len(tensors)} tensors such as {has}. Give its --model: {', '.join(names.FAMILIES)}."
+            f"there are {len(tensors)} tensors such as {has}. Give its --model: {', '.join(names.families())}."
         )
     least = min(len(fit.differences) for fit in found)
     nearest = [fit for fit in found if len(fit.differences) == least]
     if least:
-        raise InputError(_differing(file, nearest[0]))
+        if parts := _fitting_parts(found):
+            raise InputError(
+                f"{file} holds several networks that fit {wanted.model}: under {_listed(dict.fromkeys(parts))}. "
+                "Choose one with --key."
+            )
+        meant = [fit for fit in found if fit.naming.model == wanted.model] or found
+        raise InputError(_differing(file, min(meant, key=lambda fit: len(fit.differences))))
     if len({fit.key for fit in nearest}) > 1:
         raise InputError(
             f"{file} holds several networks that fit {wanted.model}: under {_listed({fit.key: 0 for fit in nearest})}. "
@@ -74,25 +102,79 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     return nearest[0]
 
 
-def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[Fit]:
-    """The state dict under each naming whose first convolution is in it, behind any prefix."""
-    found = []
+def under(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], key: str) -> dict[str, Tensor]:
+    """The tensors that --key names: a dictionary, or what begins so in one. Raises InputError for none."""
+    if key in dicts:
+        return dict(dicts[key])
+    for place, tensors in dicts.items():
+        begin = key if not place else key.removeprefix(f"{place}.") if key.startswith(f"{place}.") else None
+        if begin and (found := {name: one for name, one in tensors.items() if name.startswith(f"{begin}.")}):
+            return found
+    raise InputError(f"{file} has no tensors under --key {key!r}; there are some under {_listed(dicts)}.")
+
+
+def _fitting_parts(found: list[Fit]) -> list[str]:
+    """Keys of the parts of one dictionary, each a network of its own, as averaged weights beside the others are."""
+    whole = [
+        fit
+        for fit in found
+        if fit.prefix and not any(needs or has.startswith(fit.prefix) for needs, has in fit.differences)
+    ]
+    parts = dict.fromkeys(".".join(part for part in (fit.key, fit.prefix.removesuffix(".")) if part) for fit in whole)
+    return list(parts) if len(parts) > 1 else []
+
+
+_Place: TypeAlias = tuple[Wanted, names.Naming, str, str, Mapping[str, Tensor]]  # arguments of `_fit`
+
+
+def _likeliest(places: list[_Place]) -> list[_Place]:
+    """At most _MOST_TRIED, for a model is built for each: those whose names are nearest to the usual model's."""
+    if len(places) <= _MOST_TRIED:
+        return places
+
+    def differing(place: _Place) -> tuple[int, int]:
+        _, naming, _, prefix, tensors = place
+        inside = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+        usual = _usual_names(naming.model, naming.label)
+        return len(usual - inside), len(inside - usual) + len(tensors) - len(inside)  # a deeper one has more names
+
+    return sorted(places, key=differing)[:_MOST_TRIED]
+
+
+@lru_cache
+def _usual_names(model: str, label: str) -> frozenset[str]:
+    """What the tensors of a model are called by one table, at the usual size and depth, without the counters."""
+    naming = next(one for one in names.of_model(model) if one.label == label)
+    usual = models.create(naming.model, (naming.side, naming.side, 3), 10)
+    return frozenset(entry.name for entry in names.entries(naming, usual))
+
+
+def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[_Place]:
+    """The state dict under each naming whose first convolution is in it, behind any prefix.
+
+    Where the last layer of some is there, too, the others are left out.
+    """
+    found, whole = list[_Place](), list[_Place]()
+    wanted = replace(wanted, input=wanted.inputs.get(key, wanted.input))
     for naming in names.namings(wanted.model):
-        first = naming.first_weight
+        first, last = naming.first_weight, f"{naming.layer('head')}.weight"
         places = [
             name.removesuffix(first) for name in tensors if name.endswith(first) and len(tensors[name].shape) == 4
         ]
         prefixes = [place for place in places if not place or place.endswith(".")]
         outer = [one for one in prefixes if not any(one != other and one.startswith(other) for other in prefixes)]
-        found += [_fit(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
-    return found
+        here: list[_Place] = [(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
+        found += here
+        whole += [place for place in here if place[3] + last in tensors]
+    return whole or found
 
 
 def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: Mapping[str, Tensor]) -> Fit:
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    model = _sized(wanted, naming, {name: tensor.shape for name, tensor in inside.items()})
+    of = names.Shapes(naming, {name: tensor.shape for name, tensor in inside.items()})
+    model, options = _sized(wanted, naming, of)
     entries = names.entries(naming, model)
-    differences = []
+    differences = _contradicting(wanted, naming, options)
     for entry in entries:
         tensor = inside.get(entry.name)
         needs = f"{shown(prefix + entry.name)[1:-1]} {list(entry.shape)}"
@@ -104,27 +186,53 @@ def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: M
             differences.append((needs, f"{tensor.dtype}, no floating-point numbers"))
     expected = {entry.name for entry in entries}
     expected |= {entry.name.replace("running_var", names.COUNTER) for entry in entries if entry.path[-1] == "var"}
+    waived = wanted.waived.get(key, frozenset())
     for name, tensor in tensors.items():
+        if name in waived or name.rpartition(".")[2] == _AVERAGED:
+            continue
         own = name.removeprefix(prefix) if name.startswith(prefix) else None
         if own is None or not (own in expected or own.startswith(naming.ignored)):
             differences.append(("", f"{shown(name)[1:-1]} {list(tensor.shape)}"))
-    return Fit(naming, model, key, prefix, entries, tensors, differences)
+    return Fit(naming, model, key, prefix, entries, tensors, differences, options)
 
 
-def _sized(wanted: Wanted, naming: names.Naming, shapes: Mapping[str, tuple[int, ...]]) -> Model:
-    """The model as wide as its first convolution is, for the images that it was given."""
-    usual = getattr(registry.load("models", naming.model).Net, "width", None)
-    first, channels = shapes[naming.first_weight][:2]
+def _contradicting(wanted: Wanted, naming: names.Naming, options: names.Options) -> list[tuple[str, str]]:
+    """Where the name that its owner gave says another network than the shapes do: a ResNet-20 with 56 layers."""
+    found = []
+    for option, values in (naming.asked(wanted.model) or {}).items():
+        if options[option][0] not in values:
+            found.append(
+                (f"{wanted.model}: {option} {' or '.join(map(str, values))}", f"{option} {options[option][0]}")
+            )
+    return found
+
+
+def _sized(wanted: Wanted, naming: names.Naming, of: names.Shapes) -> tuple[Model, names.Options]:
+    """The model as wide as its first convolution is, for the images that it was given, and its options."""
+    net = registry.load("models", naming.model).Net
+    usual = getattr(net, "width", None)
+    first, channels = of.named[naming.first_weight][:2]
     other = usual is not None and first != usual and 1 <= first <= _WIDEST * usual  # else it is listed as misshapen
-    head = shapes.get(f"{naming.layer('head')}.weight", ())
-    classes = wanted.classes or (max(2, head[0]) if len(head) == 2 else 2)
-    given, measured = wanted.input or Input(), naming.measured(shapes)
+    head = of("head")
+    outputs = head[0] if len(head) == (4 if "head" in naming.convolved else 2) else 2
+    given, measured = wanted.input or Input(), naming.measured(of)
     size = wanted.size or (measured or naming.side,) * 2
-    if measured and naming.measured is names.vit_side and size != (measured, measured) and not given.resize:
+    if measured and naming.resized and size != (measured, measured) and not given.resize:
         given = replace(given, resize=measured)  # its positions belong to one size, so its owner brings images to it
     done = None if given == Input() else given
     shape = (*size, min(max(channels, 1), _MOST_CHANNELS))
-    return models.create(naming.model, shape, classes, width=first if other else None, input=done)
+    options = dict(naming.options(of, (given.resize,) * 2 if given.resize else size))
+    for option, value in wanted.chosen.items():
+        if option not in options:
+            raise InputError(
+                f"{option} {value} was asked for, and {naming.model} has no {option}; it has "
+                f"{', '.join(options) or 'no options'}. Leave it away, or give another --model."
+            )
+        options[option] = (value, *(one for one in options[option] if one != value))
+    own = models.variant({name: values[0] for name, values in options.items() if values[0] != getattr(net, name)})
+    return models.create(
+        naming.model, shape, wanted.classes or max(2, outputs), width=first if other else None, input=done, variant=own
+    ), options
 
 
 def _differing(file: Path, fit: Fit) -> str:
@@ -133,6 +241,7 @@ def _differing(file: Path, fit: Fit) -> str:
     wide = max(len(heads[0]), *(len(needs) for needs, _ in rows))
     lines = [f"{needs:{wide}}  {has}".rstrip() for needs, has in (heads, *rows)]
     more = len(fit.differences) - len(rows)
+    left_over = all(not needs for needs, _ in fit.differences)
     where = f" (under {fit.key!r})" if fit.key else ""
     return "\n  ".join(
         [
@@ -140,6 +249,7 @@ def _differing(file: Path, fit: Fit) -> str:
             f"{fit.naming.label}; nothing was written.",
             *lines,
             *([f"... and {more} more"] if more else []),
+            *(["What is left over and the network can do without is waived by --ignore NAME."] if left_over else []),
         ]
     )
 

@@ -1,4 +1,6 @@
-"""What PyTorch calls the weights of each model, and how it lays them out: one table a family, read in both directions.
+"""What PyTorch calls the weights of each model, and how it lays them out: read in both directions.
+
+The tables are the modules of :mod:`bdjax.interop.layouts`, one for each family; this is how a table is read.
 
 A layer of bdjax has one counterpart; what it holds follows from its kind:
 
@@ -8,21 +10,40 @@ A layer of bdjax has one counterpart; what it holds follows from its kind:
     after a flattening            weight                                   rows in HWC order <-> columns in CHW order
     scale, bias, mean, var        weight, bias, running_mean, running_var
 
-The younger models name their layers as torchvision does, and a table has what differs.
+The younger models name their layers as torchvision does, and a table has what differs. What a network can be had with
+beside its width (:mod:`bdjax.models`) is read from the shapes in the file, and what they do not tell is assumed.
 """
 
+import importlib
+import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import count
-from math import isqrt
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from bdjax import registry
+from bdjax.interop import layouts
 from bdjax.types import Model
+
+Options = Mapping[str, tuple[Any, ...]]
+"""Of a network, each with the values that it may have; the first is assumed where nothing else tells it."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes of a file's tensors, by what we call the layers."""
+
+    naming: "Naming"
+    named: Mapping[str, tuple[int, ...]]
+    """By their own names."""
+
+    def __call__(self, layer: str, leaf: str = "weight") -> tuple[int, ...]:
+        """Of a layer's tensor, as it lies in the file; () where there is none."""
+        return self.named.get(f"{self.naming.layer(layer)}.{leaf}", ())
 
 
 @dataclass(frozen=True)
@@ -41,16 +62,31 @@ class Naming:
     """The dense layer that reads a flattened feature, and the name of that feature."""
     side: int = 224
     """Of the images, in pixels, where nothing else tells it."""
-    measured: Callable[[Mapping[str, tuple[int, ...]]], int] = lambda shapes: 0
-    """`measured(their shapes by name) -> side` of the images that the weights are for; 0 where they fit any."""
+    measured: Callable[[Shapes], int] = lambda of: 0
+    """`measured(their shapes) -> side` of the images that the weights are for; 0 where they fit any."""
+    resized: bool = False
+    """The weights fit no other side, so that an owner of other images enlarged or reduced them."""
     ignored: tuple[str, ...] = ()
     """How their names begin that have no counterpart here and no part in what the network computes."""
     first: str = ""
     """Our name of the convolution that sees the image: it tells width and channels; default the first in `layers`."""
+    convolved: tuple[str, ...] = ()
+    """Our dense layers that are convolutions there: 1x1, or as large as the feature that `flattened` names."""
+    options: Callable[[Shapes, tuple[int, int]], Options] = lambda of, size: {}
+    """`options(their shapes, (H, W) of the images) -> Options`: what the network was had with."""
+    called: Callable[[str], Options | None] = lambda name: None
+    """`called(name)` of a network, in small letters with underscores -> the options that it says, or None when it is of
+    another family. The name in bdjax.models needs none."""
+    note: str = ""
+    """What of the network is left out here, in words for its owner."""
 
     def layer(self, ours: str) -> str:
         """Their name of a layer."""
         return self.layers.get(ours) or self.rename(ours)
+
+    def asked(self, called: str) -> Options | None:
+        """What a name for a network says of it; None when it is the name of another."""
+        return {} if called == self.model else self.called(called)
 
     @property
     def first_weight(self) -> str:
@@ -81,15 +117,18 @@ COUNTER = "num_batches_tracked"
 def entries(naming: Naming, model: Model) -> list[Entry]:
     """Every array of `model` with its counterpart, in the order of the model's layers."""
     like, flat, found = like_of(model), None, []
-    if naming.flattened:
+    pooled = dict(model.options)["variant"] if model.options else ()
+    if naming.flattened and (naming.flattened[1] != "pooled" or dict(pooled).get("pool")):
         images = jax.ShapeDtypeStruct((1, *model.shape), np.float32)
-        flat = jax.eval_shape(lambda v, x: model.apply(v, x)[1], like, images)[naming.flattened[1]].shape[1:]
+        feature = jax.eval_shape(lambda v, x: model.apply(v, x)[1], like, images).get(naming.flattened[1])
+        flat = None if feature is None else feature.shape[1:]
     for collection, layers in like.items():
         for layer, held in layers.items():
             for leaf, array in held.items() if isinstance(held, Mapping) else (("", held),):
                 path = (collection, layer, leaf) if leaf else (collection, layer)
                 shape = flat if naming.flattened and (layer, leaf) == (naming.flattened[0], "kernel") else None
-                found.append(_entry(path, naming.layer(layer), leaf, tuple(array.shape), shape))
+                convolved = leaf == "kernel" and layer in naming.convolved
+                found.append(_entry(path, naming.layer(layer), leaf, tuple(array.shape), shape, convolved))
     return found
 
 
@@ -99,156 +138,72 @@ def like_of(model: Model) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def _entry(path: tuple[str, ...], layer: str, leaf: str, shape: tuple[int, ...], flat: tuple[int, ...] | None) -> Entry:
+def _entry(
+    path: tuple[str, ...], layer: str, leaf: str, shape: tuple[int, ...], flat: tuple[int, ...] | None, convolved: bool
+) -> Entry:
     name = layer if not leaf else f"{layer}{'_' if layer.endswith('in_proj') else '.'}{_LEAVES[leaf]}"
     if leaf != "kernel":
         return Entry(path, name, shape, lambda a: a, lambda a: a)
     if len(shape) == 4:
-        theirs = shape[3], shape[2], shape[0], shape[1]
-        return Entry(path, name, theirs, lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
-    if flat is None:
+        turned = shape[3], shape[2], shape[0], shape[1]
+        return Entry(path, name, turned, lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
+    if flat is None and not convolved:
         return Entry(path, name, shape[::-1], lambda a: a.T, lambda a: a.T)
-    height, width, channels = flat
+    height, width, channels = flat or (1, 1, shape[0])
+    theirs: tuple[int, ...] = (shape[1], channels, height, width) if convolved else shape[::-1]
     return Entry(
         path,
         name,
-        shape[::-1],
+        theirs,
         lambda a: a.reshape(-1, channels, height, width).transpose(2, 3, 1, 0).reshape(shape),
-        lambda a: a.reshape(height, width, channels, -1).transpose(3, 2, 0, 1).reshape(shape[::-1]),
+        lambda a: a.reshape(height, width, channels, -1).transpose(3, 2, 0, 1).reshape(theirs),
     )
 
 
-def _resnet(shortcut: str, head: str) -> dict[str, str]:
-    """ResNet-18: ours are numbered as the network is built; `shortcut`.0 and .1 follow the convolutions of a block."""
-    conv, norm = count(), count()
-    found = {f"Conv_{next(conv)}": "conv1", f"BatchNorm_{next(norm)}": "bn1", "head": head}
-    for stage in range(1, 5):
-        for block in range(2):
-            units = [("conv1", "bn1"), ("conv2", "bn2")]
-            if stage > 1 and block == 0:
-                units.append((f"{shortcut}.0", f"{shortcut}.1"))
-            for convolution, normalisation in units:
-                found[f"Conv_{next(conv)}"] = f"layer{stage}.{block}.{convolution}"
-                found[f"BatchNorm_{next(norm)}"] = f"layer{stage}.{block}.{normalisation}"
-    return found
+@cache
+def _all() -> tuple[Naming, ...]:
+    """Every table: the modules of the folder in the order of their names."""
+    modules = sorted(m.name for m in pkgutil.iter_modules(layouts.__path__) if not m.name.startswith("_"))
+    return tuple(
+        naming for module in modules for naming in importlib.import_module(f"{layouts.__name__}.{module}").NAMINGS
+    )
 
 
-def _preact() -> dict[str, str]:
-    """Pre-activation ResNet-18: the shortcut, where there is one, is built before the block's convolutions."""
-    conv, norm = count(), count()
-    found = {f"Conv_{next(conv)}": "conv1", "head": "linear"}
-    for stage in range(1, 5):
-        for block in range(2):
-            at = f"layer{stage}.{block}"
-            if stage > 1 and block == 0:
-                found[f"Conv_{next(conv)}"] = f"{at}.shortcut.0"
-            for unit in (1, 2):
-                found[f"BatchNorm_{next(norm)}"] = f"{at}.bn{unit}"
-                found[f"Conv_{next(conv)}"] = f"{at}.conv{unit}"
-    return found
-
-
-def _small_vgg(dropout: bool, head: str) -> dict[str, str]:
-    """Three blocks of twice conv, BatchNorm, ELU, then pooling and, if it is a module of its own, dropout."""
-    found, place = {}, 0
-    for unit in range(6):
-        found[f"Conv_{unit}"], found[f"BatchNorm_{unit}"] = f"features.{place}", f"features.{place + 1}"
-        place += 3 + (1 + dropout if unit % 2 else 0)
-    return {**found, "head": head}
-
-
-def _old_densenet(ours: str) -> str:
-    """`denselayer1.norm1` was `denselayer1.norm.1` in torchvision's first weights."""
-    return f"{ours[:-1]}.{ours[-1]}" if ".denselayer" in ours else ours
-
-
-def _old_vit(ours: str) -> str:
-    """`mlp.0` and `mlp.3` were called `linear_1` and `linear_2`."""
-    return ours.replace(".mlp.0", ".mlp.linear_1").replace(".mlp.3", ".mlp.linear_2")
-
-
-def _small_vgg_side(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Three poolings leave an eighth of the side; the dense layer reads what is left of each channel."""
-    head = next((shape for name, shape in shapes.items() if name.startswith("classifier") and len(shape) == 2), (0, 0))
-    places = head[1] // (4 * shapes["features.0.weight"][0])
-    return 8 * isqrt(places) if isqrt(places) ** 2 == places else 0
-
-
-def vit_side(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """One position for each patch, and one for the class token."""
-    patches = shapes.get("encoder.pos_embedding", (1, 1, 0))[1] - 1
-    return isqrt(patches) * shapes["conv_proj.weight"][2]
-
-
-_SMALL_VGG: dict[str, Any] = {"flattened": ("head", "block3"), "side": 32, "measured": _small_vgg_side}
-_VGG: dict[str, Any] = {
-    "layers": {"features.0": "features.0", "head": "classifier.6"},
-    "flattened": ("classifier.0", "pool"),
-}
-_DENSE: dict[str, Any] = {"layers": {"features.conv0": "features.conv0", "head": "classifier"}}
-_VIT: dict[str, Any] = {"layers": {"conv_proj": "conv_proj", "head": "heads.head"}, "measured": vit_side}
-_TABLES: dict[str, tuple[Naming, ...]] = {
-    "small_vgg": tuple(
-        Naming("small_vgg", f"{label}{more}", _small_vgg(dropout, f"classifier{more}"), **_SMALL_VGG)
-        for dropout, label in ((True, "I-BAU's release"), (False, "modules without dropout"))
-        for more in ("", ".0", ".1")
-    ),
-    "resnet18": tuple(
-        Naming(model, label, _resnet(shortcut, head), side=side)
-        for shortcut, head, label in (
-            ("shortcut", "linear", "the CIFAR networks'"),
-            ("downsample", "fc", "torchvision"),
-            ("shortcut", "fc", "shortcut and fc"),
-            ("downsample", "linear", "downsample and linear"),
-        )
-        for model, side in (("resnet18", 32), ("resnet18_imagenet", 224))
-    ),
-    "preact_resnet18": (Naming("preact_resnet18", "BackdoorBench", _preact(), side=32),),
-    **{name: (Naming(name, "torchvision", **_VGG),) for name in ("vgg16", "vgg19", "vgg16_bn", "vgg19_bn")},
-    "mobilenet_v3_small": (
-        Naming("mobilenet_v3_small", "torchvision", {"features.0.0": "features.0.0", "head": "classifier.3"}),
-    ),
-    "efficientnet_v2_s": (
-        Naming("efficientnet_v2_s", "torchvision", {"features.0.0": "features.0.0", "head": "classifier.1"}),
-    ),
-    "densenet121": (
-        Naming("densenet121", "torchvision", **_DENSE),
-        Naming("densenet121", "torchvision's first weights", rename=_old_densenet, **_DENSE),
-    ),
-    "googlenet": (
-        Naming("googlenet", "torchvision", {"conv1.conv": "conv1.conv", "head": "fc"}, ignored=("aux1.", "aux2.")),
-    ),
-    **{
-        name: (
-            Naming(name, "torchvision", **_VIT),
-            Naming(name, "torchvision's first version", rename=_old_vit, **_VIT),
-        )
-        for name in ("vit_b_16", "vit_b_32")
-    },
-}
-FAMILIES = tuple(sorted(_TABLES))
-_CALLED = {"preactresnet18": "preact_resnet18"}
+def families() -> tuple[str, ...]:
+    """Our names of the models that have a table."""
+    return tuple(sorted({naming.model for naming in _all()}))
 
 
 def family(called: str) -> str:
-    """Our name of a model that a file or a user calls so: the same but for a few."""
-    return _CALLED.get(called.lower().replace("-", "_"), called.lower().replace("-", "_"))
+    """What a file or a user calls a model, as the tables have it: small letters, underscores, no data set before it and
+    no name of weights behind it (timm's `resnet18.a1_in1k`)."""
+    if called.endswith(".py"):
+        return called
+    return re.sub(r"^cifar(10|100)?_(?=.)", "", called.lower().replace("-", "_").partition(".")[0])
 
 
-def namings(model: str) -> tuple[Naming, ...]:
-    """How networks that fit `model` may call their layers; the usual one first. Raises InputError when it is unknown.
+def known(called: str) -> bool:
+    """Whether networks of that name can be read."""
+    return any(naming.asked(called) is not None for naming in _all())
+
+
+def namings(called: str) -> tuple[Naming, ...]:
+    """How networks of that name may call their layers; the usual one first. Raises InputError when it is unknown.
 
     A model without a table is exchanged under its own names.
     """
-    if model == "resnet18_imagenet":
-        return tuple(naming for naming in _TABLES["resnet18"] if naming.model == model)
-    if model in _TABLES:
-        return _TABLES[model]
-    registry.check("models", model)
-    return (Naming(model, "bdjax", first="Conv_0", side=32),)
+    if found := tuple(naming for naming in _all() if naming.asked(called) is not None):
+        return tuple(sorted(found, key=lambda naming: naming.model != called))
+    registry.check("models", called)
+    return (Naming(called, "bdjax", first="Conv_0", side=32),)
+
+
+def of_model(model: str) -> tuple[Naming, ...]:
+    """The tables of one of our models; a model without one has its own names."""
+    return tuple(naming for naming in namings(model) if naming.model == model)
 
 
 def usual(model: str) -> Naming:
     """The names that a model is exported with when it did not come from a file."""
-    found = [naming for naming in namings(model) if naming.model == model]
+    found = of_model(model)
     return next((naming for naming in found if naming.label == "torchvision" and model != "resnet18"), found[0])

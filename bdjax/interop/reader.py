@@ -2,56 +2,162 @@
 
 Taken are safetensors, and what torch.save writes as a zip (since PyTorch 1.6) or wrote before, whatever the file is
 called. A `.pt` file is a pickle, which is a program; here only the part of it is understood that describes tensors,
-ordered dictionaries and plain values (`_pickle`), and sizes are checked before anything is read (`_files`).
+NumPy arrays, dictionaries and plain values (`_pickle`), and sizes are checked before anything is read (`_files`). Other
+objects are placeholders that are never built: `skipped` lists them.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bdjax.errors import InputError
-from bdjax.interop import _files
+from bdjax.files import MOST_WEIGHTS, open_regular
+from bdjax.interop import _files, _globals
+from bdjax.interop._arrays import Array
+from bdjax.interop._globals import Global, Skipped
 from bdjax.interop._tensors import Refused, Tensor
 
-_DEPTH, _MOST_VISITED = 4, 10_000
+_DEPTH, _MOST_VISITED = 8, 10_000
+_SHORT = 64  # entries of a list or tuple that are looked into
+_LONGEST = 200  # characters of a key, where it is part of a place
+_OTHERS = {
+    b"\x89HDF": "it is an HDF5 file, as Keras writes weights, which is not read. Load it in Keras and save its arrays "
+    "under PyTorch's names and layouts: safetensors.numpy.save_file(arrays, 'weights.safetensors')",
+    b"\x1f\x8b": "it is compressed by gzip. Unpack it: gunzip FILE",
+    b"BZh": "it is compressed by bzip2. Unpack it: bunzip2 FILE",
+    b"\xfd7zXZ": "it is compressed by xz. Unpack it: unxz FILE",
+}
 
 
 def read(path: Path) -> tuple[str, Any]:
     """(format, value) of a weight file: "safetensors", "torch" or "torch before 1.6", and what is in it.
 
-    The value is made of dictionaries, lists, tuples, plain values and `Tensor`s, whose elements are not read yet.
-    Raises InputError, one line that names the file and what is wrong, for everything else.
+    The value is made of dictionaries, lists, tuples, plain values, placeholders and `Tensor`s, whose elements are not
+    read yet. Raises InputError, one line that names the file and what is wrong, for everything else.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise InputError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}. Give a weight file.")
-    with open(path, "rb") as file:
-        head = file.read(10)
+    with open_regular(path, MOST_WEIGHTS, "a weight file") as file:
+        head = file.read(512)
     try:
-        if head[:2] == b"PK":
-            return "torch", _files.open_zip(path)
-        if head[:1] == b"\x80" and head[8:9] != b"{":
-            return "torch before 1.6", _files.open_legacy(path)
-        if head[8:9] == b"{":
-            return "safetensors", _files.open_safetensors(path)
-        raise Refused("it is neither a safetensors file nor one of torch.save")
+        return _opened(path, head)
     except Refused as refused:
         raise InputError(f"{path} is not read: {refused}.") from None
 
 
+def _opened(path: Path, head: bytes) -> tuple[str, Any]:
+    if head[:2] == b"PK":
+        return "torch", _files.open_zip(path)
+    if head[:1] == b"\x80" and head[8:9] != b"{":
+        return "torch before 1.6", _files.open_legacy(path)
+    if head[8:9] == b"{":
+        return "safetensors", _files.open_safetensors(path)
+    for begin, what in _OTHERS.items():
+        if head.startswith(begin):
+            raise Refused(what)
+    if head[257:262] == b"ustar":
+        raise Refused("it is a tar archive. Unpack it (tar -xf FILE) and give the weight file that was in it")
+    raise Refused("it is neither a safetensors file nor one of torch.save")
+
+
 def state_dicts(value: Any) -> dict[str, dict[str, Tensor]]:
-    """Every dictionary in `value` that holds tensors by name: where it is ("" for `value` itself) -> its tensors."""
+    """Every dictionary in `value` that holds tensors by name: where it is ("" for `value` itself) -> its tensors.
+
+    Looked for in dictionaries, and in short lists and tuples, whose entries are called by their number: "0.state_dict".
+    A list of (name, tensor) pairs counts as a dictionary, a NumPy array as a tensor.
+    """
     found: dict[str, dict[str, Tensor]] = {}
+    for place, one in _visited(value):
+        pairs = _pairs(one) if isinstance(one, list | tuple) else one
+        named = {key: _tensor(held) for key, held in pairs.items() if type(key) is str}
+        tensors = {key: held for key, held in named.items() if held is not None}
+        if tensors:
+            found[place] = tensors
+    return found
+
+
+def skipped(value: Any) -> dict[str, str]:
+    """What in `value` is neither a tensor nor a plain value, and so was passed over: where -> the name of its type."""
+    found = {}
+    for place, one in _visited(value):
+        for key, held in _parts(one):
+            name = _passed_over(held)
+            if name is not None:
+                found[_below(place, key)] = name
+    return found
+
+
+def strangers(value: Any) -> dict[str, dict[str, str]]:
+    """What stands in each dictionary and is neither a tensor nor a plain value: where -> name -> its type's name."""
+    found = {}
+    for place, one in _visited(value):
+        if isinstance(one, dict):
+            named = {key: _passed_over(held) for key, held in one.items() if type(key) is str}
+            found[place] = {key: name for key, name in named.items() if name is not None}
+    return found
+
+
+def check_some(path: Path, value: Any, found: dict[str, str]) -> None:
+    """Raise InputError for a file without any tensors by name: what stands there in their place."""
+    network = next(
+        (held.name for _, one in _visited(value) for _, held in _parts(one) if _globals.is_network(held)), None
+    )
+    if network is not None or found:
+        refused = _globals.network(network) if network else _globals.refusal(next(iter(found.values())))
+        raise InputError(f"{path} holds no tensors by name: {refused}.")
+    raise InputError(f"{path} holds no tensors by name. Give the file of a state dict.")
+
+
+def _passed_over(held: Any) -> str | None:
+    if isinstance(held, Array) and held.tensor is not None:
+        return None
+    if isinstance(held, Skipped):
+        return None if held.plain else held.name
+    if isinstance(held, Global):
+        named = _globals.named(held)
+        return None if named.plain else named.name
+    return "builtins.bytearray" if isinstance(held, bytearray) else None
+
+
+def _tensor(held: Any) -> Tensor | None:
+    return held.tensor if isinstance(held, Array) else held if isinstance(held, Tensor) else None
+
+
+def _pairs(one: list[Any] | tuple[Any, ...]) -> dict[str, Any]:
+    """The pairs of list(state_dict.items()), {} of anything else."""
+    alike = all(isinstance(pair, list | tuple) and len(pair) == 2 and type(pair[0]) is str for pair in one)
+    return dict(one) if one and alike else {}
+
+
+def _below(place: str, key: str) -> str:
+    """Where an entry is; short, for keys may be megabytes."""
+    return f"{place}.{key[:_LONGEST]}" if place else key[:_LONGEST]
+
+
+def _parts(one: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(one, dict):
+        for key, held in one.items():
+            if type(key) in (str, int):
+                yield str(key), held
+            else:
+                yield "(a key)", held
+    else:
+        yield from ((str(place), held) for place, held in enumerate(one[:_SHORT]))
+
+
+def _visited(value: Any) -> Iterator[tuple[str, Any]]:
+    """Dictionaries, lists and tuples in `value`, each once, level by level: where it is, and it."""
     seen: set[int] = set()
     level = [("", value)]
     for _ in range(_DEPTH):
-        below = []
+        below: list[tuple[str, Any]] = []
         for place, one in level:
-            if not isinstance(one, dict) or id(one) in seen or len(seen) >= _MOST_VISITED:
+            if not isinstance(one, dict | list | tuple) or id(one) in seen or len(seen) >= _MOST_VISITED:
                 continue
             seen.add(id(one))
-            tensors = {key: held for key, held in one.items() if isinstance(key, str) and isinstance(held, Tensor)}
-            if tensors:
-                found[place] = tensors
-            below += [(f"{place}.{key}" if place else key, held) for key, held in one.items() if isinstance(key, str)]
+            yield place, one
+            for key, held in _parts(one):
+                if isinstance(held, dict | list | tuple) and len(below) < _MOST_VISITED:
+                    below.append((_below(place, key), held))
         level = below
-    return found

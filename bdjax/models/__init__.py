@@ -3,7 +3,8 @@
 A model module holds one Linen class `Net(classes, dtype, axis_name)` whose call
 `(images, train, keys) -> (logits, features)` takes any H, W, C, and `SMALLEST`, the least side in
 pixels that its down-sampling allows. A `Net` with the field `width` can be had narrower or wider: it is the number of
-channels that its first convolution makes, and the others keep their ratio to it.
+channels that its first convolution makes, and the others keep their ratio to it. `VARIANTS`, where a module has it,
+says what else a `Net` can be had with (its depth, its stem): the names of fields, and the values that they may have.
 `autoencoder`, `hider`, `reader` and `sampler` are networks that methods train.
 """
 
@@ -19,11 +20,12 @@ from bdjax import registry
 from bdjax.errors import InputError
 from bdjax.models._generators import Generator, autoencoder, hider, reader, sampler
 from bdjax.models._input import Input
+from bdjax.models._variants import Variant, checked, variant
 from bdjax.types import Images, Key, Model, Variables
 
 __all__ = [
     "Generator", "Input", "as_dtype", "autoencoder", "create", "head", "hider", "kernels", "outputs",
-    "penultimate", "reader", "sampler", "with_kernels",
+    "penultimate", "reader", "sampler", "variant", "with_kernels",
 ]  # fmt: skip
 
 
@@ -35,12 +37,14 @@ def create(
     dtype: Any = jnp.float32,
     width: int | None = None,
     input: Input | None = None,
+    variant: Variant = (),
 ) -> Model:
     """The model `name` for images of `shape` (H, W, C) and `classes` outputs.
 
     `dtype` is what activations are computed in (float32 or bfloat16); parameters and logits stay float32. `width`:
-    channels of the first convolution, default the model's own; `input`: what is done to images first.
-    Raises InputError for an unknown name, for images too small, and for fewer than two classes.
+    channels of the first convolution, default the model's own; `input`: what is done to images first; `variant`: the
+    options of :func:`variant` that differ from the model's own.
+    Raises InputError for an unknown name or option, for images too small, and for fewer than two classes.
     """
     module = registry.load("models", name)
     seen = shape if input is None else input.seen(shape)
@@ -56,10 +60,10 @@ def create(
         input.check(shape[2])
     if width is not None and not (hasattr(module.Net, "width") and width >= 1):
         raise InputError(f"model {name!r} cannot be had {width} channels wide.")
-    net = module.Net(classes=classes, dtype=dtype, **({} if width is None else {"width": width}))
-    init, apply = partial(_init, net, seen), partial(_apply, net, input)
+    options = checked(name, module, variant) | ({} if width is None else {"width": width})
+    net = module.Net(classes=classes, dtype=dtype, **options)
     init, apply, outputs = partial(_init, net, seen), partial(_apply, net, input), partial(_outputs, net, input)
-    return Model(name, shape, classes, init, apply, outputs, (("width", width), ("input", input)))
+    return Model(name, shape, classes, init, apply, outputs, (("width", width), ("input", input), ("variant", variant)))
 
 
 def as_dtype(model: Model, dtype: Any) -> Model:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from bdjax.errors import InputError
 from bdjax.types import Images
 
+_BYTES = 10.0  # a standard deviation that only images of 0 to 255 have
 LAYOUTS = ("chw", "hwc", "cwh", "whc")
 
 
@@ -42,11 +43,22 @@ class Input:
             raise InputError(f"--resize must be a number of pixels, got {self.resize}.")
 
     def check(self, channels: int) -> None:
-        """Raise InputError when these numbers are not for images of so many channels."""
+        """Raise InputError when these numbers are not for images of so many channels, or not for images in [0, 1]."""
         for name in ("mean", "std"):
             given = getattr(self, name)
             if len(given) not in (0, 1, channels):
                 raise InputError(f"--input-{name} has {len(given)} numbers; the network takes {channels} channels.")
+        if any(value > 1 for value in self.mean) or any(value >= _BYTES for value in self.std):
+            scaled = {"mean": self.mean, "std": self.std or (1.0,) * len(self.mean)}
+            flags = " ".join(
+                f"--input-{name} {','.join(f'{value / 255:.6g}' for value in values)}"
+                for name, values in scaled.items()
+            )
+            raise InputError(
+                f"--input-mean {','.join(map(str, self.mean)) or '(none)'} with --input-std "
+                f"{','.join(map(str, self.std)) or '(none)'} is not for images in [0, 1]. If it is for images of 0 to "
+                f"255, divide by 255: {flags}."
+            )
         if self.channels == "bgr" and channels != 3:
             raise InputError(f"--channels bgr is for 3 channels; the network takes {channels}.")
 

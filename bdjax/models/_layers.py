@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.errors import InputError
 from bdjax.models import _conv, _strided
 from bdjax.types import Key
 
@@ -20,19 +21,20 @@ def conv(
     bias: bool = False,
     groups: int = 1,
     name: str | None = None,
+    same: bool = False,
 ) -> nn.Conv:
-    """Square convolution, zero-padded by kernel // 2 on every side ("SAME" would pad stride 2 unevenly)."""
+    """Square convolution, zero-padded by kernel // 2 on every side; `same` pads stride 2 unevenly, as TensorFlow."""
     return nn.Conv(
         features,
         (kernel, kernel),
         strides=stride,
-        padding=kernel // 2,
+        padding="SAME" if same else kernel // 2,
         use_bias=bias,
         feature_group_count=groups,
         dtype=dtype,
         kernel_init=nn.initializers.he_normal(),
         name=name,
-        conv_general_dilated=convolve if groups == 1 and kernel % 2 else None,
+        conv_general_dilated=convolve if groups == 1 and kernel % 2 and not same else None,
     )
 
 
@@ -109,6 +111,21 @@ def mean_pool(x: jax.Array) -> jax.Array:
     count, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(count, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+def window_mean(x: jax.Array, window: int) -> jax.Array:
+    """Means of [N, H, W, C] over squares of `window` pixels side by side; what is left over at the end is dropped.
+
+    Raises InputError when the images are smaller than one square.
+    """
+    count, height, width, channels = x.shape
+    if min(height, width) < window:
+        raise InputError(
+            f"an average over {window}x{window} places needs as many, and the network's last layer leaves "
+            f"{height}x{width} of these images. Use larger images (--size) or another --pool."
+        )
+    x = x[:, : height // window * window, : width // window * window]
+    return x.reshape(count, height // window, window, width // window, window, channels).mean((2, 4))
 
 
 def adaptive_mean(x: jax.Array, side: int) -> jax.Array:

@@ -8,7 +8,9 @@ import jax
 
 from bdjax.models import _layers
 
-EPSILON = 1e-3
+VARIANTS = {"epsilon": (3, 5), "padding": ("plain", "same")}
+"""`epsilon`: of batch normalisation, a power of ten: 3 is 1e-3. `padding`: "same" pads strided convolutions as
+TensorFlow does, by one pixel more at the end: what timm's networks with weights from there do."""
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -21,9 +23,10 @@ def unit(
     x: jax.Array, features: int, kernel: int, name: str, train: bool, net: Any, *,
     stride: int = 1, groups: int = 1, active: Activation = plain,
 ) -> jax.Array:  # fmt: skip
-    """Convolution NAME.0, batch normalisation NAME.1 (epsilon 1e-3), activation; `net` has dtype and axis_name."""
-    x = _layers.conv(features, net.dtype, kernel, stride, groups=groups, name=f"{name}.0")(x)
-    return active(_layers.norm(train, net.dtype, net.axis_name, EPSILON, f"{name}.1")(x))
+    """Convolution NAME.0, batch normalisation NAME.1, activation; `net` has dtype, axis_name, epsilon and padding."""
+    same = net.padding == "same" and stride > 1
+    x = _layers.conv(features, net.dtype, kernel, stride, groups=groups, name=f"{name}.0", same=same)(x)
+    return active(_layers.norm(train, net.dtype, net.axis_name, 10.0**-net.epsilon, f"{name}.1")(x))
 
 
 def squeezed(x: jax.Array, features: int, name: str, dtype: Any, active: Activation, gate: Activation) -> jax.Array:

@@ -13,12 +13,13 @@ from bdjax.errors import InputError
 from bdjax.models import _layers
 from bdjax.types import Images, Key
 
-_BLOCKS, _HEADS, _EPSILON = 12, 12, 1e-6
+_EPSILON = 1e-6
+VARIANTS = {"depth": range(1, 65), "heads": range(1, 65)}
 
 
 class Vit(nn.Module):
-    """Patches of PATCH x PATCH pixels become vectors of `width`; a class token comes first; twelve blocks of attention
-    with twelve heads and of a perceptron four times as wide (GELU), each normalised before and added."""
+    """Patches of PATCH x PATCH pixels become vectors of `width`; a class token comes first; `depth` blocks of attention
+    with `heads` heads and of a perceptron four times as wide (GELU), each normalised before and added."""
 
     PATCH: ClassVar[int]
     """Side of a patch in pixels."""
@@ -27,13 +28,17 @@ class Vit(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
     width: int = 768
-    """Of a token; a multiple of the twelve heads."""
+    """Of a token; a multiple of the heads."""
+    depth: int = 12
+    """Blocks."""
+    heads: int = 12
+    """Of each attention."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
         """Images [N, H, W, C] -> logits [N, classes], {"patches", "block1" .. "block12", "flat": [N, 768]}."""
-        if self.width % _HEADS:
-            raise InputError(f"a vision transformer's width must be a multiple of {_HEADS}, got {self.width}.")
+        if self.width % self.heads:
+            raise InputError(f"a vision transformer's width must be a multiple of {self.heads}, got {self.width}.")
         features: dict[str, jax.Array] = {}
 
         def norm(x: jax.Array, name: str) -> jax.Array:
@@ -46,7 +51,7 @@ class Vit(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, self.width)), x], 1)
         place = self.param("encoder.pos_embedding", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         x = features["patches"] = x + place.astype(x.dtype)
-        for block in range(_BLOCKS):
+        for block in range(self.depth):
             name = f"encoder.layers.encoder_layer_{block}"
             x = x + _attention(norm(x, f"{name}.ln_1"), f"{name}.self_attention", self)
             y = nn.Dense(4 * self.width, dtype=self.dtype, name=f"{name}.mlp.0")(norm(x, f"{name}.ln_2"))
@@ -59,7 +64,7 @@ class Vit(nn.Module):
 def _attention(x: jax.Array, name: str, net: Any) -> jax.Array:
     """softmax(Q Kᵀ / sqrt(d)) V of each head, side by side, through a dense layer."""
     parts = nn.Dense(3 * net.width, dtype=net.dtype, name=f"{name}.in_proj")(x)
-    query, key, value = jnp.moveaxis(parts.reshape(*x.shape[:2], 3, _HEADS, net.width // _HEADS), 2, 0)
-    score = jnp.einsum("nqhd,nkhd->nhqk", query, key) / (net.width // _HEADS) ** 0.5
+    query, key, value = jnp.moveaxis(parts.reshape(*x.shape[:2], 3, net.heads, net.width // net.heads), 2, 0)
+    score = jnp.einsum("nqhd,nkhd->nhqk", query, key) / (net.width // net.heads) ** 0.5
     found = jnp.einsum("nhqk,nkhd->nqhd", nn.softmax(score), value)
     return nn.Dense(net.width, dtype=net.dtype, name=f"{name}.out_proj")(found.reshape(x.shape))

@@ -1,7 +1,8 @@
 """GoogLeNet (Szegedy et al., CVPR 2015) as torchvision has it: with batch normalisation; layers are named as its own.
 
 **Deviations** of torchvision from the paper, kept: the third branch of a module has a 3x3 convolution, not 5x5. Its two
-auxiliary classifiers, which serve training alone, are left out here. Its pretrained weights take (x - 0.5) / 0.5.
+auxiliary classifiers, which serve training alone, are left out here. Its pretrained weights take (x - 0.5) / 0.5: with
+`transform_input` the network makes that of three channels normalised by ImageNet's mean and std.
 """
 
 from typing import Any
@@ -10,11 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bdjax.errors import InputError
 from bdjax.models import _layers
 from bdjax.types import Images, Key
 
 SMALLEST = 15
+VARIANTS = {"transform_input": (False, True)}
 _EPSILON = 1e-3
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std by channel
 _MODULES = {  # channels: 1x1; before and of the two 3x3; after pooling
     "inception3a": (64, 96, 128, 16, 32, 32),
     "inception3b": (128, 128, 192, 32, 96, 64),
@@ -36,6 +40,8 @@ class Net(nn.Module):
     axis_name: str | None = None
     width: int = 64
     """Channels of the first convolution."""
+    transform_input: bool = False
+    """Bring three channels normalised as ImageNet's to those of mean and std 0.5, as torchvision's pretrained does."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -47,6 +53,8 @@ class Net(nn.Module):
             return nn.relu(_layers.norm(train, self.dtype, self.axis_name, _EPSILON, f"{name}.bn")(x))
 
         features: dict[str, jax.Array] = {}
+        if self.transform_input:
+            x = _transformed(x)
         x = unit(x.astype(self.dtype), 64, "conv1", kernel=7, stride=2)
         x = unit(_layers.window_max(x, 3, 2, ceil=True), 64, "conv2")
         x = features["stem"] = _layers.window_max(unit(x, 192, "conv3", kernel=3), 3, 2, ceil=True)
@@ -62,3 +70,10 @@ class Net(nn.Module):
                 x = _layers.window_max(x, 3 if name == "inception3b" else 2, 2, ceil=True)
         x = features["flat"] = _layers.dropout(x.mean((1, 2)), 0.2, keys if train else None, 1)
         return _layers.head(x, self.classes), features
+
+
+def _transformed(x: Images) -> Images:
+    if x.shape[-1] != 3:
+        raise InputError(f"--transform-input is for images of 3 channels, got {x.shape[-1]}.")
+    mean, std = (jnp.asarray(values, x.dtype) for values in _IMAGENET)
+    return (x * std + mean - 0.5) / 0.5

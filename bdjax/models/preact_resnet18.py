@@ -13,6 +13,7 @@ from bdjax.models import _layers, _residual
 from bdjax.types import Images, Key
 
 SMALLEST = 8
+VARIANTS = {"pool": _residual.POOLS}
 
 
 class Net(nn.Module):
@@ -23,6 +24,8 @@ class Net(nn.Module):
     axis_name: str | None = None
     width: int = 64
     """Channels of the first stage."""
+    pool: int = 0
+    """Of `_residual.POOLS`."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -41,4 +44,4 @@ class Net(nn.Module):
         features: dict[str, jax.Array] = {}
         x = features["stem"] = _residual.stem(x, self.width, self.dtype)
         x = _residual.stages(x, block, self.width, features)
-        return _residual.classify(x, self.classes, features), features
+        return _residual.classify(x, self.classes, features, self.pool), features

@@ -3,6 +3,7 @@
 from bdjax.models import _vit
 
 SMALLEST = 16
+VARIANTS = _vit.VARIANTS
 
 
 class Net(_vit.Vit):

@@ -3,6 +3,7 @@
 from bdjax.models import _vit
 
 SMALLEST = 32
+VARIANTS = _vit.VARIANTS
 
 
 class Net(_vit.Vit):

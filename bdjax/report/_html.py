@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from bdjax.files import no_link
+from bdjax.text import visible
+
 _LARGEST = 224  # pixels of a picture's longer side
 
 
@@ -19,9 +22,14 @@ class Safe(str):
 def el(tag: str, *children: Any, **attributes: Any) -> Safe:
     """An element; children that are not :class:`Safe` and all attributes are escaped, attributes of None left out."""
     names = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value is not None}
-    opened = "".join(f' {name}="{html.escape(str(value))}"' for name, value in names.items())
-    inner = "".join(child if isinstance(child, Safe) else html.escape(str(child)) for child in children)
+    opened = "".join(f' {name}="{_escaped(value)}"' for name, value in names.items())
+    inner = "".join(child if isinstance(child, Safe) else _escaped(child) for child in children)
     return Safe(f"<{tag}{opened}>" if tag == "img" else f"<{tag}{opened}>{inner}</{tag}>")
+
+
+def _escaped(value: Any) -> str:
+    """Neither an element of HTML nor what would turn the text around it."""
+    return html.escape(visible(str(value), lines=True))
 
 
 def facts(rows: list[tuple[str, Any]]) -> Safe:
@@ -60,5 +68,5 @@ def picture(folder: Path, name: str, image: np.ndarray) -> str:
     drawn = Image.fromarray(stored[..., 0] if stored.shape[-1] == 1 else stored[..., :3])
     drawn.thumbnail((_LARGEST, _LARGEST))
     (folder / "pictures").mkdir(exist_ok=True)
-    drawn.save(folder / "pictures" / f"{name}.png")
+    drawn.save(no_link(folder / "pictures" / f"{name}.png"))
     return f"pictures/{name}.png"

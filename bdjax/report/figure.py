@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from bdjax.files import no_link
+
 
 def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> Path:
     """Write a PNG: clean and triggered images, what the defense found, ACC and ASR by round.
@@ -46,7 +48,7 @@ def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> P
     if len(recovered):
         _recovered(axes[-1], clean[0], triggered[0], recovered, arrays.get("recovered_labels"))
     _curve(right.subplots(), result)
-    figure.savefig(path, dpi=130)
+    figure.savefig(no_link(path), dpi=130)
     plt.close(figure)
     return path
 
@@ -79,6 +81,8 @@ def _curve(axis: Any, result: dict[str, Any]) -> None:
     before, rounds = result["before"], result["rounds"]
     steps = [0] + [row["step"] for row in rounds]
     for name, label, colour in (("acc", "clean accuracy", "tab:blue"), ("asr", "attack success rate", "tab:red")):
+        if before[name] is None:
+            continue  # no trigger, no attack success rate
         values = [before[name]] + [row.get(name, np.nan) for row in rounds]
         axis.plot(steps, 100 * np.array(values), color=colour, label=label, marker="o", markersize=3)
     axis.set_ylim(-2, 102)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from bdjax.files import no_link
+
 _COLUMNS = (
     ("PSNR dB", "psnr", "{:.1f}"),
     ("SSIM", "ssim", "{:.3f}"),
@@ -105,7 +107,7 @@ def draw(result: dict[str, Any], pictures: list[Any], path: Path) -> Path:
     for line, text in enumerate(foot):
         write(_MARGIN, size[1] - _FOOT + 14 + 18 * line, text, fontsize=9, color="0.4")
     figure.figimage(canvas)
-    figure.savefig(path, dpi=_DPI, pil_kwargs={"optimize": True})
+    figure.savefig(no_link(path), dpi=_DPI, pil_kwargs={"optimize": True})
     plt.close(figure)
     return path
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from bdjax import checkpoint
 from bdjax.errors import InputError
+from bdjax.files import no_link
 from bdjax.inspection import MAIN as _FRACTION
 
 MAIN = str(_FRACTION)
@@ -130,7 +131,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     left, right = lower.subplots(1, 2, width_ratios=(1.15, 1))
     _bars(left, result)
     _layers(right, result)
-    figure.savefig(path, dpi=110)
+    figure.savefig(no_link(path), dpi=110)
     plt.close(figure)
     return path
 

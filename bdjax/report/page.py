@@ -10,8 +10,10 @@ from string import Template
 from typing import Any
 
 from bdjax import checkpoint
+from bdjax.options import UNMEASURED
 from bdjax.report._html import Safe, code, el, facts, gallery, picture, table
 from bdjax.report._style import CSS, PAGE
+from bdjax.text import visible
 
 __all__ = ["picture", "write"]
 
@@ -37,7 +39,7 @@ def write(result: dict[str, Any], folder: Path) -> Path:
     title = f"{Path(result['input']['path']).name}: audited and cleaned"
     foot = el("footer", f"Made by bdjax {result['env']['bdjax']} on {result['env']['date']}.")
     text = Template(PAGE).substitute(
-        title=html.escape(title), css=CSS, heading=el("h1", title), body="\n".join(sections), foot=foot
+        title=html.escape(visible(title)), css=CSS, heading=el("h1", title), body="\n".join(sections), foot=foot
     )
     checkpoint.write_text(folder / "report.html", text)
     return folder / "report.html"
@@ -139,6 +141,10 @@ def _accuracy(result: dict[str, Any], folder: Path) -> list[Safe]:
         parts.append(
             el("p", f"The trigger is known ({asr['attack']}): its success rate {rates}, on {asr['n']} images.")
         )
+    else:
+        parts.append(el("p", f"Attack success rate: {UNMEASURED}."))
+    if said := result.get("data_notes"):
+        parts.append(el("p", " ".join(said)))
     return parts
 
 

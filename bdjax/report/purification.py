@@ -20,6 +20,8 @@ def summary(result: dict[str, Any], out: Path) -> str:
     if asr := result["asr"]:
         rates = " -> ".join(f"{100 * asr[phase]:.2f} %" for phase in ("before", "after"))
         lines.append(f"trigger {asr['attack']}, attack success rate {rates}, n = {asr['n']}")
+    else:
+        lines.append("attack success rate: not measured: no trigger given")
     lines += [f"note:   {note}" for note in result["notes"]]
     places = {
         "weights": result["weights"]["file"],
@@ -34,7 +36,7 @@ def summary(result: dict[str, Any], out: Path) -> str:
 def notes(result: dict[str, Any]) -> list[str]:
     """What a reader must know before believing any of it."""
     accuracy, after = result["accuracy"], result["audit"]["after"]
-    found = _estimated(result)
+    found = [f"Warning: {warning}" for warning in result.get("warnings", [])] + _estimated(result)
     if result["rolled_back_to"] is not None:
         found.append(
             "Accuracy on images that the defense had kept apart fell too far: it gave back "

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from bdjax import hypergrad
+from bdjax.files import no_link
 
 _COLUMNS = (  # heading, key, format
     ("cos", "cosine", "{:.4f}"),
@@ -37,7 +38,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['attack']} on {result['dataset']}, {result['model']}, seed {result['seed']}: "
         f"the first θ step of I-BAU, δ of {problem['dimension']} values, norm {problem['perturbation_norm']:.3g}",
         f"H of {problem['n_hessian']} images, E of {problem['n_outer']}. Reference: {facts}",
-        f"before: ACC {100 * before['acc']:.2f} (n = {result['n_test']}), ASR {100 * before['asr']:.2f} "
+        f"before: ACC {100 * before['acc']:.2f} (n = {result['n_test']}), ASR {_cell(before['asr'], 'asr', '{:.2f}')} "
         f"(n = {result['n_asr']}); {result['env']['device']} x {result['env']['devices']}",
         "",
         f"{'solver':16s}{'K':>4s}" + "".join(f"{heading:>10s}" for heading, _, _ in _COLUMNS),
@@ -92,7 +93,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     )
     if cleaned:
         _bars(axes[0, 1], cleaned, result)
-    figure.savefig(path, dpi=130)
+    figure.savefig(no_link(path), dpi=130)
     plt.close(figure)
     return path
 
@@ -100,6 +101,8 @@ def draw(result: dict[str, Any], path: Path) -> Path:
 def _bars(axis: Any, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
     places = np.arange(len(rows))
     for shift, key, colour, label in ((-0.2, "acc", "tab:blue", "ACC"), (0.2, "asr", "tab:red", "ASR")):
+        if result["before"][key] is None:
+            continue  # no trigger, no attack success rate
         axis.barh(places + shift, [100 * row[key] for row in rows], 0.38, color=colour, label=label)
         axis.axvline(100 * result["before"][key], color=colour, linestyle="--", linewidth=1)
     axis.set_yticks(places, [f"{row['solver']}, K = {row['iterations']}" for row in rows], fontsize=7)
@@ -130,7 +133,10 @@ def summary(results: list[dict[str, Any]]) -> str:
     for group in sorted({(r["dataset"], r["attack"]) for r in results}):
         own = [r for r in results if (r["dataset"], r["attack"]) == group]
         reference = [r["problem"]["reference"] for r in own]
-        before = {k: _spread([100 * r["before"][k] for r in own]) for k in ("acc", "asr")}
+        before = {
+            k: _spread([np.nan if r["before"][k] is None else 100 * r["before"][k] for r in own])
+            for k in ("acc", "asr")
+        }
         lines += [
             f"### {group[1]} on {group[0]} ({own[0]['model']}), {len(own)} seeds: {[r['seed'] for r in own]}",
             "",

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,7 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bdjax import records
 from bdjax.errors import InputError
+from bdjax.files import read_record
+from bdjax.options import UNMEASURED
 from bdjax.report import papers as papers_
 from bdjax.report import target as target_
 
@@ -58,7 +62,7 @@ def one(result: dict[str, Any]) -> str:
         "",
         f"{'':26s}{'before':>9s}{'after':>9s}",
         f"{'clean accuracy, %':26s}{100 * before['acc']:9.2f}{100 * after['acc']:9.2f}   n = {result['n_test']}",
-        f"{'attack success rate, %':26s}{100 * before['asr']:9.2f}{100 * after['asr']:9.2f}   n = {result['n_asr']}",
+        _asr(before["asr"], after["asr"], result["n_asr"]),
         *by_trigger,
         *target_.one(result),
         "",
@@ -70,6 +74,12 @@ def one(result: dict[str, Any]) -> str:
         *_suspects(result.get("rounds", [])),
     ]
     return "\n".join(rows)
+
+
+def _asr(before: float | None, after: float | None, n: int) -> str:
+    if before is None or after is None:
+        return f"{'attack success rate, %':26s}   {UNMEASURED}"
+    return f"{'attack success rate, %':26s}{100 * before:9.2f}{100 * after:9.2f}   n = {n}"
 
 
 def _suspects(rounds: list[dict[str, Any]]) -> list[str]:
@@ -111,10 +121,8 @@ def report(directory: Path, form: Literal["text", "csv", "markdown"] = "text", p
 
 
 def _read(path: Path, parse: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Remove it and run again.") from None
+    with records.reading(path):
+        return parse(records.shown(read_record(path)))
 
 
 def _sweep(value: Any) -> dict[str, Any]:
@@ -134,8 +142,9 @@ def _run(value: Any) -> dict[str, Any]:
     config = {f"{part}.{name}": field for part, key in parts.items() for name, field in value[key].items()}
     config |= {name: int(value[name]) for name in ("n_test", "n_defender")}
     names, env = [str(value[name]) for name in _NAMES], value["env"]
+    rates = [(name, value[phase][key]) for name, (_, phase, key) in _RATES.items()]
     return {
-        **{name: 100 * float(value[phase][key]) for name, (_, phase, key) in _RATES.items()},
+        **{name: None if rate is None else 100 * _finite(rate) for name, rate in rates},
         **target_.read(value),
         "names": names,
         "config": config,  # all that decides the numbers but the seed, named as the command line's flags
@@ -145,12 +154,18 @@ def _run(value: Any) -> dict[str, Any]:
         "seed": int(value["seed"]),
         "n_test": int(value["n_test"]),
         "n_asr": int(value["n_asr"]),
-        "seconds": float(value["seconds"]["defense"]),
-        "mib": float(value["peak_memory_bytes"]) / 2**20,
+        "seconds": _finite(value["seconds"]["defense"]),
+        "mib": _finite(value["peak_memory_bytes"]) / 2**20,
         "mib_of": str(value["peak_memory_of"]),
         "hardware": f"{env['device']} x {env['devices']}",
         "software": f"bdjax {env.get('bdjax')} ({str(env.get('commit'))[:12]}), jax {env.get('jax')}",
     }
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value} is no finite number")
+    return number
 
 
 def _cell(cell: Any) -> tuple[int, str, str, dict[str, Any] | None]:
@@ -198,7 +213,7 @@ def _fields(row: _Row) -> dict[str, Any]:
     fields: dict[str, Any] = {"label": row.label, **dict(zip(_NAMES, row.names, strict=True))}
     fields |= {"runs": len(row.runs), "planned": len(row.planned) or ""}
     for name in _RATES:
-        values = row.all(name)
+        values = [value for value in row.all(name) if value is not None]
         fields[f"{name}_mean"] = float(np.mean(values)) if values else ""
         fields[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else ""
     fields |= target_.fields(list(row.runs.values()))
@@ -221,7 +236,7 @@ def _strings(row: _Row) -> dict[str, str]:
     if not row.runs:
         return names | dict.fromkeys([*_RATES, "n_test", "n_asr", "seconds", "mib", "hardware"], "missing")
     return names | {
-        **{name: _pair(*(f"{v:.2f}" for v in (f[f"{name}_mean"], f[f"{name}_std"]) if v != "")) for name in _RATES},
+        **{name: _rate(f[f"{name}_mean"], f[f"{name}_std"]) for name in _RATES},
         **target_.strings(f),
         "n_test": str(f["n_test"]),
         "n_asr": "-".join(map(str, sorted({f["n_asr_min"], f["n_asr_max"]}))),
@@ -229,6 +244,10 @@ def _strings(row: _Row) -> dict[str, str]:
         "mib": f"{f['peak_memory_mib']:.0f}",
         "hardware": f["hardware"],
     }
+
+
+def _rate(mean: float | str, std: float | str) -> str:
+    return _pair(*(f"{v:.2f}" for v in (mean, std) if v != "")) if mean != "" else "not measured"
 
 
 def _pair(mean: str, std: str = "") -> str:
@@ -257,6 +276,8 @@ def _notes(rows: list[_Row], sweeps: list[dict[str, Any]], twice: int) -> list[s
         )
     if verdicts := [run["verdict"] for run in runs if run["verdict"]]:
         notes.append(target_.note(verdicts))
+    if any(run["asr_after"] is None for run in runs):
+        notes.append(f"ASR {UNMEASURED}.")
     if any(row.paper for row in rows):
         notes.append("paper: as printed there (experiments/papers); empty where nothing is printed.")
     if any(not row.runs for row in rows):
@@ -282,9 +303,8 @@ def _text(rows: list[_Row], titles: list[str], notes: list[str]) -> str:
     lines = _grid(blocks)
     if more := target_.headings(shown):
         printed = {n: f"paper's {h}" for n, h in target_.COLUMNS.items() if any(s.get(f"paper_{n}") for s in shown)}
-        blocks = [
-            [["cell"], *([heading] for heading in (more | {f"paper_{n}": h for n, h in printed.items()}).values())]
-        ]
+        columns = more | {f"paper_{n}": h for n, h in printed.items()}
+        blocks = [[["cell"], *([heading] for heading in columns.values())]]
         names = [*more, *(f"paper_{name}" for name in printed)]
         blocks += [[[s["label"]], *([s.get(name, "missing")] for name in names)] for s in shown]
         lines += _grid(blocks)

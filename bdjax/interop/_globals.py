@@ -1,0 +1,132 @@
+"""What a pickle may name: tensors, plain values, and objects that stay placeholders. Nothing is looked up or built.
+
+A name of a class or of a function that puts data together becomes a :class:`Skipped`, whatever package it is of: it is
+listed, and its content is dropped. A name that acts on the machine (os, subprocess, eval ...) stands beside weights
+only to attack who loads them, so such a file is refused by that name.
+"""
+
+import re
+from typing import Any
+
+from bdjax.interop._tensors import DTYPES, Refused, shown
+
+
+class Global(str):
+    """MODULE.NAME, which is never looked up."""
+
+
+class Skipped:
+    """A value that is no tensor in this file's sense: never built, known by the name of what would have been made."""
+
+    __slots__ = ("name", "network", "plain")
+
+    def __init__(self, name: str, plain: bool = False) -> None:
+        """`plain`: a shape, a dtype, a number of NumPy's, which is not worth listing."""
+        self.name, self.plain = name, plain
+        self.network = False  # whether it has modules and parameters, as a whole network has
+
+
+STORAGES = {f"torch.{name}Storage": dtype for name, dtype in (
+    ("Float", "float32"), ("Double", "float64"), ("Half", "float16"), ("BFloat16", "bfloat16"), ("Long", "int64"),
+    ("Int", "int32"), ("Short", "int16"), ("Char", "int8"), ("Byte", "uint8"), ("Bool", "bool"),
+)}  # fmt: skip
+_PLAIN = {
+    "torch.Size", "torch.device", "numpy.ndarray", "numpy.dtype", *(f"torch.{name}" for name in DTYPES),
+    *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
+}  # fmt: skip
+_TYPES = {
+    "set", "frozenset", "complex", "range", "xrange", "slice", "bytearray", "object", "type", "list", "tuple", "dict",
+    "int", "float", "str", "bytes", "bool", "long", "unicode", "memoryview", "Ellipsis", "NotImplemented",
+}  # fmt: skip
+_ACTING = {
+    "os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "ctypes", "_ctypes", "runpy", "importlib", "imp",
+    "zipimport", "pkgutil", "code", "codeop", "pdb", "bdb", "timeit", "webbrowser", "pickle", "_pickle",
+    "cloudpickle", "dill", "joblib", "marshal", "shelve", "types", "operator", "_operator", "signal", "pty", "pip",
+    "commands", "popen2", "multiprocessing", "asyncio", "threading", "_thread", "_posixsubprocess", "platform",
+    "ensurepip", "venv", "cProfile", "profile", "trace", "doctest", "unittest", "inspect", "gc", "atexit", "tempfile",
+    "urllib", "urllib2", "http", "httplib", "ftplib", "smtplib", "telnetlib", "xmlrpc", "requests", "io", "_io",
+    "linecache", "idlelib", "bdjax", "site", "glob", "fileinput", "mmap", "fcntl", "resource", "sqlite3", "paramiko",
+}  # fmt: skip
+_HARMLESS = {"types.SimpleNamespace", "io.BytesIO", "io.StringIO", "_io.BytesIO", "_io.StringIO",
+             "builtins.getattr", "__builtin__.getattr", "__builtins__.getattr"}  # fmt: skip
+"""Of the modules above; `getattr` is how enumerations are written, and what it may get is checked."""
+_BUILTINS = ("builtins", "__builtin__", "__builtins__")
+_FUNCTIONS = {
+    "collections.defaultdict", "collections.deque", "datetime.datetime", "datetime.date", "datetime.time",
+    "datetime.timedelta", "datetime.timezone", "functools.partial", "numpy.dtype", "numpy.ndarray", "numpy.matrix",
+    "numpy.recarray", "torch.device", "torch.dtype", "array.array", "itertools.count", "easydict.EasyDict",
+}  # fmt: skip
+_BUILDS = re.compile(r"_+\w*?(reconstruct|rebuild|unpickle|ctor|frombuffer|newobj|get_layout|create)")
+"""Functions by which classes put their instances together when they are unpickled."""
+
+
+def known(name: str) -> Global:
+    """The global `name`. Raises Refused for one that acts on the machine."""
+    module, _, attribute = name.rpartition(".")
+    top = module.partition(".")[0]
+    acts = top in _ACTING or (top in _BUILTINS and attribute not in _TYPES and not _is_error(attribute))
+    if acts and name not in _HARMLESS:
+        raise refusal(name)
+    if top in _BUILTINS:  # as Python 3 calls it
+        return Global(f"builtins.{'range' if attribute == 'xrange' else attribute}")
+    return Global(name)
+
+
+def made(function: Global, arguments: tuple[Any, ...]) -> Skipped:
+    """The placeholder of what `function(*arguments)` would make. Raises Refused for what only runs something."""
+    name = str(function)
+    module, _, attribute = name.rpartition(".")
+    if attribute == "getattr" and module in _BUILTINS:
+        if len(arguments) == 2 and isinstance(arguments[0], Global) and isinstance(arguments[1], str):
+            owner, wanted = arguments[0], arguments[1]
+            if owner.rpartition(".")[2][:1].isupper() and wanted.isidentifier() and wanted[0] != "_":
+                return Skipped(f"{owner}.{wanted}"[:200])
+        raise refusal(name)
+    builds = attribute[:1].isupper() or name in _FUNCTIONS or name in STORAGES or module in _BUILTINS
+    if not builds and _BUILDS.match(attribute) is None and name not in _PLAIN and not _is_class(attribute):
+        raise refusal(name)
+    inner = arguments[0] if arguments and attribute in ("_reconstructor", "_reconstruct", "__newobj__") else None
+    return Skipped(str(inner) if isinstance(inner, Global) else name, name in _PLAIN)
+
+
+def named(value: Global) -> Skipped:
+    """A global that stands for itself, as a dtype or a function of an activation does."""
+    return Skipped(str(value), str(value) in _PLAIN)
+
+
+def refusal(name: str) -> Refused:
+    """The answer to a file that names something to run."""
+    return Refused(
+        f"it asks to run {shown(name)}, which is no tensor and no plain value; nothing was run. If you trust it, "
+        "load it where it comes from and save its weights alone: torch.save(model.state_dict(), FILE)"
+    )
+
+
+def network(name: str) -> Refused:
+    """The answer to a file that holds a network as an object and no weights by name."""
+    return Refused(
+        f"it asks to run {shown(name)}, for it holds a whole network with its program, not weights; nothing was run. "
+        "Load it where you trust it and save its weights: torch.save(model.state_dict(), FILE)"
+    )
+
+
+def check_root(value: Any) -> None:
+    """Raise Refused for a file that is one placeholder, with what it would have made."""
+    if isinstance(value, Skipped) and value.name != "numpy.ndarray":
+        raise network(value.name) if is_network(value) else refusal(value.name)
+    if isinstance(value, Global):
+        raise refusal(str(value))
+
+
+def is_network(value: Any) -> bool:
+    """Whether a placeholder stands for a network of PyTorch's."""
+    return isinstance(value, Skipped) and (value.network or value.name.startswith("torch.nn.modules."))
+
+
+def _is_class(attribute: str) -> bool:
+    """CamelCase behind any underscores, as `_RandomState`."""
+    return attribute.lstrip("_")[:1].isupper()
+
+
+def _is_error(attribute: str) -> bool:
+    return attribute.endswith(("Error", "Exception", "Warning"))

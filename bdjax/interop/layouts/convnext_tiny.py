@@ -1,0 +1,5 @@
+"""ConvNeXt-Tiny, as torchvision names it."""
+
+from bdjax.interop.names import Naming
+
+NAMINGS = (Naming("convnext_tiny", "torchvision", {"features.0.0": "features.0.0", "head": "classifier.2"}),)

@@ -1,0 +1,33 @@
+"""Pre-activation ResNet-18: BackdoorBench's, WaNet's and kuangliu's names are the same."""
+
+from itertools import count
+
+from bdjax.interop.layouts import _residual
+from bdjax.interop.names import Naming, Options, Shapes
+
+
+def _layers() -> dict[str, str]:
+    """The shortcut, where there is one, is built before the block's convolutions."""
+    conv, norm = count(), count()
+    found = {f"Conv_{next(conv)}": "conv1", "head": "linear"}
+    for stage in range(1, 5):
+        for block in range(2):
+            at = f"layer{stage}.{block}"
+            if stage > 1 and block == 0:
+                found[f"Conv_{next(conv)}"] = f"{at}.shortcut.0"
+            for unit in (1, 2):
+                found[f"BatchNorm_{next(norm)}"] = f"{at}.bn{unit}"
+                found[f"Conv_{next(conv)}"] = f"{at}.conv{unit}"
+    return found
+
+
+def _options(of: Shapes, size: tuple[int, int]) -> Options:
+    return {"pool": _residual.pools(of, 8 * of("Conv_0")[0], _residual.halved(min(size), 3))}
+
+
+NAMINGS = (
+    Naming(
+        "preact_resnet18", "BackdoorBench", _layers(), side=32, options=_options, flattened=("head", "pooled"),
+        called=lambda name: {} if name in ("preactresnet18", "preact_resnet_18") else None,
+    ),
+)  # fmt: skip
