@@ -70,7 +70,7 @@ class Rounds:
     patched_fraction: float
     distillation: float
     enlarged: float = 1.2
-    patience: int = 8
+    patience: int = 5
     solver: str = "none"
     solver_iterations: int = 5
     solver_step: float = 0.1

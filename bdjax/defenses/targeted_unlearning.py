@@ -59,7 +59,7 @@ class Config:
     """No perturbation has a larger L2 norm than one of this value in every pixel and channel, in (0, 1]."""
     threshold: float = 0.7
     """A class whose radius is below this share of the median is suspicious, in (0, 1)."""
-    patience: int = 8
+    patience: int = 5
     """Rounds in a row in which no small perturbation may be left."""
 
     def __post_init__(self) -> None:
