@@ -6,7 +6,9 @@ from bdjax import cli
 
 FAST = ["--fit.epochs", "2", "--fit.batch-size", "40", "--devices", "1"]
 PLANT = ["--attack.target", "1", "--attack.ratio", "0.2", *FAST]
-DEFEND = ["--defense.rounds", "2", "--defense.batch-size", "10", "--devices", "1"]
+DEFEND = [
+    "--defense.schedule", "release", "--defense.rounds", "2", "--defense.batch-size", "10", "--devices", "1"
+]  # fmt: skip
 
 
 def bdjax(capsys, *argv):
