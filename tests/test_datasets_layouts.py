@@ -39,7 +39,7 @@ def test_folders_called_by_numbers_are_in_the_order_of_the_numbers(names, wanted
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
     classes(tmp_path, "a", "b")
     (tmp_path / "b" / "2.png").symlink_to(tmp_path / "gone.png")
-    assert "2.png" in says(load, f"folder:{tmp_path}")
+    assert "2.png" in says(f"folder:{tmp_path}")
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_initialisation_follows_the_key_and_is_finite():
 @pytest.mark.parametrize("name", SMALL)
 def test_gradient_and_its_directional_derivative_by_the_images_are_finite(name):
     model, variables = ready(name)
-    flat = jnp.zeros((2, *SHAPE)).at[:, :4].set(1)  # constant patches: every pooling window is a tie
+    flat = jnp.zeros((2, *model.shape)).at[:, :4].set(1)  # constant patches: every pooling window is a tie
 
     @jax.jit
     def twice(images, direction):
@@ -160,7 +160,7 @@ def test_gradient_and_its_directional_derivative_by_the_images_are_finite(name):
             jax.grad(lambda x: jax.nn.log_softmax(model.logits(variables, x))[:, 0].sum()), (images,), (direction,)
         )
 
-    gradient, curvature = twice(flat, pictures(2))
+    gradient, curvature = twice(flat, pictures(2, model.shape))
     assert finite((gradient, curvature)) and jnp.abs(gradient).max() > 0 and jnp.abs(curvature).max() > 0
 
 

@@ -18,7 +18,7 @@ from bdjax import checkpoint
     [
         (["run", "badnet", "ibau"], ["'badnet'", "Did you mean 'badnets'?", "image_trigger"]),
         (["run", "badnets", "ibay"], ["'ibay'", "Did you mean 'ibau'?"]),
-        (["run", "badnets", "ibau", "--model", "resnet"], ["'resnet'", "resnet18"]),
+        (["run", "badnets", "ibau", "--model", "resnet19"], ["'resnet19'", "resnet18"]),
         (["run", "badnets", "ibau", "--dataset", "digit"], ["'digit'", "digits"]),
         (["run", "badnets", "ibau", "--dataset", "npz:nowhere.npz"], ["nowhere.npz"]),
         (["run", "badnets"], ["DEFENSE", "ibau"]),
