@@ -150,15 +150,15 @@ def _drawn(suspects: dict[str, Suspect], count: int | None, seed: int) -> _Sampl
     order = jax.random.permutation(stream(seed, "evaluate"), available)
     clean = np.sort(np.asarray(order)[: count or COUNT])
     triggered = clean[evaluation.eligible[clean]]
-    if len(triggered) < 2 or len(clean) < FEWEST:
-        raise InputError(
-            f"{len(clean)} held-out images, {len(triggered)} of them not of the target class, are too few to look "
-            f"inside a model with; {FEWEST} and 2 are needed."
-        )
     if np.array_equal(to_float(evaluation.images[triggered]), to_float(evaluation.triggered[triggered])):
         raise InputError(
             f"{recorded.directory} has no trigger to look for: {recorded.experiment.attack} leaves the images as they "
             "are. Give a victim of an attack."
+        )
+    if len(triggered) < 2 or len(clean) < FEWEST:
+        raise InputError(
+            f"{len(clean)} held-out images, {len(triggered)} of them not of the target class, are too few to look "
+            f"inside a model with; {FEWEST} and 2 are needed."
         )
     return _Sample(evaluation, clean, triggered)
 

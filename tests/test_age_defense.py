@@ -72,6 +72,7 @@ def test_the_watch_sees_the_edit_and_each_epoch_of_repair(backdoored, blobs, kno
     assert (np.asarray(base["params"]["body"]) == backdoored.variables["params"]["body"]).all()  # the first half
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "batch"), [(40, 40), (40, 20), (4, 128)])
 def test_statistics_are_estimated_anew_on_the_clean_images(number, batch):
     """The batch's own mean enters by images / (images + 32), whatever momentum the model's running ones have."""

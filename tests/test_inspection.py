@@ -171,7 +171,7 @@ def test_a_clean_model_of_another_start_or_recipe_is_noted(result, places, tmp_p
         ("purified", {"shape": [8, 8, 3]}, "differ in their image shape: 8x8x1 and 8x8x3"),
         ("clean", {"classes": ["a", "b"]}, "differ in their number of classes: 4 and 2"),
         ("clean", {"dataset": {"name": "x", "fingerprint": "00", "spec": "digits"}}, "data set .*blobs .* and x 00"),
-        ("purified", {"victim_hash": "00"}, "was made of another victim than"),
+        ("purified", {"victim_hash": "0" * 64}, "was made of another victim than"),
     ],
 )
 def test_models_that_do_not_belong_together(role, changes, words, places, tmp_path):

