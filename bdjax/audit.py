@@ -51,9 +51,9 @@ def audit(
     suspect = read_recorded(place, dataset=clean)
     images, labels = _chosen(suspect, size, seed)
     guesses = predict(suspect.victim.model, suspect.victim.variables, images)
-    told = doubts.about(suspect.data, suspect.manifest, place, guesses, labels)
+    remarks = doubts.about(suspect.data, suspect.manifest, place, guesses, labels)
     result, arrays = judge(suspect, images, labels, names, seed=seed, configs=configs, context=context)
-    return {**result, "accuracy": float((guesses == labels).mean()), **told}, arrays
+    return {**result, "accuracy": float((guesses == labels).mean()), **remarks}, arrays
 
 
 def asked(names: Sequence[str]) -> list[str]:

@@ -190,8 +190,8 @@ def _check_files(directory: Path, files: Mapping[str, str], most: int) -> None:
             raise InputError(
                 f"{directory / name} is damaged: its sha256 is not the one in {MANIFEST}. Restore it or train anew."
             )
-    found = [*directory.glob("*.npz"), *(file for file in (directory / "variables").rglob("*") if not file.is_dir())]
-    if unknown := [file for file in found if file.relative_to(directory).as_posix() not in files]:
+    stored = [*directory.glob("*.npz"), *(file for file in (directory / "variables").rglob("*") if not file.is_dir())]
+    if unknown := [file for file in stored if file.relative_to(directory).as_posix() not in files]:
         raise InputError(f"{min(unknown)} is not listed in {MANIFEST}: nothing tells whether it is whole. Remove it.")
 
 

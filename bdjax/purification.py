@@ -197,8 +197,8 @@ def _cleaned(
     say(f"{len(evaluation.clean_labels)} clean images to clean with, {len(evaluation.labels)} held out to measure on")
     model, source = suspect.victim.model, suspect.manifest.get("source")
     guess = predict(model, suspect.victim.variables, evaluation.images)
-    told = doubts.about(data, suspect.manifest, suspect.directory, guess, evaluation.labels, evaluation.targets)
-    for line in [*told["data"], *(f"warning: {one}" for one in told["warnings"])]:
+    remarks = doubts.about(data, suspect.manifest, suspect.directory, guess, evaluation.labels, evaluation.targets)
+    for line in [*remarks["data"], *(f"warning: {one}" for one in remarks["warnings"])]:
         say(line)
     before = _audited(suspect, suspect, out, "audit", asked, say)
     say(f"cleaning with {defense}")
@@ -221,8 +221,8 @@ def _cleaned(
             "source": source,
         },
         "classes": list(named),
-        "data_notes": told["data"],
-        "warnings": told["warnings"],
+        "data_notes": remarks["data"],
+        "warnings": remarks["warnings"],
         "data": {"spec": experiment.dataset, "name": data.name, "fingerprint": data.fingerprint},
         "split": to_json(experiment.split),
         "n_defender": len(evaluation.clean_labels),
@@ -274,8 +274,8 @@ def _export(suspect: Suspect, out: Path) -> dict[str, Any]:
     form = "safetensors" if source["format"] == "safetensors" else "torch"
     ending = ".safetensors" if form == "safetensors" else ".pth" if source["file"].lower().endswith(".pth") else ".pt"
     file = out / f"purified{ending}"
-    told = interop.export_model(out / "purified" / "purified", form, file)
-    return {"file": file.name, "format": form, "sha256": checkpoint.sha256(file), **told}
+    exported = interop.export_model(out / "purified" / "purified", form, file)
+    return {"file": file.name, "format": form, "sha256": checkpoint.sha256(file), **exported}
 
 
 def _interval(right: int, n: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Recorder(Watch):
         self.rows: list[dict[str, Any]] = []
         self.arrays: dict[str, np.ndarray] = {}
         self.scores: Scores | None = None
+        self.estimated: Any = None
 
     def tick(self, stage: str, done: int, total: int) -> None:
         """Pass progress on."""
@@ -41,6 +42,10 @@ class Recorder(Watch):
     def judge(self, scores: Scores) -> None:
         """Keep it."""
         self.scores = scores
+
+    def estimate(self, left: Any) -> None:
+        """Keep it."""
+        self.estimated = left
 
     def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
         """Measure `variables` if asked to (not after every round of many), add a row to the curve, keep the arrays."""

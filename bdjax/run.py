@@ -95,7 +95,7 @@ def _defend(
         evaluation = evaluation.sample(context.measured)
     guesses = evaluation.predictions(suspect.victim.variables)
     before = evaluation.rates(*guesses)
-    told = doubts.about(suspect.data, manifest, victim, guesses[0], evaluation.labels, evaluation.targets)
+    remarks = doubts.about(suspect.data, manifest, victim, guesses[0], evaluation.labels, evaluation.targets)
     rates = evaluation.measure(read_clean(clean, suspect).victim.variables) if clean else None
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", record)
@@ -125,7 +125,7 @@ def _defend(
         known = None if manifest["kind"] == "imported" else experiment.attack
         verdict = {**verdicts.verdict(found, known, evaluation), "seconds": clock.read()[0]}
     clock = Clock()
-    estimated = verdicts.estimate(suspect, cleaned, view, watch.scores, context) if context.estimate else None
+    estimated = verdicts.estimate(suspect, cleaned, view, watch, context) if context.estimate else None
     result = {
         "attack": experiment.attack,
         "defense": experiment.defense,
@@ -149,7 +149,7 @@ def _defend(
         },
         "peak_memory_bytes": memory,
         "peak_memory_of": what,
-        **told,
+        **remarks,
         "rounds": watch.rows,
         "n_rounds": len(curve.images),
         "attack_config": to_json(experiment.attack_config),

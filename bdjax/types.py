@@ -125,6 +125,9 @@ class Watch:
     def judge(self, scores: "Scores") -> None:
         """What a defense that audits found out on its way: it is not asked again."""
 
+    def estimate(self, left: Any) -> None:
+        """What a defense that estimates its own success found of the model that it returns; None takes it back."""
+
 
 class Place(NamedTuple):
     """Where the images of a batch (of this device's share of it) stand, for an attacker who controls training."""

@@ -18,11 +18,17 @@ from bdjax.victim import Context
 
 
 def estimate(
-    suspect: Suspect, cleaned: Variables, view: DefenderView, found: Scores | None, context: Context
+    suspect: Suspect, cleaned: Variables, view: DefenderView, seen: Recorder, context: Context
 ) -> dict[str, Any] | None:
-    """What is left of the attack by triggers recovered from the model; None without images to judge by."""
+    """What is left of the attack by triggers recovered from the model; None without images to judge by.
+
+    Args: seen: what the defense showed at work: its own estimate is taken, and its verdict says where to look.
+    """
     if view.validation is None:
         return None
+    if seen.estimated is not None:
+        return seen.estimated.plain()
+    found = seen.scores
     key = jax.random.fold_in(stream(suspect.experiment.seed, "defense"), 1)
     watch = Recorder(context.tick)
     own, judged = replace(view, watch=watch, trigger=None), view.validation

@@ -63,7 +63,7 @@ def test_a_defense_is_judged_by_images_kept_apart_and_its_success_is_estimated(t
     """Digits: 100 images, 20 of them kept apart, and an estimate of what is left of the attack."""
     victim.train(demo(), tmp_path / "victim")
     config, context = registry.load("defenses", "ibau").Config(rounds=3), victim.Context(estimate=True)
-    split = SplitConfig(size=100)
+    split = SplitConfig(size=100, order="stratified")
     result = run.defend(tmp_path / "victim", "ibau", config, tmp_path / "run", split=split, context=context)
     assert (result["n_defender"], result["n_validation"]) == (100, 20)
     assert all(0 <= row["validation_accuracy"] <= 1 for row in result["rounds"])

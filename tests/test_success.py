@@ -64,7 +64,10 @@ def test_the_most_suspicious_classes_are_the_nearest(view):
 class Rounds(Seen):
     def __init__(self):
         super().__init__()
-        self.rows = []
+        self.rows, self.left = [], None
+
+    def estimate(self, left):
+        self.left = left
 
     def observe(self, step, variables, **arrays):
         self.rows.append({"step": step, **{k: float(v) for k, v in arrays.items() if jnp.ndim(v) == 0}})
@@ -94,7 +97,7 @@ def test_auto_stops_at_the_first_that_passes_and_reports_every_try(monkeypatch, 
     assert [row["tried"] for row in rows] == [0, 1, 2]
     assert rows[0]["estimated_rate"] > 0.8 and rows[2]["estimated_rate"] < 0.2
     assert any(row.get("rolled_back_to") == 0 for row in watch.rows)  # what was ruined is the victim again
-    assert watch.rows[-1]["chosen"] == 2
+    assert watch.rows[-1]["chosen"] == 2 and watch.left.rate == pytest.approx(rows[2]["estimated_rate"])
     assert [row["step"] for row in watch.rows] == list(range(1, len(watch.rows) + 1))
 
 

@@ -70,10 +70,10 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
 
 def _mask(picture: np.ndarray, channels: int) -> np.ndarray:
     """Where the trigger is seen: by channel where a mask of as many channels as the images differs between them."""
-    own = picture[..., :3] if picture.shape[-1] == 4 else picture
-    if (own == own[..., :1]).all():
-        return own[..., :1]
-    return own if own.shape[-1] == channels else own.mean(-1, keepdims=True)
+    colours = picture[..., :3] if picture.shape[-1] == 4 else picture
+    if (colours == colours[..., :1]).all():
+        return colours[..., :1]
+    return colours if colours.shape[-1] == channels else colours.mean(-1, keepdims=True)
 
 
 def _checkerboard(height: int, width: int) -> np.ndarray:

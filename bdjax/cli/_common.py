@@ -42,10 +42,10 @@ def first(name: str, argv: list[str], more: str = "") -> str:
 
     Where only help is asked for, the argument's name is put before the flags, which `parse` then lists.
     """
-    own = command(name).USAGE.split()
-    if {"-h", "--help"} & set(argv) and argv[0].startswith("-") and own[1][0] in "[-":
+    words = command(name).USAGE.split()
+    if {"-h", "--help"} & set(argv) and argv[0].startswith("-") and words[1][0] in "[-":
         say(f"usage: bdjax {name} {command(name).USAGE}\n")  # what follows lists all flags, and needs no argument
-        argv.insert(0, own[0])
+        argv.insert(0, words[0])
     if not argv or argv[0].startswith("-"):
         usage(name, argv, more)
     return argv[0]

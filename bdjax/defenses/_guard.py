@@ -1,5 +1,6 @@
 """Accuracy on images that a defense does not learn from, after every round; an earlier round where it fell too far."""
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +32,7 @@ def guarded(
     if view.validation is None:
         return module.purify(config, victim, view, key)
     guard = _Guard(view.watch, victim, view.validation, largest_drop)
-    cleaned = module.purify(config, victim, _seen_by(view, guard), key)
+    cleaned = module.purify(config, victim, replace(view, watch=guard), key)
     return guard.choose(cleaned)
 
 
@@ -40,16 +41,12 @@ def split_off(view: DefenderView, share: float, key: Key) -> DefenderView:
     if round(share * len(view.labels)) < FEWEST:
         return view
     learning, validation = view.split(1 - share, key)
-    return DefenderView(learning.images, learning.labels, view.watch, view.trigger, validation)
+    return replace(learning, validation=validation)
 
 
 def accuracy(victim: Victim, variables: Variables, view: DefenderView) -> float:
     """Share of the view's images that the model calls by their labels."""
     return float(np.mean(np.asarray(predict(victim.model, variables, view.images)) == view.labels))
-
-
-def _seen_by(view: DefenderView, watch: Watch) -> DefenderView:
-    return DefenderView(view.images, view.labels, watch, view.trigger, view.validation)
 
 
 class _Guard(Relay):
@@ -73,5 +70,6 @@ class _Guard(Relay):
         """What the defense returned if its accuracy holds, else what was kept."""
         if accuracy(self._victim, cleaned, self._validation) >= self._lowest:
             return cleaned
+        self.estimate(None)
         super().observe(self._round + 1, self._kept, rolled_back_to=jnp.int32(self._kept_round))
         return self._kept

@@ -26,3 +26,7 @@ class Relay(Watch):
     def judge(self, scores: Scores) -> None:
         """Pass a verdict on."""
         self._watch.judge(scores)
+
+    def estimate(self, left: Any) -> None:
+        """Pass an estimate of success on."""
+        self._watch.estimate(left)

@@ -107,6 +107,28 @@ def norms(deltas: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sqrt((deltas**2).sum((1, 2, 3), keepdims=True)), 1e-9)
 
 
+def counted(labels: jax.Array, goals: jax.Array) -> jax.Array:
+    """float32 [P, B]: 1 for an image of another class than the goal, 0 for one of its own."""
+    return (labels[None] != goals[:, None]).astype(jnp.float32)
+
+
+def hinge(
+    model: Model, variables: Variables, stamped: jax.Array, labels: jax.Array, goals: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of the search, and how many images each perturbation sends to its goal.
+
+    Args: stamped: float32 [P, B, H, W, C], the images with each trigger on; labels: int32 [B]; goals: int32 [P].
+    Returns: the sum over all images that count, a scalar; hits, float32 [P].
+    """
+    logits = model.logits(variables, stamped.reshape(-1, *model.shape)).reshape(*stamped.shape[:2], -1)
+    own = jax.nn.one_hot(labels, model.classes, dtype=bool)[None]
+    is_goal = jnp.where((goals == ANY)[:, None, None], ~own, jax.nn.one_hot(goals, model.classes, dtype=bool)[:, None])
+    wanted = jnp.where(is_goal, logits, -jnp.inf).max(-1)
+    others = jnp.where(is_goal, -jnp.inf, logits).max(-1)
+    weight = counted(labels, goals)
+    return (jnp.maximum(0, others - wanted + MARGIN) * weight).sum(), jnp.where(wanted > others, weight, 0).sum(1)
+
+
 @lru_cache(maxsize=16)
 def _step(model: Model) -> Callable:
     """One step of all perturbations, in the engine's form."""
@@ -114,23 +136,13 @@ def _step(model: Model) -> Callable:
     def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
         images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
         goals = shared["goals"]
-        counted = (labels[None] != goals[:, None]).astype(jnp.float32)  # [P, B]
-        own = jax.nn.one_hot(labels, model.classes, dtype=bool)[None]
-        is_goal = jnp.where(
-            (goals == ANY)[:, None, None], ~own, jax.nn.one_hot(goals, model.classes, dtype=bool)[:, None]
-        )
 
         def loss(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-            stamped = jnp.clip(images[None] + delta[:, None], 0, 1)
-            logits = model.logits(shared["variables"], stamped.reshape(-1, *model.shape))
-            logits = logits.reshape(len(goals), len(images), -1)
-            wanted = jnp.where(is_goal, logits, -jnp.inf).max(-1)
-            others = jnp.where(is_goal, -jnp.inf, logits).max(-1)
-            hinge = jnp.maximum(0, others - wanted + MARGIN) * counted
-            return hinge.sum(), jnp.where(wanted > others, counted, 0).sum(1)
+            return hinge(model, shared["variables"], jnp.clip(images[None] + delta[:, None], 0, 1), labels, goals)
 
+        number = counted(labels, goals).sum(1)
         (_, hits), gradient = jax.value_and_grad(loss, has_aux=True)(state["delta"])
-        hits, gradient, number = parallel.total((hits, gradient, counted.sum(1)), axis)
+        hits, gradient, number = parallel.total((hits, gradient, number), axis)
         rate = _AVERAGE * state["rate"] + (1 - _AVERAGE) * hits / jnp.maximum(number, 1)
         change = jnp.where(rate > _WORKS, _SHRINK, jnp.where(rate < _FAILS, _GROW, 1.0))
         radius = jnp.minimum(state["radius"] * change, shared["cap"])

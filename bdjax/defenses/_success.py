@@ -25,7 +25,7 @@ import optax
 from bdjax.defenses import _targeted
 from bdjax.defenses._batch import batch_of
 from bdjax.defenses._pool import batches
-from bdjax.defenses._smallest import MARGIN, Perturbations, largest, search
+from bdjax.defenses._smallest import Perturbations, counted, hinge, largest, search
 from bdjax.engine import parallel, predict, run_epoch
 from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_float
 
@@ -74,7 +74,7 @@ class Estimate:
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
-        return asdict(self)
+        return {"rate": self.rate, "flips": [asdict(flips) for flips in self.flips]}
 
 
 class Recovered(NamedTuple):
@@ -201,22 +201,17 @@ def _patch_step(model: Model) -> Callable:
     def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
         images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
         goals = shared["goals"]
-        counted = (labels[None] != goals[:, None]).astype(jnp.float32)  # [K, B]
-        is_goal = jax.nn.one_hot(goals, model.classes, dtype=bool)[:, None]
 
         def loss(moved: Any) -> tuple[jax.Array, jax.Array]:
             mask, pattern = jax.nn.sigmoid(moved["mask"])[:, None], jax.nn.sigmoid(moved["pattern"])[:, None]
             stamped = (1 - mask) * images[None] + mask * pattern
-            logits = model.logits(shared["variables"], stamped.reshape(-1, *model.shape))
-            logits = logits.reshape(len(goals), len(images), -1)
-            wanted = jnp.where(is_goal, logits, -jnp.inf).max(-1)
-            others = jnp.where(is_goal, -jnp.inf, logits).max(-1)
-            hinge = (jnp.maximum(0, others - wanted + MARGIN) * counted).sum()
-            spread = (state["cost"] * jax.nn.sigmoid(moved["mask"]).sum((1, 2, 3))).sum() / parallel.size(axis)
-            return hinge + spread, jnp.where(wanted > others, counted, 0).sum(1)
+            value, hits = hinge(model, shared["variables"], stamped, labels, goals)
+            spread = (state["cost"] * mask.sum((1, 2, 3, 4))).sum() / parallel.size(axis)
+            return value + spread, hits
 
+        number = counted(labels, goals).sum(1)
         (_, hits), gradient = jax.value_and_grad(loss, has_aux=True)(state["moved"])
-        hits, gradient, number = parallel.total((hits, gradient, counted.sum(1)), axis)
+        hits, gradient, number = parallel.total((hits, gradient, number), axis)
         rate = 0.7 * state["rate"] + 0.3 * hits / jnp.maximum(number, 1)
         mask = jax.nn.sigmoid(state["moved"]["mask"])
         size = mask.sum((1, 2, 3))

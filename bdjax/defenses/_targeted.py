@@ -111,32 +111,31 @@ def unlearn(rounds: Rounds, search_: Search, victim: Victim, view: DefenderView,
       `radius` (the smallest, over the median of all classes before).
     """
     model = victim.model
-    hunt = Hunt(search_, victim, view, key, rounds.name)
+    targeted = TargetedSearch(search_, victim, view, key, rounds.name)
     state = {"params": jax.tree.map(jnp.copy, victim.variables["params"])}
     state["opt"] = direction("adam").init(state["params"])
     shared: dict[str, Any] = {
         "images": jnp.asarray(view.images), "labels": jnp.asarray(view.labels), "victim": dict(victim.variables),
         **{name: jnp.float32(getattr(rounds, name)) for name in _DYNAMIC},
     }  # fmt: skip
-    of_targets = np.flatnonzero(np.isin(view.labels, hunt.present.goals))
     quiet, round_, variables = 0, 0, victim.variables
     while round_ < rounds.rounds and quiet < rounds.patience:
         round_key = jax.random.fold_in(jax.random.fold_in(key, 4), round_)
-        split, carried = _batches(rounds, search_.starts, len(view.labels), of_targets, round_key)
-        shared |= {"deltas": hunt.enlarged(rounds.enlarged)}
+        split, carried = _batches(rounds, targeted, len(view.labels), round_key)
+        shared |= {"deltas": targeted.enlarged(rounds.enlarged)}
         step = _step(model, rounds.solver, rounds.solver_iterations, carried)
         tick = partial(view.watch.tick, f"{rounds.name} round {round_ + 1} of at most {rounds.rounds}")
         state, metrics = run_epoch(step, state, split, {}, shared, tick=tick)
         check_finite(metrics["loss"], rounds.learning_rate, round_ * rounds.steps, "unlearning loss", rounds.rate_field)
         round_ += 1
         variables = {**victim.variables, "params": jax.tree.map(jnp.copy, state["params"])}
-        hunt.refresh(variables, jax.random.fold_in(round_key, 9))
-        quiet = quiet + 1 if hunt.radius >= 1 else 0
-        view.watch.observe(round_, variables, perturbation=hunt.present.deltas, radius=jnp.float32(hunt.radius))
+        targeted.refresh(variables, jax.random.fold_in(round_key, 9))
+        quiet = quiet + 1 if targeted.radius >= 1 else 0
+        view.watch.observe(round_, variables, perturbation=targeted.present.deltas, radius=jnp.float32(targeted.radius))
     return variables
 
 
-class Hunt:
+class TargetedSearch:
     """The perturbations that lead to suspicious classes, searched anew as the model changes."""
 
     present: Perturbations
@@ -154,6 +153,7 @@ class Hunt:
         view.watch.judge(self.scores)
         self._median = float(np.median(found.radii))
         self.present = _starts(search_, victim.model, found, jax.random.fold_in(key, 2))
+        self._of_targets = np.flatnonzero(np.isin(view.labels, self.present.goals)).astype(np.int32)
         # a class that cannot be reached any more shall not be unlearned by ever larger perturbations
         self._bound = jnp.minimum(self._median, GROWTH * self.present.radii)[:, None, None, None]
         self._again(victim.variables, jax.random.fold_in(key, 3), 2 * search_.refresh_steps)
@@ -167,6 +167,16 @@ class Hunt:
     def enlarged(self, times: float) -> jax.Array:
         """The perturbations [starts, H, W, C] at `times` their radius, within their bound."""
         return self.present.deltas * jnp.minimum(times, self._bound / norms(self.present.deltas))
+
+    def of_targets(self, key: Key, shape: tuple[int, int]) -> np.ndarray | None:
+        """Positions of images of the suspicious classes, drawn with replacement: int32 `shape`; None if there are none.
+
+        A share `KEPT` of every batch are such images, lest these classes be unlearned.
+        """
+        if not len(self._of_targets):
+            return None
+        # drawn by position: their number is then no part of a compiled program
+        return self._of_targets[np.asarray(jax.random.randint(key, shape, 0, len(self._of_targets)))]
 
     def refresh(self, variables: Variables, key: Key) -> None:
         """Search them anew in a model, from 1.4 times their radius on; key: draws batches."""
@@ -200,25 +210,20 @@ def _starts(search_: Search, model: Model, perturbations: Perturbations, key: Ke
     return Perturbations(goals, deltas, begin)
 
 
-def _batches(
-    rounds: Rounds, starts: int, total: int, of_targets: np.ndarray, key: Key
-) -> tuple[dict[str, jax.Array], int]:
+def _batches(rounds: Rounds, targeted: TargetedSearch, total: int, key: Key) -> tuple[dict[str, jax.Array], int]:
     """Of one round, each [steps, batch]: images, which perturbation each carries (0: none), and what is mixed; and how
-    many images of a batch carry one. A share of the others is of the suspicious classes, lest these be unlearned."""
-    size = batch_of(rounds.batch_size, total)
+    many images of a batch carry one. Of the others a share is of the suspicious classes."""
+    size, starts = batch_of(rounds.batch_size, total), len(targeted.present.goals)
     shape = (rounds.steps, size)
     carried = max(1, round(rounds.patched_fraction * size))
     place = np.arange(size)
-    kept = place >= size - min(round(KEPT * size), size - carried) if len(of_targets) else np.zeros(size, bool)
-    role = np.where(place < carried, 1 + place % starts, np.where(kept, -1, 0)).astype(np.int32)
+    of_targets = targeted.of_targets(jax.random.fold_in(key, 4), shape)
+    kept = 0 if of_targets is None else min(round(KEPT * size), size - carried)
+    role = np.where(place < carried, 1 + place % starts, np.where(place >= size - kept, -1, 0)).astype(np.int32)
     roles = jax.random.permutation(jax.random.fold_in(key, 1), jnp.broadcast_to(role, shape), 1, independent=True)
     index = jnp.asarray(batches(jax.random.fold_in(key, 0), total, size, rounds.steps))
-    if len(of_targets):
-        index = jnp.where(
-            roles < 0, jax.random.choice(jax.random.fold_in(key, 4), jnp.asarray(of_targets), shape), index
-        )
     split = {
-        "index": index,
+        "index": index if of_targets is None else jnp.where(roles < 0, of_targets, index),
         "which": jnp.maximum(roles, 0),
         "other": jax.random.randint(jax.random.fold_in(key, 2), shape, 0, total),
         "key": jax.random.split(jax.random.fold_in(key, 3), shape),

@@ -9,7 +9,8 @@ none passes, the one of the lowest estimate among those whose accuracy held is r
 was. The watch is told of every try. This selection is ours; it needs no knowledge of the attack.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -58,11 +59,12 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         view = split_off(view, 0.2, jax.random.fold_in(key, 0))
     judged = view.validation or view
     right = accuracy(victim, victim.variables, judged)
-    before, steps, best = None, _Steps(view.watch), (2.0, victim.variables, -1)
-    own = DefenderView(view.images, view.labels, steps, view.trigger, view.validation)
+    before, steps = None, _Steps(view.watch)
+    best: tuple[float, Variables, int, _success.Estimate | None] = (math.inf, victim.variables, -1, None)
+    watched = replace(view, watch=steps)
     for place, name in enumerate(config.methods):
         module = registry.load("defenses", name)
-        cleaned = guarded(module, module.Config(), victim, own, jax.random.fold_in(key, 1 + place), 0.1)
+        cleaned = guarded(module, module.Config(), victim, watched, jax.random.fold_in(key, 1 + place), 0.1)
         if before is None:
             labels = steps.suspicious()
             if labels is None:
@@ -76,11 +78,13 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         )  # fmt: skip
         enough = held >= right - config.largest_drop
         if enough and found.rate < best[0]:
-            best = found.rate, cleaned, place
+            best = found.rate, cleaned, place, found
         if enough and found.rate <= config.highest_rate:
             break
-    steps.observe(steps.last + 1, best[1], chosen=jnp.int32(best[2]))
-    return best[1]
+    _, chosen, place, left = best
+    steps.observe(steps.last + 1, chosen, chosen=jnp.int32(place))
+    steps.estimate(left)
+    return chosen
 
 
 class _Steps(Relay):

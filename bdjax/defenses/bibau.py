@@ -47,11 +47,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.defenses import _targeted
 from bdjax.defenses._batch import batch_of
 from bdjax.defenses._blind_inversion import Static, ascender, one
 from bdjax.defenses._fisher import ewc, fisher
 from bdjax.defenses._pool import batches
+from bdjax.defenses._targeted import KEPT, Search, TargetedSearch
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction, learning_rates
@@ -160,35 +160,36 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     model, total = victim.model, len(view.labels)
     _check_data(config, model, np.asarray(view.labels))
     size = batch_of(settings.batch_size, total, "clean images")
-    hunt = None
+    targeted = None
     if config.procedure == "robust":
-        hunt = _targeted.Hunt(_targeted.Search(refresh_steps=5), victim, view, jax.random.fold_in(key, 99), "BI-BAU")
-    static = _static(config, config.target if hunt is None or config.variant == "targeted" else hunt.scores.target)
+        targeted = TargetedSearch(Search(refresh_steps=5), victim, view, jax.random.fold_in(key, 99), "BI-BAU")
+    static = _static(
+        config, config.target if targeted is None or config.variant == "targeted" else targeted.scores.target
+    )
     original = jax.tree.map(jnp.array, {"params": victim.variables["params"], "stats": victim.variables["batch_stats"]})
     shared: dict[str, Any] = {
         "images": jnp.asarray(view.images),
         "labels": jnp.asarray(view.labels),
         "original": original,
         "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
-        "deltas": _deltas(model, hunt),
+        "deltas": _deltas(model, targeted),
     }
     shared["fisher"] = _fishers(settings, static, victim, view, original, shared, size, jax.random.fold_in(key, 0))
     state = {"params": jax.tree.map(jnp.copy, original["params"]), "stats": jax.tree.map(jnp.copy, original["stats"])}
     state["opt"] = direction(settings.optimizer, 0.9).init(state["params"])
-    of_targets = np.zeros(0, int) if hunt is None else np.flatnonzero(np.isin(view.labels, hunt.present.goals))
     step, number = _outer(model, static), settings.steps_per_epoch or total // size
     rates = learning_rates(config.schedule, settings.learning_rate, settings.epochs * number)
     for epoch in range(settings.epochs):
         epoch_key = jax.random.fold_in(key, epoch + 1)
-        split = _batches(total, size, number, len(shared["deltas"]), of_targets, epoch_key)
+        split = _batches(total, size, number, targeted, epoch_key)
         whole = {"rate": jnp.asarray(rates[epoch * number : (epoch + 1) * number])}
         tick = partial(view.watch.tick, f"BI-BAU epoch {epoch + 1} of {settings.epochs}")
         state, metrics = run_epoch(step, state, split, whole, shared, tick=tick)
         check_finite(metrics["loss"], whole["rate"], epoch * number, "outer loss", "defense.learning_rate")
         variables = {"params": state["params"], "batch_stats": state["stats"]}
-        if hunt is not None:
-            hunt.refresh(variables, jax.random.fold_in(epoch_key, 2))
-            shared["deltas"] = _deltas(model, hunt)
+        if targeted is not None:
+            targeted.refresh(variables, jax.random.fold_in(epoch_key, 2))
+            shared["deltas"] = _deltas(model, targeted)
         some = slice(0, min(4, total))
         shown = to_float(view.images[some])
         found = ascender(model, static)(
@@ -200,10 +201,10 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     return variables
 
 
-def _deltas(model: Model, hunt: Any) -> jax.Array:
+def _deltas(model: Model, targeted: TargetedSearch | None) -> jax.Array:
     """Where ascents begin, beside the image: nowhere else, or at perturbations to suspicious classes; [K, H, W, C]."""
     nothing = jnp.zeros((1, *model.shape))
-    return nothing if hunt is None else jnp.concatenate([nothing, hunt.enlarged(1.2)])
+    return nothing if targeted is None else jnp.concatenate([nothing, targeted.enlarged(1.2)])
 
 
 def _fishers(
@@ -230,19 +231,19 @@ def _fishers(
     return found
 
 
-def _batches(total: int, size: int, number: int, starts: int, of_targets: np.ndarray, key: Key) -> dict[str, jax.Array]:
+def _batches(total: int, size: int, number: int, targeted: TargetedSearch | None, key: Key) -> dict[str, jax.Array]:
     """Of one epoch, each [number, size]: images, the key of each, and where its ascent begins (0: at the image).
 
-    A share of each batch is of the suspicious classes, lest these be unlearned.
+    With a search a share of each batch is of the suspicious classes.
     """
     order = batches(jax.random.fold_in(key, 0), total, size, number)
-    if kept := round(_targeted.KEPT * size) if len(of_targets) else 0:
-        drawn = jax.random.choice(jax.random.fold_in(key, 3), jnp.asarray(of_targets, jnp.int32), (number, kept))
-        order = jnp.concatenate([order[:, kept:], drawn], 1)
-    keys = jax.random.split(jax.random.fold_in(key, 1), (number, size))
+    kept, starts = round(KEPT * size), 1 if targeted is None else 1 + len(targeted.present.goals)
+    of_targets = None if targeted is None else targeted.of_targets(jax.random.fold_in(key, 3), (number, kept))
+    if of_targets is not None:
+        order = jnp.concatenate([order[:, kept:], of_targets], 1)
     return {
         "index": jnp.asarray(order),
-        "start": keys,
+        "start": jax.random.split(jax.random.fold_in(key, 1), (number, size)),
         "which": jnp.broadcast_to(jnp.arange(size) % starts, order.shape),
     }
 
