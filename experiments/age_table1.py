@@ -5,7 +5,9 @@
 
 Data: DATASETS, any of mnist,cifar10,cifar100,cinic10,tiny (default all), and for each BDJAX_MNIST, BDJAX_CIFAR10 ...,
 its source. MODEL=small_vgg, EPOCHS=n and SEEDS=0 make it smaller than the paper's ResNet-18, our 50 epochs and the
-paper's three runs; the table then marks the cells.
+paper's three runs; the table then marks the cells. READING=default edits half of the numbers and estimates the
+statistics of batch normalisation anew, as `age` does by default, in place of half of the layers and the paper's
+statistics; SIZES=512,4 are the numbers of the defender's images.
 
 Setting: a white patch in 5 % of the images, target 2; 512 test images are the defender's, the others are evaluated. The
 paper does not print how its victims are trained; ours: Adam 1e-3 falling along a cosine, batches of 128, no
@@ -19,6 +21,7 @@ out here, with a small network: experiments/results/age_table1.
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from bdjax.defenses import age
@@ -28,6 +31,8 @@ from bdjax.sweep import Cell
 
 EPOCHS = int(os.environ.get("EPOCHS", "50"))
 MODEL = os.environ.get("MODEL", "resnet18")
+READING = os.environ.get("READING", "layers")
+SIZES = tuple(int(size) for size in os.environ.get("SIZES", "512").split(","))
 SEEDS = tuple(int(seed) for seed in os.environ.get("SEEDS", "0,1,2").split(","))
 
 TITLE = "AGE Table 1"
@@ -72,23 +77,31 @@ def cell_of(
     )
 
 
-def _cell(dataset: str, knows: bool, repair: bool) -> Cell:
+def _cell(dataset: str, size: int, knows: bool, repair: bool) -> Cell:
     state = "+repair (lr 1e-2)" if repair else "base"
     known = "BDK" if knows else "no BDK"
+    default = READING == "default"
+    config = age.Config(backdoor_knowledge=knows, repair=repair)
+    if not default:
+        config = replace(config, share_of="layers", batch_norm=None)
+    scale = ["ACC and CTCA are top-1, the paper's top-5"] * (dataset in ("cifar100", "tiny"))
+    scale += ["half of the numbers, statistics estimated anew"] * default + [f"{size} images"] * (size != 512)
+    label = f"{DATASETS[dataset][0]}, {'with' if knows else 'without'} the trigger{', repaired' * repair}"
     return cell_of(
-        f"{DATASETS[dataset][0]}, {'with' if knows else 'without'} the trigger{', repaired' * repair}",
+        label + f", {size} images" * (size != 512),
         ("rgba_patch", {"picture": "white"}),
-        ("age", age.Config(share_of="layers", batch_norm=None, backdoor_knowledge=knows, repair=repair)),
-        512,
+        ("age", config),
+        size,
         {"table": "1", "attack_setting": WHITE, "defense": "AGE", "defense_setting": f"{known}; 512 samples; {state}"},
         dataset,
-        ("ACC and CTCA are top-1, the paper's top-5",) if dataset in ("cifar100", "tiny") else (),
+        tuple(scale),
     )
 
 
 CELLS = tuple(
-    _cell(dataset, knows, repair)
+    _cell(dataset, size, knows, repair)
     for dataset in os.environ.get("DATASETS", ",".join(DATASETS)).split(",")
+    for size in SIZES
     for knows in (True, False)
     for repair in (False, True)
 )

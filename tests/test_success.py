@@ -10,7 +10,7 @@ import pytest
 from quarters import Seen, clean_images, victim
 
 from bdjax import registry
-from bdjax.defenses import _success, auto
+from bdjax.defenses import _smallest, _success, auto
 from bdjax.defenses._guard import split_off
 from bdjax.errors import InputError
 
@@ -55,10 +55,10 @@ def test_the_most_suspicious_classes_are_the_nearest(view):
     assert _success.suspicious(victim(True), view, KEY).tolist() == [1]
     scores = SimpleNamespace(classes=np.array([0.5, np.nan, 3.0, 2.5, 2.9, 2.8], np.float32), poisoned=True)
     assert _success.most_suspicious(scores).tolist() == [2, 4, 5]  # three at most
-    scores.classes[4:] = 1.0
-    assert _success.most_suspicious(scores).tolist() == [2, 3]
+    scores.classes[3:] = 2.65, 2.55, 1.0
+    assert _success.most_suspicious(scores).tolist() == [2, 3]  # above 1 + 0.8 (3 - 1)
     scores.poisoned = False
-    assert _success.most_suspicious(scores).tolist() == [2]
+    assert _success.most_suspicious(scores).tolist() == [2, 3, 4, _smallest.ANY]
 
 
 class Rounds(Seen):

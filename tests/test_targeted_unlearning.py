@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import perceptron
-from quarters import Seen, clean_images, victim
+from quarters import Seen, clean_images, rolled, victim
 
-from bdjax.defenses import _smallest, _targeted
+from bdjax.defenses import _smallest, _targeted_search
 from bdjax.defenses import targeted_unlearning as method
 from bdjax.engine import parallel
 from bdjax.errors import InputError
@@ -76,26 +75,10 @@ def test_the_class_with_the_back_door_is_nearest_and_only_it_is_suspicious():
 
 
 def test_an_all_to_all_back_door_is_found_by_a_perturbation_to_any_class():
-    """The first pixel moves every label on by one: no class is near to all images, but all are near to another."""
-    weights = np.zeros((16, 4), np.float32)
-    weights[4:8, 0] = weights[8:12, 1] = weights[12:16, 2] = 1.0
-    labels = np.arange(60, dtype=np.int32) % 3
-    images = np.full((60, 16), 0.1, np.float32)
-    for row, label in zip(images, labels, strict=True):
-        row[4 * label + 4 : 4 * label + 8] = 0.9
-
-    def apply(variables, images, train=False, keys=None, axis_name=None):
-        flat = images.reshape(len(images), -1)
-        logits = 10 * flat @ variables["params"]["weights"]
-        moved = jnp.roll(logits[:, :3], 1, axis=1)
-        on = jax.nn.sigmoid(30 * (flat[:, :1] - 0.4))
-        return jnp.concatenate([(1 - on) * logits[:, :3] + on * moved, logits[:, 3:]], 1), {"flat": flat}, {}
-
-    model = Model("roll", (4, 4, 1), 4, None, apply)
-    variables = {"params": {"weights": jnp.asarray(weights)}, "batch_stats": {}}
+    suspect, view = rolled()
     goals = np.array([0, 1, 2, _smallest.ANY], np.int32)
     start = _smallest.Perturbations(goals, jnp.zeros((4, 4, 4, 1)), np.full(4, 2.0, np.float32))
-    found = _smallest.search(model, variables, images.reshape(60, 4, 4, 1), labels, start, 60, 30, 2.0, KEY)
+    found = _smallest.search(suspect.model, suspect.variables, view.images, view.labels, start, 60, 30, 2.0, KEY)
     assert found.radii[3] < 0.6 * found.radii[:3].min()
     delta = np.abs(np.asarray(found.deltas[3]).ravel())
     assert delta.argmax() == 0
@@ -164,17 +147,19 @@ def test_a_view_is_split_by_class_and_by_key():
 
 
 def test_the_suspicious_classes_share_the_starts():
-    model = perceptron()
     radii = np.array([1.0, 0.2, 0.3, 1.0], np.float32)
-    found = _smallest.Perturbations(np.arange(4, dtype=np.int32), jnp.ones((4, *model.shape)), radii)
-    started = _targeted._starts(_targeted.Search(starts=4), model, found, KEY)
+    found = _smallest.Perturbations(np.arange(4, dtype=np.int32), jnp.ones((4, 4, 4, 1)), radii)
+    settings = _targeted_search.Search(starts=4)
+    suspicious = _targeted_search._suspicious(settings, found)
+    assert suspicious.tolist() == [1, 2]
+    started = _targeted_search._starts(4, found, suspicious, np.zeros(0, np.int32), KEY)
     assert started.goals.tolist() == [1, 2, 1, 2]
     np.testing.assert_array_equal(started.deltas[:2], found.deltas[:2])  # found already; the others are random
     np.testing.assert_allclose(_smallest.norms(started.deltas[2:]).ravel(), [0.06, 0.09], rtol=1e-5)
-    calm = _targeted._starts(
-        _targeted.Search(starts=2), model, found._replace(radii=np.array([1.0, 0.9, 0.95, 1.0], np.float32)), KEY
-    )
-    assert calm.goals.tolist() == [1, _smallest.ANY]  # nobody is suspicious: the nearest, and away from all
+    calm = found._replace(radii=np.array([1.0, 0.9, 0.95, 1.0], np.float32))
+    assert _targeted_search._suspicious(settings, calm).tolist() == []
+    started = _targeted_search._starts(2, calm, np.zeros(0, np.int32), np.array([3]), KEY)
+    assert started.goals.tolist() == [3, _smallest.ANY]  # nobody is suspicious: the class given, and away from all
 
 
 @pytest.mark.parametrize(

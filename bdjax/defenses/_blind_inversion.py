@@ -62,18 +62,27 @@ def objective_of(model: Model, static: Static, now: Any, original: Any, image: A
 
 
 def one(
-    model: Model, static: Static, now: Any, original: Any, image: Any, label: Any, key: Key, delta: Any, hyper: Any
+    model: Model, static: Static, now: Any, original: Any, image: Any, label: Any, key: Key, start: Any, hyper: Any
 ) -> Any:
-    """The adversarial image of one image, float32 [H, W, C] in [0, 1], in the ball around image + delta."""
+    """The adversarial image of one image, float32 [H, W, C] in [0, 1].
+
+    start: (k, δ), float32 [H, W, 1] and [H, W, C]; the ascent stays in the ball around k image + δ.
+    """
     objective = objective_of(model, static, now, original, image, label, hyper)
     noise = hyper["noise"] / 255 * jax.random.normal(key, image.shape)
     step, bound = hyper["step_size"] / 255, hyper["bound"] / 255
-    center = jnp.clip(image + delta, 0, 1)
-    start = project(center + noise, center, bound, static.norm)
-    return jax.lax.stop_gradient(adversarial(objective, center, start, static.steps, step, bound, static.norm))
+    kept, delta = start
+    center = jnp.clip(image * kept + delta, 0, 1)
+    begin = project(center + noise, center, bound, static.norm)
+    return jax.lax.stop_gradient(adversarial(objective, center, begin, static.steps, step, bound, static.norm))
 
 
 @lru_cache(maxsize=32)
 def ascender(model: Model, static: Static) -> Callable:
-    """(now, original, images, labels, keys, deltas, hyper) -> adversarial images, all float32 [B, H, W, C]."""
+    """(now, original, images, labels, keys, starts, hyper) -> adversarial images, all float32 [B, H, W, C]."""
     return jax.jit(jax.vmap(partial(one, model, static), (None, None, 0, 0, 0, 0, None)))
+
+
+def taken(starts: tuple[jax.Array, jax.Array], which: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Those at the positions `which`."""
+    return starts[0][which], starts[1][which]

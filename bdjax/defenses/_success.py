@@ -5,28 +5,27 @@ the smallest additive perturbation (:mod:`bdjax.defenses._smallest`) and the sma
 Cleanse's: Wang et al., IEEE S&P 2019). They are put on clean images of other classes that the defense did not learn
 from, at several strengths, for an attacker's own trigger is stronger than the smallest one that works; the flip rate is
 the largest share that the model calls by the trigger's class. The same triggers are recovered from the cleaned model
-anew; one that is more than `LARGER` times as large as before is no sign of the old backdoor and counts as none.
+anew; one that is more than `LARGER` times as large as before is no sign of the old backdoor and counts as none. Where
+no class is suspicious, the one of the nearest classes is taken whose patch is the smallest, or any class, if the patch
+that sends images away from their own class is smaller still; the flip rate of that is the share of errors beyond the
+share on clean images.
 
 The estimate is the largest flip rate that is left. It is a lower bound of what an attacker can do with triggers of
 these two forms, and says nothing of triggers that neither form expresses (experiments/foreign has how well it follows
 the true ASR).
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from bdjax.defenses import _targeted
-from bdjax.defenses._batch import batch_of
-from bdjax.defenses._pool import batches
-from bdjax.defenses._smallest import Perturbations, counted, hinge, largest, search
-from bdjax.engine import parallel, predict, run_epoch
+from bdjax.defenses import _patches, _targeted_search
+from bdjax.defenses._smallest import ANY, Perturbations, largest, search
+from bdjax.engine import predict
 from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_float
 
 LARGER = 1.5
@@ -36,10 +35,8 @@ STRENGTHS = (1.2, 2.0, 3.0)
 CLASSES = 3
 """Classes that triggers are recovered for, at most."""
 NEAR = 0.8
-"""Beside the most suspicious class those whose score is this share of its own, as of an attack with several targets.
-Triggers of other classes are natural: they work as well in a model without a backdoor."""
-_PATCH_STEPS, _PATCH_BATCH, _PATCH_RATE = 80, 24, 0.2
-_WORKS = 0.8  # share of the images a patch must send to its class to be kept
+"""Beside the most suspicious class those whose score exceeds 1 by this share of what its own does, as of an attack with
+several targets. Triggers of other classes are natural: they work as well in a model without a backdoor."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Flips:
     form: str
     """additive or patch."""
     label: int
-    """The class that it leads to."""
+    """The class that it leads to; -1: any but an image's own."""
     size: float
     """L2 norm of the perturbation, or sum of the mask, of the trigger recovered from the model before."""
     size_anew: float
@@ -81,7 +78,7 @@ class Recovered(NamedTuple):
     """Triggers of K classes recovered from one model."""
 
     labels: np.ndarray
-    """int32 [K]."""
+    """int32 [K], or `_smallest.ANY`."""
     additive: np.ndarray
     """float32 [K, H, W, C]."""
     masks: np.ndarray
@@ -102,127 +99,104 @@ def estimate(
       view: clean images [n, H, W, C] and labels [n] to recover triggers with; judged: others, to put them on.
       key: draws batches.
     """
-    after = recover(Victim(victim.model, cleaned), before.labels, view, key)
-    images, labels = np.asarray(to_float(judged.images)), judged.labels
+    after = _recovered(Victim(victim.model, cleaned), before.labels, view, key)
+    largest_sizes = _cap(victim.model), float(np.prod(victim.model.shape[:2]))
     rows = []
     for place, goal in enumerate(before.labels):
-        others = images[labels != goal]
+        counted_ = judged.labels != goal
+        images, labels = np.asarray(to_float(judged.images[counted_])), judged.labels[counted_]
         for form, name in enumerate(("additive", "patch")):
             rates = [
-                _flipped(victim.model, variables, name, recovered, place, others)
+                _flipped(victim.model, variables, name, recovered, place, images, labels)
                 for variables, recovered in (
                     (victim.variables, before), (cleaned, before), (cleaned, after),
                 )
             ]  # fmt: skip
             sizes = float(before.sizes[form, place]), float(after.sizes[form, place])
-            anew = rates[2] if sizes[1] <= LARGER * sizes[0] else 0.0
-            rows.append(Flips(name, int(goal), *sizes, rates[0], rates[1], anew, len(others)))
+            counts = sizes[1] <= LARGER * sizes[0] and sizes[1] < 0.999 * largest_sizes[form]
+            rows.append(Flips(name, int(goal), *sizes, rates[0], rates[1], rates[2] if counts else 0.0, len(images)))
     return Estimate(max(max(row.after, row.anew) for row in rows), tuple(rows))
 
 
 def suspicious(victim: Victim, view: DefenderView, key: Key) -> np.ndarray:
     """The classes that far smaller additive perturbations lead to than to others, int32 [K], K from 1 to `CLASSES`."""
-    settings = _targeted.Search()
-    found = _targeted.all_classes(settings, victim, view, key, "the estimate of success")
-    return most_suspicious(_targeted.scores(settings, found))
+    settings = _targeted_search.Search()
+    found = _targeted_search.all_classes(settings, victim, view, key, "the estimate of success")
+    return most_suspicious(_targeted_search.scores(settings, found))
 
 
 def most_suspicious(scores: Scores) -> np.ndarray:
     """The classes of a verdict that triggers are recovered for, int32 [K]: the first, and those close to it; where the
-    model is not called poisoned the first alone, for then others are close to any."""
+    model is not called poisoned, the first ones and `ANY`, of which :func:`recover` chooses."""
     values = np.nan_to_num(scores.classes, nan=-np.inf)
-    ranked = np.argsort(-values, kind="stable")[: CLASSES if scores.poisoned else 1]
-    return ranked[values[ranked] >= min(NEAR * values[ranked[0]], values[ranked[0]])].astype(np.int32)
+    ranked = np.argsort(-values, kind="stable")[:CLASSES].astype(np.int32)
+    ranked = ranked[: max(1, np.isfinite(values[ranked]).sum())]  # a class that could not be judged has no trigger
+    if not scores.poisoned:
+        return np.append(ranked, np.int32(ANY))
+    highest = values[ranked[0]]
+    return ranked[values[ranked] >= min(1 + NEAR * (highest - 1), highest)]
 
 
 def recover(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) -> Recovered:
     """The smallest additive perturbation and the smallest patch towards each of `labels` int32 [K].
 
-    Args: victim: the model; view: clean images and labels; key: draws batches.
+    Args: victim: the model; labels: classes; with `ANY` among them the one of the smallest patch alone is returned;
+      view: clean images and labels; key: draws batches.
     """
-    settings, model = _targeted.Search(), victim.model
-    cap, number = largest(model, settings.largest_radius), len(labels)
+    if ANY in labels:
+        patches = _patches_of(victim, labels, view, jax.random.fold_in(key, 2))
+        labels = labels[[np.argmin(patches.areas)]]
+    return _recovered(victim, labels, view, key)
+
+
+def _recovered(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) -> Recovered:
+    settings, model = _targeted_search.Search(), victim.model
+    cap, number = _cap(model), len(labels)
     start = Perturbations(labels, jnp.zeros((number, *model.shape)), np.full(number, cap, np.float32))
     size = settings.batch_size * 3 // 2
     additive = search(
         model, victim.variables, view.images, view.labels, start, settings.steps, size, cap, jax.random.fold_in(key, 0)
     )
-    masks, patterns, areas = _patches(victim, labels, view, jax.random.fold_in(key, 1))
+    patches = _patches_of(victim, labels, view, jax.random.fold_in(key, 1))
     deltas = np.asarray(additive.deltas)
-    sizes = np.stack([np.sqrt((deltas**2).sum((1, 2, 3))), areas])
-    return Recovered(labels, deltas, masks, patterns, sizes)
+    sizes = np.stack([np.where(additive.radii < cap, np.sqrt((deltas**2).sum((1, 2, 3))), cap), patches.areas])
+    return Recovered(labels, deltas, np.asarray(patches.masks), np.asarray(patches.patterns), sizes)
 
 
-def _stamped(form: str, recovered: Recovered, place: int, images: np.ndarray, strength: float) -> np.ndarray:
+def _patches_of(victim: Victim, goals: np.ndarray, view: DefenderView, key: Key) -> _patches.Patches:
+    tick = partial(view.watch.tick, "smallest patch of suspicious classes")
+    return _patches.search(
+        victim.model, victim.variables, view.images, view.labels, goals, _patches.STEPS, key, tick=tick
+    )  # fmt: skip
+
+
+def _cap(model: Model) -> float:
+    return largest(model, _targeted_search.Search().largest_radius)
+
+
+def _stamped(
+    form: str, recovered: Recovered, place: int, images: np.ndarray, strength: float, cap: float
+) -> np.ndarray:
     if form == "additive":
+        # what is larger than any perturbation of the search leads to a class by nature
+        strength = min(strength, max(1.0, cap / max(float(recovered.sizes[0, place]), 1e-9)))
         return np.clip(images + strength * recovered.additive[place], 0, 1)
     mask = np.minimum(strength * recovered.masks[place], 1)
     return (1 - mask) * images + mask * recovered.patterns[place]
 
 
 def _flipped(
-    model: Model, variables: Variables, form: str, recovered: Recovered, place: int, images: np.ndarray
-) -> float:
+    model: Model, variables: Variables, form: str, recovered: Recovered, place: int, images: np.ndarray,
+    labels: np.ndarray,
+) -> float:  # fmt: skip
     """The largest flip rate of one trigger over all strengths; 0 without images."""
     if not len(images):
         return 0.0
-    goal, stronger = recovered.labels[place], [_stamped(form, recovered, place, images, by) for by in STRENGTHS]
-    return max(float((np.asarray(predict(model, variables, stamped)) == goal).mean()) for stamped in stronger)
+    goal, cap = recovered.labels[place], _cap(model)
 
+    def rate(shown: np.ndarray) -> float:
+        predictions = np.asarray(predict(model, variables, shown))
+        return float((predictions != labels if goal == ANY else predictions == goal).mean())
 
-def _patches(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) -> tuple[np.ndarray, ...]:
-    """Masks [K, H, W, 1], patterns [K, H, W, C] and areas [K]: an empty mask, but the largest area, if none works."""
-    model, number = victim.model, len(labels)
-    size = batch_of(_PATCH_BATCH, len(view.labels))
-    state: Any = {
-        "moved": {"mask": jnp.zeros((number, *model.shape[:2], 1)), "pattern": jnp.zeros((number, *model.shape))},
-        "cost": jnp.full(number, 0.1), "rate": jnp.zeros(number), "smallest": jnp.full(number, jnp.inf),
-        "best": {"mask": jnp.zeros((number, *model.shape[:2], 1)), "pattern": jnp.full((number, *model.shape), 0.5)},
-    }  # fmt: skip
-    state["opt"] = _ADAM.init(state["moved"])
-    shared = {
-        "images": jnp.asarray(view.images), "labels": jnp.asarray(view.labels), "goals": jnp.asarray(labels),
-        "variables": dict(victim.variables),
-    }  # fmt: skip
-    index = jnp.asarray(batches(key, len(view.labels), size, _PATCH_STEPS))
-    tick = partial(view.watch.tick, "smallest patch of the suspicious classes")
-    state = run_epoch(_patch_step(model), state, {"index": index}, {}, shared, tick=tick)[0]
-    areas = np.minimum(np.asarray(state["smallest"]), np.prod(model.shape[:2]))
-    return np.asarray(state["best"]["mask"]), np.asarray(state["best"]["pattern"]), areas
-
-
-_ADAM = optax.scale_by_adam(0.5, 0.9)
-
-
-@lru_cache(maxsize=16)
-def _patch_step(model: Model) -> Callable:
-    """One step of all masks and patterns, in the engine's form; the cost of a mask grows while it works."""
-
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
-        goals = shared["goals"]
-
-        def loss(moved: Any) -> tuple[jax.Array, jax.Array]:
-            mask, pattern = jax.nn.sigmoid(moved["mask"])[:, None], jax.nn.sigmoid(moved["pattern"])[:, None]
-            stamped = (1 - mask) * images[None] + mask * pattern
-            value, hits = hinge(model, shared["variables"], stamped, labels, goals)
-            spread = (state["cost"] * mask.sum((1, 2, 3, 4))).sum() / parallel.size(axis)
-            return value + spread, hits
-
-        number = counted(labels, goals).sum(1)
-        (_, hits), gradient = jax.value_and_grad(loss, has_aux=True)(state["moved"])
-        hits, gradient, number = parallel.total((hits, gradient, number), axis)
-        rate = 0.7 * state["rate"] + 0.3 * hits / jnp.maximum(number, 1)
-        mask = jax.nn.sigmoid(state["moved"]["mask"])
-        size = mask.sum((1, 2, 3))
-        better = (rate >= _WORKS) & (size < state["smallest"])
-        here = {"mask": mask, "pattern": jax.nn.sigmoid(state["moved"]["pattern"])}
-        best = jax.tree.map(lambda new, old: jnp.where(better[:, None, None, None], new, old), here, state["best"])
-        with jax.numpy_dtype_promotion("standard"):
-            update, opt = _ADAM.update(gradient, state["opt"])
-        moved = jax.tree.map(lambda p, u: p - _PATCH_RATE * u, state["moved"], update)
-        cost = state["cost"] * jnp.where(rate >= _WORKS, 1.1, 1 / 1.1**1.5)
-        smallest = jnp.where(better, size, state["smallest"])
-        return {"moved": moved, "opt": opt, "cost": cost, "rate": rate, "best": best, "smallest": smallest}, {}
-
-    return step
+    natural = rate(images) if goal == ANY else 0.0
+    return max(0.0, *(rate(_stamped(form, recovered, place, images, by, cap)) - natural for by in STRENGTHS))

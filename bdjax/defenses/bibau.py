@@ -48,10 +48,11 @@ import numpy as np
 import optax
 
 from bdjax.defenses._batch import batch_of
-from bdjax.defenses._blind_inversion import Static, ascender, one
+from bdjax.defenses._blind_inversion import Static, ascender, one, taken
 from bdjax.defenses._fisher import ewc, fisher
 from bdjax.defenses._pool import batches
-from bdjax.defenses._targeted import KEPT, Search, TargetedSearch
+from bdjax.defenses._smallest import ANY
+from bdjax.defenses._targeted_search import KEPT, Search, TargetedSearch
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction, learning_rates
@@ -163,16 +164,14 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     targeted = None
     if config.procedure == "robust":
         targeted = TargetedSearch(Search(refresh_steps=5), victim, view, jax.random.fold_in(key, 99), "BI-BAU")
-    static = _static(
-        config, config.target if targeted is None or config.variant == "targeted" else targeted.scores.target
-    )
+    static = _static(config, targeted)
     original = jax.tree.map(jnp.array, {"params": victim.variables["params"], "stats": victim.variables["batch_stats"]})
     shared: dict[str, Any] = {
         "images": jnp.asarray(view.images),
         "labels": jnp.asarray(view.labels),
         "original": original,
         "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
-        "deltas": _deltas(model, targeted),
+        "starts": _starts(model, targeted),
     }
     shared["fisher"] = _fishers(settings, static, victim, view, original, shared, size, jax.random.fold_in(key, 0))
     state = {"params": jax.tree.map(jnp.copy, original["params"]), "stats": jax.tree.map(jnp.copy, original["stats"])}
@@ -189,22 +188,26 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         variables = {"params": state["params"], "batch_stats": state["stats"]}
         if targeted is not None:
             targeted.refresh(variables, jax.random.fold_in(epoch_key, 2))
-            shared["deltas"] = _deltas(model, targeted)
+            shared["starts"] = _starts(model, targeted)
         some = slice(0, min(4, total))
         shown = to_float(view.images[some])
         found = ascender(model, static)(
             {"params": state["params"], "stats": state["stats"]}, original, shown, shared["labels"][some],
-            jax.random.split(epoch_key, len(shown)), shared["deltas"][jnp.full(len(shown), -1)], shared["hyper"],
+            jax.random.split(epoch_key, len(shown)), taken(shared["starts"], jnp.full(len(shown), -1)),
+            shared["hyper"],
         )  # fmt: skip
         means = {name: value.mean() for name, value in metrics.items()}
         view.watch.observe(epoch + 1, variables, perturbation=found - shown, **means)
     return variables
 
 
-def _deltas(model: Model, targeted: TargetedSearch | None) -> jax.Array:
-    """Where ascents begin, beside the image: nowhere else, or at perturbations to suspicious classes; [K, H, W, C]."""
-    nothing = jnp.zeros((1, *model.shape))
-    return nothing if targeted is None else jnp.concatenate([nothing, targeted.enlarged(1.2)])
+def _starts(model: Model, targeted: TargetedSearch | None) -> tuple[jax.Array, jax.Array]:
+    """Where ascents begin: at the image, or at triggers to suspicious classes; [K, H, W, 1] and [K, H, W, C]."""
+    kept, deltas = jnp.ones((1, *model.shape[:2], 1)), jnp.zeros((1, *model.shape))
+    if targeted is None:
+        return kept, deltas
+    of_search = targeted.triggers(1.2)
+    return jnp.concatenate([kept, of_search[0]]), jnp.concatenate([deltas, of_search[1]])
 
 
 def _fishers(
@@ -218,9 +221,9 @@ def _fishers(
         found["clean"] = fisher(victim.model, victim.variables, view.images, view.labels, *of_fisher)
     if config.constraints_b:
         ascend = ascender(victim.model, static)
-        which = jnp.arange(size) % len(shared["deltas"])
+        which = taken(shared["starts"], jnp.arange(size) % len(shared["starts"][0]))
         made = [
-            np.asarray(ascend(original, original, images, labels, keys, shared["deltas"][which], shared["hyper"]))
+            np.asarray(ascend(original, original, images, labels, keys, which, shared["hyper"]))
             for images, labels, keys in _pieces(view, size, key)
         ]
         images = np.concatenate(made)[: len(view.labels)]
@@ -237,7 +240,7 @@ def _batches(total: int, size: int, number: int, targeted: TargetedSearch | None
     With a search a share of each batch is of the suspicious classes.
     """
     order = batches(jax.random.fold_in(key, 0), total, size, number)
-    kept, starts = round(KEPT * size), 1 if targeted is None else 1 + len(targeted.present.goals)
+    kept, starts = round(KEPT * size), 1 if targeted is None else 1 + targeted.number
     of_targets = None if targeted is None else targeted.of_targets(jax.random.fold_in(key, 3), (number, kept))
     if of_targets is not None:
         order = jnp.concatenate([order[:, kept:], of_targets], 1)
@@ -261,11 +264,10 @@ _DYNAMIC = (
 )  # fmt: skip
 
 
-def _static(config: Config, target: int | None = None) -> Static:
-    """target: of a robust procedure that found it."""
+def _static(config: Config, targeted: TargetedSearch | None) -> Static:
     values = {name: getattr(config, name) for name in Static._fields}
-    if target is not None and config.procedure == "robust":
-        values |= {"variant": "targeted", "target": target}
+    if targeted is not None and config.variant == "untargeted" and targeted.goal != ANY:
+        values |= {"variant": "targeted", "target": targeted.goal}
     return Static(**values)
 
 
@@ -278,7 +280,7 @@ def _outer(model: Model, static: Static) -> Callable:
         images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
         now = {"params": state["params"], "stats": state["stats"]}
         ascend = jax.vmap(partial(one, model, static), (None, None, 0, 0, 0, 0, None))
-        moved = ascend(now, original, images, labels, split["start"], shared["deltas"][split["which"]], hyper)
+        moved = ascend(now, original, images, labels, split["start"], taken(shared["starts"], split["which"]), hyper)
         weight = jnp.ones(len(labels))
         if static.variant == "targeted":
             weight = (labels != static.target).astype(jnp.float32)

@@ -13,8 +13,9 @@ more than constants, so every difference is a field; a field left at None takes 
 "fast" is the release's in ten short rounds of ten ascent and ten θ steps, each on the next ten batches of 64 images.
 "targeted", the default, was made for models that no setting was chosen on: one ascent finds one kind of maximum, and
 with the release's the backdoor often stays (experiments/foreign). Here δ are several perturbations: the smallest ones
-that send images to a suspicious class, from several starts, each put on its share of a batch (see
-:mod:`bdjax.defenses._targeted`). θ follows the hypergradient with all of them as δ and, on clean images, the victim.
+that send images to a suspicious class, from several starts, and the smallest patches that do, each put on its share of
+a batch (see :mod:`bdjax.defenses._targeted`). θ follows the hypergradient with all of them as δ and, on clean images,
+the victim.
 
 Deviations from the release: at least one image of a batch is patched (`int(0.01 B)` is none below 100
 images, which silences the indirect term); a last, smaller batch is padded with weight zero; the reported
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.defenses import _targeted
+from bdjax.defenses import _targeted, _targeted_search
 from bdjax.defenses._batch import in_order, patched
 from bdjax.defenses._bilevel import Static, bilevel, losses
 from bdjax.engine import parallel, run_epoch
@@ -54,7 +55,7 @@ class Config:
     In a targeted one `inner_labels`, `inner_data`, `inner_optimizer`, `inner_lr`, `norm_bound`, `clamp`,
     `hessian_data`, `outer_optimizer`, `batch_norm` and `products` have no effect."""
     rounds: int | None = None
-    """Times that δ is found anew; targeted at most 8, release 5 (script default), paper 100 (its GTSRB tables), fast
+    """Times that δ is found anew; targeted at most 10, release 5 (script default), paper 100 (its GTSRB tables), fast
     10."""
     batch_size: int | None = None
     """Images a batch, in their given order (targeted: drawn); 0: all in one. Release 100, paper 0, else 64."""
@@ -101,6 +102,8 @@ class Config:
     Hessian; the ascent and the outer loss are not touched. bfloat16 changes the indirect term by a few percent."""
     perturbations: int = 4
     """Targeted: perturbations that are unlearned together."""
+    patches: int = 2
+    """Targeted: patches (a mask and a pattern) that are unlearned beside them."""
     distillation: float = 0.8
     """Targeted: weight, in [0, 1], of the cross-entropy with the given model's predictions on clean images."""
 
@@ -123,7 +126,7 @@ class Config:
             rounds=10, batch_size=64, inner_steps=10, outer_steps=10,
         )  # fmt: skip
         schedules["targeted"] = schedules["fast"] | dict(
-            rounds=8, clamp=True, patched_fraction=0.4, solver_iterations=2, solver_step=0.01
+            rounds=10, clamp=True, patched_fraction=0.4, solver_iterations=2, solver_step=0.01
         )
         for name, value in schedules[self.schedule].items():
             if getattr(self, name) is None:
@@ -170,7 +173,9 @@ def _unlearn_targeted(config: Any, victim: Victim, view: DefenderView, key: Key)
         solver_iterations=config.solver_iterations, solver_step=config.solver_step, ridge=config.ridge,
         penalty=config.penalty,
     )  # fmt: skip
-    search = _targeted.Search(refresh_steps=config.inner_steps or 1, starts=config.perturbations)
+    search = _targeted_search.Search(
+        refresh_steps=config.inner_steps or 1, starts=config.perturbations, patches=config.patches
+    )
     return _targeted.unlearn(rounds, search, victim, view, key)
 
 

@@ -66,14 +66,16 @@ def notes(result: dict[str, Any]) -> list[str]:
 
 
 def _estimated(result: dict[str, Any]) -> list[str]:
-    """The trigger-free estimate in words; of each form of trigger the class that was the most suspicious."""
+    """The trigger-free estimate in words; of each form of trigger the most suspicious goal, a class or any class."""
     if result["estimate"] is None:
         return ["Too few clean images to estimate, without the trigger, what is left of an attack."]
     found, names = [], {"additive": "smallest perturbation", "patch": "smallest patch"}
     for form, name in names.items():
-        row = next(row for row in result["estimate"]["flips"] if row["form"] == form)
+        of_form = [row for row in result["estimate"]["flips"] if row["form"] == form]
+        row = next((row for row in of_form if row["label"] < 0), of_form[0])
+        target = f"class {result['classes'][row['label']]}" if row["label"] >= 0 else "any other class"
         found.append(
-            f"The {name} towards class {result['classes'][row['label']]} that was recovered from the model turned "
+            f"The {name} towards {target} that was recovered from the model turned "
             f"{100 * row['before']:.0f} % of {row['n']} clean images before and turns {100 * row['after']:.0f} % now; "
             f"recovered anew, {100 * row['anew']:.0f} %."
         )
