@@ -62,8 +62,8 @@ from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 _PROCEDURES: dict[str, tuple[Any, Any]] = {
     "epochs": (12, 20), "batch_size": (32, 256), "steps_per_epoch": (8, 0), "steps": (3, 20),
     "optimizer": ("adam", "sgd"),
-    "learning_rate": (1e-3, 0.05), "batch_norm": ("frozen", "separate"), "ewc": (1.0, 1e-5),
-    "inverse_ewc": (1.0, 0.01), "clip": (0.01, 100.0),
+    "learning_rate": (1e-3, 0.05), "batch_norm": ("frozen", "separate"), "ewc": (100.0, 1e-5),
+    "inverse_ewc": (1.0, 0.01), "clip": (0.01, 100.0), "schedule": ("constant", "cosine"), "averaging": (0.8, 0.0),
 }  # fmt: skip
 """What the robust procedure and the paper's fill in."""
 
@@ -109,7 +109,7 @@ class Config:
     prior: float = 1.0
     """λ2."""
     ewc: float | None = None
-    """λ3. Robust 1, where both distances are divided by that of all weights from zero, so that they do not grow with
+    """λ3. Robust 100, where both distances are divided by that of all weights from zero, so that they do not grow with
     the network; paper 1e-5."""
     inverse_ewc: float | None = None
     """λ4; robust 1, paper 0.01."""
@@ -125,8 +125,10 @@ class Config:
     """Of θ; SGD with momentum 0.9. Robust adam, paper sgd."""
     learning_rate: float | None = None
     """Of θ, at its peak; robust 1e-3, paper 0.05."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Of the learning rate, over all steps; cosine ends at zero."""
+    schedule: Literal["constant", "cosine"] | None = None
+    """Of the learning rate, over all steps; cosine ends at zero. Robust constant, paper cosine."""
+    averaging: float | None = None
+    """Share of the running mean of θ that a step keeps, in [0, 1); the mean is returned. Robust 0.8, paper 0: θ."""
     batch_norm: Literal["separate", "batch", "frozen"] | None = None
     """Statistics in the outer step: the clean images' and the adversarial ones' own (the running ones follow the clean
     ones), those of both together, or θ_b's, which stay. Robust frozen, paper separate."""
@@ -163,7 +165,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     size = batch_of(settings.batch_size, total, "clean images")
     targeted = None
     if config.procedure == "robust":
-        targeted = TargetedSearch(Search(refresh_steps=5), victim, view, jax.random.fold_in(key, 99), "BI-BAU")
+        targeted = TargetedSearch(Search(), victim, view, jax.random.fold_in(key, 99), "BI-BAU")
     static = _static(config, targeted)
     original = jax.tree.map(jnp.array, {"params": victim.variables["params"], "stats": victim.variables["batch_stats"]})
     shared: dict[str, Any] = {
@@ -176,8 +178,9 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     shared["fisher"] = _fishers(settings, static, victim, view, original, shared, size, jax.random.fold_in(key, 0))
     state = {"params": jax.tree.map(jnp.copy, original["params"]), "stats": jax.tree.map(jnp.copy, original["stats"])}
     state["opt"] = direction(settings.optimizer, 0.9).init(state["params"])
+    state["mean"] = jax.tree.map(jnp.copy, state["params"])
     step, number = _outer(model, static), settings.steps_per_epoch or total // size
-    rates = learning_rates(config.schedule, settings.learning_rate, settings.epochs * number)
+    rates = learning_rates(settings.schedule, settings.learning_rate, settings.epochs * number)
     for epoch in range(settings.epochs):
         epoch_key = jax.random.fold_in(key, epoch + 1)
         split = _batches(total, size, number, targeted, epoch_key)
@@ -185,7 +188,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         tick = partial(view.watch.tick, f"BI-BAU epoch {epoch + 1} of {settings.epochs}")
         state, metrics = run_epoch(step, state, split, whole, shared, tick=tick)
         check_finite(metrics["loss"], whole["rate"], epoch * number, "outer loss", "defense.learning_rate")
-        variables = {"params": state["params"], "batch_stats": state["stats"]}
+        variables = jax.tree.map(jnp.copy, {"params": state["mean"], "batch_stats": state["stats"]})
         if targeted is not None:
             targeted.refresh(variables, jax.random.fold_in(epoch_key, 2))
             shared["starts"] = _starts(model, targeted)
@@ -260,7 +263,7 @@ def inverse_ewc(distance: jax.Array, clip: Any, form: str) -> jax.Array:
 
 _DYNAMIC = (
     "step_size", "bound", "noise", "likelihood", "prior", "ewc", "inverse_ewc", "clip", "temperature", "mixing",
-    "angle",
+    "angle", "averaging",
 )  # fmt: skip
 
 
@@ -310,7 +313,8 @@ def _outer(model: Model, static: Static) -> Callable:
         gradient, metrics = parallel.average((gradient, metrics), axis)
         update, opt = direction(static.optimizer, 0.9).update(gradient, state["opt"])
         params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
-        return {"params": params, "stats": stats, "opt": opt}, metrics
+        mean = jax.tree.map(lambda m, p: p + hyper["averaging"] * (m - p), state["mean"], params)
+        return {"params": params, "stats": stats, "opt": opt, "mean": mean}, metrics
 
     return step
 
@@ -343,4 +347,5 @@ def _check(config: Config) -> None:
         (("step_size", "bound", "clip", "temperature", "learning_rate", "fisher_cap"), "positive", lambda v: v > 0),
         (("noise", "likelihood", "prior", "ewc", "inverse_ewc", "target"), "zero or more", lambda v: v >= 0),
         (("angle", "mixing"), "in [0, 1]", lambda v: 0 <= v <= 1),
+        (("averaging",), "in [0, 1)", lambda v: 0 <= v < 1),
     )
