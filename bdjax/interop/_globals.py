@@ -123,6 +123,11 @@ def is_network(value: Any) -> bool:
     return isinstance(value, Skipped) and (value.network or value.name.startswith("torch.nn.modules."))
 
 
+def is_tensor(name: str) -> bool:
+    """Whether the placeholder of that name stands for a tensor of a sort that is not read: sparse, quantised .."""
+    return name.startswith(("a tensor of ", "torch._utils._rebuild_", "torch._tensor.", "torch.nn.parameter."))
+
+
 def _is_class(attribute: str) -> bool:
     """CamelCase behind any underscores, as `_RandomState`."""
     return attribute.lstrip("_")[:1].isupper()

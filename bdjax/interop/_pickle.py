@@ -176,8 +176,8 @@ def _of_type(arguments: tuple[Any, ...]) -> Tensor | Skipped:
     """_rebuild_from_type_v2(function, type, arguments, state): a tensor with attributes, or of a class of its own."""
     if len(arguments) > 2 and arguments[1] in _TENSORS and arguments[0] in _REBUILDERS and type(arguments[2]) is tuple:
         return _REBUILDERS[arguments[0]](arguments[2])
-    name = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], Global) else _OF_TYPE
-    return Skipped(str(name))
+    named = len(arguments) > 1 and isinstance(arguments[1], Global)
+    return Skipped(f"a tensor of {arguments[1]}" if named else _OF_TYPE)
 
 
 def _reduce(stack: list[Any]) -> int:

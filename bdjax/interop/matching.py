@@ -36,6 +36,8 @@ class Wanted:
     """By dictionary: what a normalisation layer in it does, in place of `input`."""
     waived: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """By dictionary: tensors that need no counterpart."""
+    strange: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By dictionary: what is no plain tensor in it, name -> the name of its type."""
     chosen: Mapping[str, Any] = field(default_factory=dict)
     """Options of the network that its owner gave, which no file tells."""
 
@@ -175,11 +177,13 @@ def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: M
     model, options = _sized(wanted, naming, of)
     entries = names.entries(naming, model)
     differences = _contradicting(wanted, naming, options)
+    strange = wanted.strange.get(key, {})
     for entry in entries:
         tensor = inside.get(entry.name)
         needs = f"{shown(prefix + entry.name)[1:-1]} {list(entry.shape)}"
         if tensor is None:
-            differences.append((needs, "missing"))
+            what = strange.get(prefix + entry.name)
+            differences.append((needs, "missing" if what is None else f"{shown(what)[1:-1]}, no plain tensor"))
         elif tensor.shape != entry.shape:
             differences.append((needs, str(list(tensor.shape))))
         elif tensor.dtype not in _FLOATS:
