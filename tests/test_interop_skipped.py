@@ -3,9 +3,11 @@
 import argparse
 import collections
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from commands import bdjax, refused
 from hostile import GOOD, zipped
 from hostile_pickles import call, number, text, tuple_
@@ -84,3 +86,26 @@ def test_a_tensor_of_another_sort_among_the_weights_is_refused_and_can_be_waived
     said = refused(capsys, *argv)
     assert "'mask.extra' (" in said and "no plain tensor" in said and "--ignore mask.extra" in said
     bdjax(capsys, *argv, "--ignore", "mask")
+
+
+def test_the_guides_lines_turn_arrays_of_keras_into_weights(tmp_path):
+    """docs/your-model.md, word for word."""
+    guide = (Path(__file__).parent.parent / "docs" / "your-model.md").read_text()
+    lines: dict = {}
+    exec(guide.split("<!-- example: keras -->")[1].split("```python\n")[1].split("```")[0], lines)
+    named, layers = weights(), collections.defaultdict(dict)
+    theirs = {"bias": "bias", "running_mean": "moving_mean", "running_var": "moving_variance"}
+    for name, array in named.items():
+        layer, _, leaf = name.rpartition(".")
+        if array.ndim > 1:
+            layers[layer]["kernel"] = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+        elif leaf in ("weight", *theirs):
+            layers[layer]["beta" if leaf == "bias" and "gamma" in layers[layer] else theirs.get(leaf, "gamma")] = array
+    kept = {name for name in named if "num_batches" not in name}
+    arrays = lines["from_keras"](list(layers.items()), kept)
+    safetensors.numpy.save_file(arrays, tmp_path / "weights.safetensors")
+    import_model(tmp_path / "weights.safetensors", tmp_path / "m", model="small_vgg")
+    for name in kept:
+        np.testing.assert_array_equal(arrays[name], named[name].astype(np.float32))
+    with pytest.raises(ValueError, match="missing"):
+        lines["from_keras"](list(layers.items())[1:], kept)

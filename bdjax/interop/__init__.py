@@ -61,7 +61,10 @@ def import_model(
     """
     file = Path(file)
     form, value = reader.read(file)
-    dicts, others = reader.state_dicts(value), reader.skipped(value)
+    try:
+        dicts, others = reader.state_dicts(value), reader.skipped(value)
+    except Refused as refused:
+        raise InputError(f"{file} is not read: {refused}.") from None
     if not dicts:
         reader.check_some(file, value, others)
     facts = value if isinstance(value, dict) else {}

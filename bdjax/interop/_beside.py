@@ -113,9 +113,10 @@ def normalised(file: Path, dicts: Dicts, given: Input | None) -> tuple[dict[str,
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    means = {mean for mean, _ in _NORMALISATION}
     for name in tensors:
         prefix, dot, last = name.rpartition(".")
-        for mean, std in _NORMALISATION:
+        for mean, std in _NORMALISATION if last in means else ():
             other = f"{prefix}{dot}{std}"
             if last == mean and other in tensors and all(_is_by_channel(tensors[n]) for n in (name, other)):
                 yield name, other
