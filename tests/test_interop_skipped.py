@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import os
 import pickle
 from pathlib import Path
 
@@ -109,3 +110,19 @@ def test_the_guides_lines_turn_arrays_of_keras_into_weights(tmp_path):
         np.testing.assert_array_equal(arrays[name], named[name].astype(np.float32))
     with pytest.raises(ValueError, match="missing"):
         lines["from_keras"](list(layers.items())[1:], kept)
+
+
+@pytest.mark.slow
+def test_class_names_of_a_file_stay_on_their_line(tmp_path, capsys):
+    names = ["a\x1b[31m", "b\u202e", "c\nresult: /tmp/elsewhere", "d\x00", "e"]
+    file = written(tmp_path, {"net": weights(), "classes": names})
+    said = bdjax(capsys, "import", file, "--model", "small_vgg", "--out", tmp_path / "m")
+    assert sum(line.startswith("result:") for line in said.splitlines()) == 1 and "c\\x0aresult" in said
+    assert all(name.isprintable() for name in checkpoint.read_manifest(tmp_path / "m")["classes"])
+
+
+@pytest.mark.parametrize("bad", ["a\0b", os.fsdecode(b"\xff")])
+def test_an_argument_that_no_report_could_hold_is_refused_before_any_work(bad, tmp_path, capsys):
+    for argv in (["import", GOOD, "--out", bad], ["import", bad], ["purify", GOOD, "--clean", f"folder:{bad}"]):
+        said = refused(capsys, *argv)
+        assert "is not UTF-8, or holds a zero byte" in said and said.strip().isprintable()

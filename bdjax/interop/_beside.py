@@ -17,6 +17,7 @@ from bdjax.errors import InputError
 from bdjax.interop._globals import is_tensor
 from bdjax.interop._tensors import Tensor, shown
 from bdjax.models import Input
+from bdjax.text import visible
 
 Dicts = Mapping[str, Mapping[str, Tensor]]
 _NORMALISATION = (
@@ -164,7 +165,7 @@ def _names(held: Any) -> tuple[str, ...] | None:
         return None
     if not all(type(name) in (str, int) and len(str(name)) <= _LONGEST for name in held):
         return None
-    return tuple(str(name) for name in held)
+    return tuple(visible(str(name)) for name in held)
 
 
 def accuracy(value: Any) -> float | None:
