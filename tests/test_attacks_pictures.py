@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from commands import refused
 from conftest import perceptron, untrained_task
 from PIL import Image
 
@@ -64,3 +65,14 @@ def test_other_forms_are_refused_with_those_that_are_taken(shape, tmp_path):
         InputError, match=r"attack.mask=.*expected \[H, W\], \[H, W, 1, 3 or 4\] or \[1, 3 or 4, H, W\]"
     ):
         prepared(tmp_path / "m.npy")
+
+
+@pytest.mark.parametrize("shape", [(0, 0, 3), (0, 8), (8, 0, 1), (8, 8, 0)])
+@pytest.mark.parametrize("field", ["trigger", "mask"])
+def test_a_picture_without_a_pixel_is_refused(field, shape, tmp_path, capsys):
+    np.save(tmp_path / "t.npy", np.zeros(shape))
+    np.save(tmp_path / "good.npy", np.zeros((8, 8, 3)))
+    argv = ["train", "image_trigger", "--dataset", "digits", "--out", tmp_path / "v"]
+    argv += ["--attack.trigger", tmp_path / "good.npy", f"--attack.{field}", tmp_path / "t.npy"]
+    said = refused(capsys, *argv)
+    assert f"attack.{field}={tmp_path}/t.npy has shape" in said

@@ -11,6 +11,7 @@ from test_datasets import arrays, save
 from test_datasets_folder import paint
 
 from bdjax.datasets import load
+from bdjax.errors import InputError
 
 
 def classes(root, *names, count=2, ending="png", start=0):
@@ -208,3 +209,19 @@ def test_the_remedy_for_svhn_works(tmp_path, monkeypatch):
     data = load("npz:svhn.npz")
     np.testing.assert_array_equal(data.x_train[4], x[..., 4])
     assert data.y_train.tolist() == [*range(1, 10), 0]
+
+
+def test_folders_that_systems_make_are_no_classes(tmp_path):
+    for label in ("a", "b", "__MACOSX", "@eaDir", "__pycache__"):
+        for place in range(2 if label in "ab" else 1):
+            (tmp_path / label).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / label / f"{place}.png")
+    assert load(f"folder:{tmp_path}").classes == ("a", "b")
+
+
+def test_class_names_of_an_npz_that_are_no_text_are_refused(tmp_path):
+    images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
+    for name in (b"\xff", b"a\xc3"):
+        np.savez(tmp_path / "x.npz", x_train=images, y_train=labels, x_test=images, y_test=labels, classes=[b"a", name])
+        with pytest.raises(InputError, match="classes of .*x.npz holds .*not UTF-8"):
+            load(f"npz:{tmp_path}/x.npz")

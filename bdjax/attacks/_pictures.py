@@ -38,7 +38,9 @@ def read_picture(
 
 
 def checked(array: np.ndarray, field: str, path: ArrayFile) -> np.ndarray:
-    """What the file of `attack.field` holds as float32. Raises InputError when it is outside [0, 1]."""
+    """What the file of `attack.field` holds as float32. Raises InputError when it is empty or outside [0, 1]."""
+    if not array.size:
+        raise InputError(f"attack.{field}={path} has shape {array.shape}: no pixel. Give a picture.")
     if array.dtype == np.uint8 and array.size and array.max() == 1:
         array = array.astype(np.float32)  # a mask of zeros and ones, not one of 0 to 255
     found = np.asarray(to_float(array))

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from bdjax import __version__
 from bdjax.cli._common import command, fail, no_device, say, tell
 from bdjax.errors import InputError
+from bdjax.text import visible
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv[0] not in _names():
             known = ", ".join(sorted(_names(), key=_place))
             raise InputError(f"unknown command {argv[0]!r}. Known: {known}; see bdjax --help.")
+        _check_text(argv)
         tell()
         command(argv[0]).main(argv[1:])
     except InputError as error:
@@ -53,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"{error.strerror}: {error.filename or 'the output'}. Choose another directory with --out.")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _check_text(argv: Sequence[str]) -> None:
+    """Raise InputError for an argument that no record or report could hold, before any work is done."""
+    for one in argv:
+        if "\0" in one or not one.isascii() and any("\ud800" <= character <= "\udfff" for character in one):
+            shown = visible(one.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+            raise InputError(f"the argument {shown} is not UTF-8, or holds a zero byte. Rename the file or folder.")
 
 
 def _names() -> set[str]:

@@ -26,14 +26,19 @@ class Splits(NamedTuple):
     beside: list[str]
 
 
+_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "__pycache__")
+
+
 def folders(path: Path) -> list[Path]:
-    """The folders in `path` but hidden ones: by number where all names are numbers, else in code-point order.
+    """The folders in `path` but hidden ones and those that systems make.
+
+    By number where all names are numbers, else in code-point order.
 
     Raises InputError for a name that is not UTF-8.
     """
     if not path.is_dir():
         return []
-    found = [p for p in path.iterdir() if p.is_dir() and p.name[0] != "."]
+    found = [p for p in path.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in _SYSTEMS]
     for one in found:
         _checks.check_text(f"a folder in {ascii(str(path))[1:-1]}", one.name)
     if all(one.name.isascii() and one.name.isdigit() for one in found):

@@ -57,4 +57,7 @@ def _classes(path: Path, names: np.ndarray) -> list[str]:
             f"classes of {path} is {names.dtype} of shape {list(names.shape)}; it must be a list of names by label. "
             f'Save numpy.array(["cat", "dog", ...]).'
         )
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
+    try:
+        return [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"classes of {path} holds {error.object!r:.80}, which is not UTF-8. Save text.") from None

@@ -61,7 +61,10 @@ def import_model(
     """
     file = Path(file)
     form, value = reader.read(file)
-    dicts, others = reader.state_dicts(value), reader.skipped(value)
+    try:
+        dicts, others = reader.state_dicts(value), reader.skipped(value)
+    except Refused as refused:
+        raise InputError(f"{file} is not read: {refused}.") from None
     if not dicts:
         reader.check_some(file, value, others)
     facts = value if isinstance(value, dict) else {}
@@ -69,19 +72,20 @@ def import_model(
     classes, size, input = _beside.facts(facts, classes, size, input)
     wanted = matching.Wanted(name, classes, size, input, chosen=network or {})
     strangers = reader.strangers(value)
-    waived = _beside.waived(file, dicts, [one for one in ignore if not any(one in held for held in strangers.values())])
+    waived = _beside.waived(file, dicts, ignore, (name for held in strangers.values() for name in held))
     dicts = {place: _beside.folded(tensors, waived[place]) for place, tensors in dicts.items()}
     every = frozenset[str]().union(*waived.values())
     dicts = dicts if key is None else {key: matching.under(file, dicts, key)}
     inputs, layers = _beside.normalised(file, dicts, wanted.input)
     left = {place: waived.get(place, every) | layers.get(place, frozenset()) for place in dicts}
-    wanted = dataclasses.replace(wanted, inputs=inputs, waived=left)
+    strange = {place: _beside.among(place, strangers) for place in dicts}
+    wanted = dataclasses.replace(wanted, inputs=inputs, waived=left, strange=strange)
     fit = matching.best(file, dicts, wanted, None)
     try:
         _crc.check(file)
     except Refused as refused:
         raise InputError(f"{file} is not read: {refused}.") from None
-    _beside.check_plain(file, fit.key, strangers, ignore)
+    _beside.check_plain(file, fit.key, strange[fit.key], ignore)
     named = _beside.class_names(value, fit.model.classes)
     variables, kept = _variables(file, fit)
     tried: list[dict[str, Any]] = []

@@ -3,7 +3,7 @@
 All of it is looked for by the names that people give it, and taken only where it is of the right form.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from bdjax.errors import InputError
+from bdjax.interop._globals import is_tensor
 from bdjax.interop._tensors import Tensor, shown
 from bdjax.models import Input
+from bdjax.text import visible
 
 Dicts = Mapping[str, Mapping[str, Tensor]]
 _NORMALISATION = (
@@ -40,11 +42,13 @@ _ACCURACIES = ("acc", "accuracy", "clean_acc", "test_acc", "best_acc", "best_acc
 _LONGEST = 200  # characters of a class name
 
 
-def waived(file: Path, dicts: Dicts, ignore: Sequence[str]) -> dict[str, frozenset[str]]:
+def waived(file: Path, dicts: Dicts, ignore: Sequence[str], others: Iterable[str] = ()) -> dict[str, frozenset[str]]:
     """The tensors of each dictionary that `ignore` names: whole names, their ends, their beginnings, or with * and ?.
 
+    Args: others: names of what is no plain tensor, which `ignore` may name, too.
     Raises InputError for a name that no dictionary has.
     """
+    others = frozenset(others)
     found: dict[str, set[str]] = {place: set() for place in dicts}
     for wanted in ignore:
         hits = 0
@@ -52,7 +56,7 @@ def waived(file: Path, dicts: Dicts, ignore: Sequence[str]) -> dict[str, frozens
             named = {name for name in tensors if _is_named(name, wanted)}
             found[place] |= named
             hits += len(named)
-        if not hits:
+        if not hits and not any(_is_named(name, wanted) for name in others):
             listed = ", ".join(shown(name) for tensors in dicts.values() for name in list(tensors)[:3])
             raise InputError(f"{file} has no tensor that --ignore {wanted!r} names; there are some such as {listed}.")
     return {place: frozenset(names) for place, names in found.items()}
@@ -110,9 +114,10 @@ def normalised(file: Path, dicts: Dicts, given: Input | None) -> tuple[dict[str,
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    means = {mean for mean, _ in _NORMALISATION}
     for name in tensors:
         prefix, dot, last = name.rpartition(".")
-        for mean, std in _NORMALISATION:
+        for mean, std in _NORMALISATION if last in means else ():
             other = f"{prefix}{dot}{std}"
             if last == mean and other in tensors and all(_is_by_channel(tensors[n]) for n in (name, other)):
                 yield name, other
@@ -160,7 +165,7 @@ def _names(held: Any) -> tuple[str, ...] | None:
         return None
     if not all(type(name) in (str, int) and len(str(name)) <= _LONGEST for name in held):
         return None
-    return tuple(str(name) for name in held)
+    return tuple(visible(str(name)) for name in held)
 
 
 def accuracy(value: Any) -> float | None:
@@ -182,25 +187,37 @@ def _facts(value: Any, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 yield f"{prefix}{name}", held[name]
 
 
-def check_plain(file: Path, key: str, strangers: Mapping[str, Mapping[str, str]], ignore: Sequence[str]) -> None:
-    """Raise InputError when the dictionary or the part of one that was chosen holds what is neither a plain tensor nor
-    a plain value. Args: strangers: as :func:`reader.strangers` finds them."""
-    found = strangers.get(key)
-    if found is None:  # a part of a dictionary: what has its prefix
-        begins = {place: key if not place else key.removeprefix(f"{place}.") for place in strangers}
-        found = {
-            name: what
-            for place, held in strangers.items()
-            for name, what in held.items()
-            if name.startswith(f"{begins[place]}.")
-        }
-    strange = {name: what for name, what in found.items() if name not in ignore}
+def among(key: str, strangers: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
+    """What stands in the dictionary `key`, or in the part of one, and is no plain tensor: name -> its type's name.
+
+    Args: strangers: as :func:`reader.strangers` finds them.
+    """
+    if key in strangers:
+        return strangers[key]
+    found = {}
+    for place, held in strangers.items():  # a part of a dictionary: what has its prefix
+        begin = key if not place else key.removeprefix(f"{place}.")
+        found.update({name: what for name, what in held.items() if name.startswith(f"{begin}.")})
+    return found
+
+
+def check_plain(file: Path, key: str, found: Mapping[str, str], ignore: Sequence[str]) -> None:
+    """Raise InputError when the dictionary that was chosen holds tensors that are not plain ones (sparse, quantised,
+    complex ..), for what they do is not known. Objects that are no tensors are listed as skipped, as elsewhere.
+
+    Args: found: as :func:`among` finds it.
+    """
+    strange = {name: what for name, what in found.items() if is_tensor(what) and not _is_any(name, ignore)}
     if strange:
         listed = ", ".join(f"{shown(name)} ({shown(what)[1:-1]})" for name, what in list(strange.items())[:5])
         raise InputError(
             f"{file} is not read: among the weights{f' under {key!r}' if key else ''} stands what is no plain tensor: "
-            f"{listed}. Save plain tensors alone, or leave it out with --ignore {next(iter(strange))}."
+            f"{listed}. Save plain tensors alone, or leave it out with --ignore {shown(next(iter(strange)))[1:-1]}."
         )
+
+
+def _is_any(name: str, ignore: Sequence[str]) -> bool:
+    return any(_is_named(name, one) for one in ignore)
 
 
 def facts(

@@ -19,6 +19,11 @@ from bdjax.interop._tensors import Refused, Storage, Tensor, shown
 
 MOST_BYTES = 96 << 20  # of a pickle, in which NumPy's arrays may lie, or of six headers
 _MOST_ENTRIES = 20_000  # of an archive, and tensors of a safetensors file
+KERAS = (
+    "Weights of Keras are not read. Load it where you trust it (keras.models.load_model(FILE)), give its "
+    "arrays PyTorch's names and layouts, and save them: safetensors.numpy.save_file(arrays, 'weights.safetensors'); "
+    "docs/your-model.md has the lines"
+)
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before PyTorch 1.6
 _SAFE = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -134,6 +139,8 @@ def _check_kind(names: list[str]) -> None:
             "it is a TorchScript program. Load it where you trust it and save its weights alone: "
             "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         )
+    if any(name.endswith((".weights.h5", ".hdf5")) for name in ends):
+        raise Refused(f"it is a .keras file. {KERAS}")
     if names and all(name.endswith(".npy") for name in names):
         raise Refused(
             "it is an .npz of NumPy's, not weights of torch.save. Write it anew: "

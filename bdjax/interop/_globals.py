@@ -50,18 +50,21 @@ _ACTING = {
 _HARMLESS = {"types.SimpleNamespace", "io.BytesIO", "io.StringIO", "_io.BytesIO", "_io.StringIO",
              "builtins.getattr", "__builtin__.getattr", "__builtins__.getattr"}  # fmt: skip
 """Of the modules above; `getattr` is how enumerations are written, and what it may get is checked."""
+_LONGEST = 300  # characters of a name; patterns are looked for in it
 _BUILTINS = ("builtins", "__builtin__", "__builtins__")
 _FUNCTIONS = {
     "collections.defaultdict", "collections.deque", "datetime.datetime", "datetime.date", "datetime.time",
     "datetime.timedelta", "datetime.timezone", "functools.partial", "numpy.dtype", "numpy.ndarray", "numpy.matrix",
     "numpy.recarray", "torch.device", "torch.dtype", "array.array", "itertools.count", "easydict.EasyDict",
 }  # fmt: skip
-_BUILDS = re.compile(r"_+\w*?(reconstruct|rebuild|unpickle|ctor|frombuffer|newobj|get_layout|create)")
+_BUILDS = re.compile(r"_\w*?(reconstruct|rebuild|unpickle|ctor|frombuffer|newobj|get_layout|create)")
 """Functions by which classes put their instances together when they are unpickled."""
 
 
 def known(name: str) -> Global:
     """The global `name`. Raises Refused for one that acts on the machine."""
+    if len(name) > _LONGEST:
+        raise Refused(f"it names a class or function by {len(name)} characters; at most {_LONGEST} are read")
     module, _, attribute = name.rpartition(".")
     top = module.partition(".")[0]
     acts = top in _ACTING or (top in _BUILTINS and attribute not in _TYPES and not _is_error(attribute))
@@ -121,6 +124,11 @@ def check_root(value: Any) -> None:
 def is_network(value: Any) -> bool:
     """Whether a placeholder stands for a network of PyTorch's."""
     return isinstance(value, Skipped) and (value.network or value.name.startswith("torch.nn.modules."))
+
+
+def is_tensor(name: str) -> bool:
+    """Whether the placeholder of that name stands for a tensor of a sort that is not read: sparse, quantised .."""
+    return name.startswith(("a tensor of ", "torch._utils._rebuild_", "torch._tensor.", "torch.nn.parameter."))
 
 
 def _is_class(attribute: str) -> bool:

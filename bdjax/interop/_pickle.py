@@ -15,7 +15,8 @@ from bdjax.interop import _arrays, _globals
 from bdjax.interop._globals import STORAGES, Global, Skipped
 from bdjax.interop._tensors import DTYPES, OTHER_STORAGES, Refused, Storage, Tensor, shown
 
-MOST = 2_000_000
+MOST = 1_000_000
+MOST_NAMES = 100_000  # of classes and functions; torch.save writes each once
 MOST_ENCODED = 96 << 20  # characters that Python 2's way of writing bytes takes, in all
 _MARK = object()
 _ENDED = Refused("the pickle takes more from its stack than is there: it is damaged")
@@ -29,7 +30,7 @@ def load(stream: BinaryIO, persistent: Callable[[Any], Any]) -> Any:
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    encoded = 0
+    encoded = named = 0
     try:
         for _ in range(MOST):
             code = stream.read(1)
@@ -52,7 +53,10 @@ def load(stream: BinaryIO, persistent: Callable[[Any], Any]) -> Any:
                 if encoded > MOST_ENCODED:
                     raise Refused(f"the pickle encodes more than {MOST_ENCODED} characters, more than it can hold")
             elif kind == "global":
-                stack.append(_globals.known(argument.replace(" ", ".", 1)))
+                named += 1
+                if named > MOST_NAMES:
+                    raise Refused(f"the pickle names more than {MOST_NAMES} classes, which no list of weights does")
+                stack.append(_globals.known(_stacked(stack) if argument is None else argument.replace(" ", ".", 1)))
             elif kind == "outside":
                 stack.append(persistent(stack.pop()))
             elif kind == "stop":
@@ -176,8 +180,8 @@ def _of_type(arguments: tuple[Any, ...]) -> Tensor | Skipped:
     """_rebuild_from_type_v2(function, type, arguments, state): a tensor with attributes, or of a class of its own."""
     if len(arguments) > 2 and arguments[1] in _TENSORS and arguments[0] in _REBUILDERS and type(arguments[2]) is tuple:
         return _REBUILDERS[arguments[0]](arguments[2])
-    name = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], Global) else _OF_TYPE
-    return Skipped(str(name))
+    named = len(arguments) > 1 and isinstance(arguments[1], Global)
+    return Skipped(f"a tensor of {arguments[1]}" if named else _OF_TYPE)
 
 
 def _reduce(stack: list[Any]) -> int:
@@ -237,11 +241,11 @@ def _frozenset(stack: list[Any]) -> None:
     stack.append(Skipped("builtins.frozenset"))
 
 
-def _global_from_stack(stack: list[Any]) -> None:
+def _stacked(stack: list[Any]) -> str:
     name, module = stack.pop(), stack.pop()
     if type(name) is not str or type(module) is not str:
         raise Refused("the pickle names a global by what is no text: it is damaged")
-    stack.append(_globals.known(f"{module}.{name}"))
+    return f"{module}.{name}"
 
 
 def _appends(stack: list[Any]) -> None:
@@ -304,7 +308,6 @@ _BUILDERS: dict[str, Callable[[list[Any]], None]] = {
     "POP": lambda stack: stack.pop(),
     "POP_MARK": lambda stack: _since_mark(stack).clear(),
     "BUILD": _build,
-    "STACK_GLOBAL": _global_from_stack,
 }
 _KINDS: dict[str, tuple[str, Any]] = {
     **{name: ("push", None) for name in _PUSHES},
@@ -316,6 +319,7 @@ _KINDS: dict[str, tuple[str, Any]] = {
     **{name: ("nothing", None) for name in ("PROTO", "FRAME")},
     "REDUCE": ("reduce", None),
     "GLOBAL": ("global", None),
+    "STACK_GLOBAL": ("global", None),
     "BINPERSID": ("outside", None),
     "STOP": ("stop", None),
 }

@@ -17,6 +17,7 @@ _FLOATS = ("float32", "float64", "float16", "bfloat16")
 _SHOWN = 20  # lines of what does not fit
 _MOST_PREFIXES = 8  # that are looked at in one dictionary
 _MOST_TRIED = 8  # places and namings that a model is built for
+_MOST_BUILT = 1_000  # tensors of the different models that are built until no other is
 _WIDEST = 16  # times the usual width
 _MOST_CHANNELS = 64  # of images
 _AVERAGED = "n_averaged"  # how many models torch.optim.swa_utils took the mean of
@@ -36,6 +37,8 @@ class Wanted:
     """By dictionary: what a normalisation layer in it does, in place of `input`."""
     waived: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """By dictionary: tensors that need no counterpart."""
+    strange: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By dictionary: what is no plain tensor in it, name -> the name of its type."""
     chosen: Mapping[str, Any] = field(default_factory=dict)
     """Options of the network that its owner gave, which no file tells."""
 
@@ -68,12 +71,22 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     if key is not None:
         dicts = {key: under(file, dicts, key)}
     places = [one for place, tensors in dicts.items() for one in _fits(wanted, place, tensors)]
-    found, errors = [], list[InputError]()
+    found, errors, built = [], list[InputError](), dict[Model, int]()
     for likely in _likeliest(places):
         try:
-            found.append(_fit(*likely))
+            model = _sized(likely[0], likely[1], _shapes(*likely[1:]))[0]
+            if model in built or sum(built.values()) <= _MOST_BUILT:
+                found.append(_fit(*likely))
+                built[model] = len(found[-1].entries)
+                continue
         except InputError as error:
             errors.append(error)
+            continue
+        raise InputError(
+            f"{file} holds several different networks that might be {wanted.model}; after "
+            f"{sum(built.values())} tensors no more are compared. Choose one with --key; there are some "
+            f"under {_listed(dicts)}."
+        )
     if errors and all(fit.differences for fit in found):
         raise errors[0]
     if not found:
@@ -162,24 +175,35 @@ def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[_Plac
             name.removesuffix(first) for name in tensors if name.endswith(first) and len(tensors[name].shape) == 4
         ]
         prefixes = [place for place in places if not place or place.endswith(".")]
-        outer = [one for one in prefixes if not any(one != other and one.startswith(other) for other in prefixes)]
+        outer = _outermost(prefixes)
         here: list[_Place] = [(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
         found += here
         whole += [place for place in here if place[3] + last in tensors]
     return whole or found
 
 
+def _outermost(prefixes: list[str]) -> list[str]:
+    """Those that do not begin with another one."""
+    outer: dict[str, None] = {}
+    last = None
+    for one in sorted(prefixes):  # what begins with another one comes behind it
+        if last is None or not one.startswith(last):
+            outer[one], last = None, one
+    return [one for one in prefixes if one in outer]
+
+
 def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: Mapping[str, Tensor]) -> Fit:
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    of = names.Shapes(naming, {name: tensor.shape for name, tensor in inside.items()})
-    model, options = _sized(wanted, naming, of)
+    model, options = _sized(wanted, naming, _shapes(naming, key, prefix, tensors))
     entries = names.entries(naming, model)
     differences = _contradicting(wanted, naming, options)
+    strange = wanted.strange.get(key, {})
     for entry in entries:
         tensor = inside.get(entry.name)
         needs = f"{shown(prefix + entry.name)[1:-1]} {list(entry.shape)}"
         if tensor is None:
-            differences.append((needs, "missing"))
+            what = strange.get(prefix + entry.name)
+            differences.append((needs, "missing" if what is None else f"{shown(what)[1:-1]}, no plain tensor"))
         elif tensor.shape != entry.shape:
             differences.append((needs, str(list(tensor.shape))))
         elif tensor.dtype not in _FLOATS:
@@ -194,6 +218,12 @@ def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: M
         if own is None or not (own in expected or own.startswith(naming.ignored)):
             differences.append(("", f"{shown(name)[1:-1]} {list(tensor.shape)}"))
     return Fit(naming, model, key, prefix, entries, tensors, differences, options)
+
+
+def _shapes(naming: names.Naming, key: str, prefix: str, tensors: Mapping[str, Tensor]) -> names.Shapes:
+    """Of the tensors behind the prefix of a place."""
+    begun = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
+    return names.Shapes(naming, begun)
 
 
 def _contradicting(wanted: Wanted, naming: names.Naming, options: names.Options) -> list[tuple[str, str]]:

@@ -18,11 +18,15 @@ from bdjax.interop._globals import Global, Skipped
 from bdjax.interop._tensors import Refused, Tensor
 
 _DEPTH, _MOST_VISITED = 8, 10_000
+_MOST_TENSORS, _MOST_IN_ALL = 20_000, 100_000  # by name: in one dictionary, and in all of them
+_LONGEST_NAME = 500  # characters
 _SHORT = 64  # entries of a list or tuple that are looked into
 _LONGEST = 200  # characters of a key, where it is part of a place
+_HDF5, _HDF5_PLACES = b"\x89HDF\r\n\x1a\n", (0, 512, 1024, 2048)  # a block of the user's may stand before it
 _OTHERS = {
-    b"\x89HDF": "it is an HDF5 file, as Keras writes weights, which is not read. Load it in Keras and save its arrays "
-    "under PyTorch's names and layouts: safetensors.numpy.save_file(arrays, 'weights.safetensors')",
+    b"TFL3": "it is a TensorFlow Lite program, which is not read. Give the weights that it was made of",
+    b"(\xb5/\xfd": "it is compressed by zstd. Unpack it: unzstd FILE",
+    b"7z\xbc\xaf": "it is a 7z archive. Unpack it (7z x FILE) and give the weight file that was in it",
     b"\x1f\x8b": "it is compressed by gzip. Unpack it: gunzip FILE",
     b"BZh": "it is compressed by bzip2. Unpack it: bunzip2 FILE",
     b"\xfd7zXZ": "it is compressed by xz. Unpack it: unxz FILE",
@@ -39,7 +43,7 @@ def read(path: Path) -> tuple[str, Any]:
     if not path.exists() or path.is_dir():
         raise InputError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}. Give a weight file.")
     with open_regular(path, MOST_WEIGHTS, "a weight file") as file:
-        head = file.read(512)
+        head = file.read(_HDF5_PLACES[-1] + len(_HDF5))
     try:
         return _opened(path, head)
     except Refused as refused:
@@ -47,6 +51,8 @@ def read(path: Path) -> tuple[str, Any]:
 
 
 def _opened(path: Path, head: bytes) -> tuple[str, Any]:
+    if any(head.startswith(_HDF5, place) for place in _HDF5_PLACES):
+        raise Refused(f"it is an HDF5 file. {_files.KERAS}")
     if head[:2] == b"PK":
         return "torch", _files.open_zip(path)
     if head[:1] == b"\x80" and head[8:9] != b"{":
@@ -54,7 +60,7 @@ def _opened(path: Path, head: bytes) -> tuple[str, Any]:
     if head[8:9] == b"{":
         return "safetensors", _files.open_safetensors(path)
     for begin, what in _OTHERS.items():
-        if head.startswith(begin):
+        if head.startswith(begin) or (begin == b"TFL3" and head.startswith(begin, 4)):
             raise Refused(what)
     if head[257:262] == b"ustar":
         raise Refused("it is a tar archive. Unpack it (tar -xf FILE) and give the weight file that was in it")
@@ -65,8 +71,10 @@ def state_dicts(value: Any) -> dict[str, dict[str, Tensor]]:
     """Every dictionary in `value` that holds tensors by name: where it is ("" for `value` itself) -> its tensors.
 
     Looked for in dictionaries, and in short lists and tuples, whose entries are called by their number: "0.state_dict".
-    A list of (name, tensor) pairs counts as a dictionary, a NumPy array as a tensor.
+    A list of (name, tensor) pairs counts as a dictionary, a NumPy array as a tensor. Raises Refused for more tensors,
+    or longer names, than those of any model.
     """
+    count = 0
     found: dict[str, dict[str, Tensor]] = {}
     for place, one in _visited(value):
         pairs = _pairs(one) if isinstance(one, list | tuple) else one
@@ -74,6 +82,13 @@ def state_dicts(value: Any) -> dict[str, dict[str, Tensor]]:
         tensors = {key: held for key, held in named.items() if held is not None}
         if tensors:
             found[place] = tensors
+        count += len(tensors)
+        if len(tensors) > _MOST_TENSORS or count > _MOST_IN_ALL:
+            most = f"at most {_MOST_TENSORS} in one dictionary and {_MOST_IN_ALL} in all are read"
+            raise Refused(f"it holds {count} tensors by name; {most}. Save the state dict alone")
+        long = next((key for key in tensors if len(key) > _LONGEST_NAME), None)
+        if long is not None:
+            raise Refused(f"it names a tensor by {len(long)} characters; at most {_LONGEST_NAME} are read")
     return found
 
 

@@ -17,7 +17,7 @@ SHORTCUTS = ("b", "a", "a-end")
 """Where a block changes the shape: "b": 1x1 convolution and BN; "a": every second pixel, and zero channels on both
 sides of the image's; "a-end": the zero channels behind them all."""
 VARIANTS = {
-    "blocks": Numbers(1, 4, 64),
+    "blocks": Numbers(1, 4, 64, 128),
     "bottleneck": (False, True),
     "inner": range(4097),
     "groups": range(1, 129),

@@ -1,5 +1,6 @@
 """What a network can be had with beside its width: a model module lists it as `VARIANTS`, option -> allowed values."""
 
+import sys
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +13,21 @@ Variant = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Numbers:
-    """Tuples of `fewest` to `most` whole numbers, each from 1 to `largest`."""
+    """Tuples of `fewest` to `most` whole numbers, each from 1 to `largest`, and at most `total` together."""
 
     fewest: int
     most: int
     largest: int
+    total: int = sys.maxsize
 
     def __contains__(self, value: object) -> bool:
         if not isinstance(value, tuple) or not self.fewest <= len(value) <= self.most:
             return False
-        return all(type(one) is int and 1 <= one <= self.largest for one in value)
+        return all(type(one) is int and 1 <= one <= self.largest for one in value) and sum(value) <= self.total
 
     def __str__(self) -> str:
-        return f"{self.fewest} to {self.most} numbers from 1 to {self.largest}"
+        limit = f", at most {self.total} together" if self.total < sys.maxsize else ""
+        return f"{self.fewest} to {self.most} numbers from 1 to {self.largest}{limit}"
 
 
 def variant(options: Mapping[str, Any]) -> Variant:

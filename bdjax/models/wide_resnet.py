@@ -19,7 +19,7 @@ from bdjax.types import Images, Key
 
 SMALLEST = 4
 VARIANTS = {
-    "blocks": range(1, 65), "widen": range(1, 65), "form": ("activated", "late", "plain"), "pool": _residual.POOLS,
+    "blocks": range(1, 41), "widen": range(1, 65), "form": ("activated", "late", "plain"), "pool": _residual.POOLS,
 }  # fmt: skip
 
 
