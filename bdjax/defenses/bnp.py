@@ -18,20 +18,17 @@ are drawn. BackdoorBench also zeroes β, has variances in the logarithm, and tak
 overwritten by a poisoned batch: none of it is done.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bdjax import models
 from bdjax.defenses import _outliers
 from bdjax.defenses._masks import scales
 from bdjax.errors import check_fields
-from bdjax.types import DefenderView, Images, Key, Model, Variables, Victim, to_float
+from bdjax.types import DefenderView, Key, Model, Variables, Victim
 
 
 @dataclass(frozen=True)
@@ -82,32 +79,22 @@ def divergence(mean: Any, variance: Any, running_mean: Any, running_variance: An
 
 
 _LEAST = 1e-12
-_AT_ONCE = 100
 
 
 def moments(model: Model, variables: Variables, images: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Mean and variance of what enters each batch normalisation in evaluation mode, float64 [C] each, by layer.
 
-    Args: images: stored [n, H, W, C]; they are taken in equal parts, to which the rest of n is added on its own.
+    Args: images: stored [n, H, W, C].
     """
-    size = min(_AT_ONCE, len(images))
-    parts = [images[begin : begin + size] for begin in range(0, len(images), size)]
-    given = [(len(part), jax.tree.map(np.float64, _moments(model)(variables, jnp.asarray(part)))) for part in parts]
-    found = {}
-    for layer in given[0][1]:
-        mean = sum(count * part[layer][0] for count, part in given) / len(images)
-        spread = sum(count * (part[layer][1] + (part[layer][0] - mean) ** 2) for count, part in given)
+    parts, found = _outliers.entering(model, variables, images, _moments), {}
+    for layer in parts[0][1]:
+        of_parts = [(count, *(one.astype(np.float64) for one in part[layer])) for count, part in parts]
+        mean = sum(count * own for count, own, _ in of_parts) / len(images)
+        spread = sum(count * (variance + (own - mean) ** 2) for count, own, variance in of_parts)
         found[layer] = (mean, spread / len(images))
     return found
 
 
-@lru_cache(maxsize=16)
-def _moments(model: Model) -> Callable:
-    def reduce(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        axes = tuple(range(x.ndim - 1))
-        return x.mean(axes), x.var(axes)
-
-    def run(variables: Variables, images: Images) -> Any:
-        return models.entering(model, variables, to_float(images), reduce)
-
-    return jax.jit(run)
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    axes = tuple(range(x.ndim - 1))
+    return x.mean(axes), x.var(axes)
