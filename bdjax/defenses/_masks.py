@@ -92,8 +92,8 @@ def without(variables: Variables, pruned: Channels, biases: bool = False) -> Var
     for layer, gone in pruned.items():
         for leaf in ("scale", "bias") if biases else ("scale",):
             if (path := f"{layer}/{leaf}") in leaves and np.any(gone):
-                leaf = np.asarray(leaves[path])
-                changed[path] = jnp.asarray(np.where(np.asarray(gone), np.zeros_like(leaf), leaf))  # compiles nothing
+                own = np.asarray(leaves[path])
+                changed[path] = jnp.asarray(np.where(np.asarray(gone), np.zeros_like(own), own))  # compiles nothing
     return {**variables, "params": models.with_kernels(variables["params"], changed)}
 
 
