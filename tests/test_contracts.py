@@ -68,8 +68,10 @@ SMALL = {
     "clp": {"u": 0.0},
     "bnp": {"u": 0.0},
     "ep": {"u": 0.0},
-    "anp": {"threshold": 1.0},  # whatever the masks are, some channel goes
-    "rnp": {"threshold": 1.0, "mask_epochs": 1},
+    "anp": {"threshold": 1.0, "batch_size": 8, "augment": "none"},  # whatever the masks are, some channel goes
+    "rnp": {"threshold": 1.0, "mask_epochs": 1, "augment": "none"},
+    "fine_pruning": {"augment": "none"},
+    "fst": {"augment": "none"},
     "auto": {"methods": ("finetune",), "largest_drop": 1.0},
     "neural_cleanse": {"threshold": 0.01, "anomaly": 1e-6, "unlearning_epochs": 1},  # somebody is suspected
 }

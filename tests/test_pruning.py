@@ -200,7 +200,7 @@ def test_ep_prunes_the_channel_that_the_trigger_splits(victim, blobs):
         return images.at[:, ::2, ::2].set(40.0)  # in no range, so that one channel alone tells them apart
 
     view = DefenderView(images, blobs[1], trigger=trigger)
-    config = ep.Config(u=0.5, bin_width=0.05)
+    config = ep.Config(u=0.0, bin_width=0.05)
     cleaned = ep.purify(config, Victim(MODEL, own), view, KEY)
     pruned = np.flatnonzero(np.asarray(cleaned["params"]["norm"]["scale"]) == 0)
     order = np.asarray(jax.random.permutation(jax.random.fold_in(KEY, 1), 200))
@@ -209,8 +209,8 @@ def test_ep_prunes_the_channel_that_the_trigger_splits(victim, blobs):
     ])  # fmt: skip
     highest = np.asarray(entered(Victim(MODEL, own), mixed * 255)).max((1, 2))
     expected = naive_entropy(highest.astype(np.float64), 0.05)
-    assert_array_equal(pruned, np.flatnonzero(expected < expected.mean() - 0.5 * expected.std(ddof=1)))
-    assert len(pruned)
+    assert_array_equal(pruned, np.flatnonzero(expected < expected.mean()))
+    assert 0 < len(pruned) < 6
     with pytest.raises(InputError, match="ep needs the true trigger"):
         ep.purify(config, victim, DefenderView(images, blobs[1]), KEY)
 
@@ -235,7 +235,9 @@ def toy():
     return Model("toy", (2, 3, 1), 3, lambda key: dict(Net().init(key, jnp.zeros((1, 2, 3, 1)), True)), apply)
 
 
-@pytest.mark.parametrize("noise_steps", [0, 1, 2])
+@pytest.mark.parametrize(
+    "noise_steps", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_steps_of_the_masks_are_those_of_numpy(noise_steps):
     model, rng = toy(), np.random.default_rng(5)
     images, labels = rng.random((16, 2, 3, 1)).astype(np.float32), rng.integers(0, 3, 16).astype(np.int32)
@@ -243,7 +245,7 @@ def test_steps_of_the_masks_are_those_of_numpy(noise_steps):
               "head": {"kernel": rng.normal(size=(5, 3)), "bias": rng.normal(size=3)}}  # fmt: skip
     stats = {"norm": {"mean": np.full(5, 9.0), "var": np.full(5, 9.0)}}  # not used in training mode
     variables = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), {"params": params, "batch_stats": stats})
-    alpha, epsilon, rate, momentum = 0.3, 0.4, 0.9, 0.7
+    alpha, epsilon, rate, momentum = 0.3, 0.4, 2.0, 0.7
     order = jnp.asarray(rng.integers(0, 16, (3, 8)), jnp.int32)
     found = _masks.learnt(
         model, variables, DefenderView(images, labels), order, _masks.Masking(rate, momentum, alpha, epsilon),
@@ -275,9 +277,10 @@ def test_steps_of_the_masks_are_those_of_numpy(noise_steps):
         velocity = momentum * velocity + gradient
         masks = np.clip(masks - rate * velocity, 0, 1)
     assert_allclose(found["norm"], masks, atol=1e-5)
-    assert (masks == 1).any() and (masks < 1).any()
+    assert set(masks) - {0, 1} and {0, 1} & set(masks)  # some are clipped
 
 
+@pytest.mark.slow
 def test_masks_are_the_same_on_two_devices(victim, blobs):
     order = jnp.asarray(np.random.default_rng(6).integers(0, 200, (3, 8)), jnp.int32)
     given = MODEL, victim.variables, DefenderView(*blobs), order, _masks.Masking(0.5, 0.9, 0.2, 0.4), 1, "none", KEY, "m"
@@ -327,6 +330,7 @@ def test_a_fifth_is_kept_apart_where_nothing_is(blobs):
     assert _masks.parted(given, KEY) == (given, few)
 
 
+@pytest.mark.slow
 def test_anp_prunes_by_the_masks_it_trained(victim, blobs):
     watch = Seen()
     view = DefenderView(*blobs, watch=watch, validation=DefenderView(*blobs))
@@ -347,6 +351,7 @@ def test_anp_prunes_by_the_masks_it_trained(victim, blobs):
 # --- rnp
 
 
+@pytest.mark.slow
 def test_unlearning_stops_after_the_first_epoch_of_low_accuracy(victim, blobs):
     view = DefenderView(blobs[0][:80], blobs[1][:80])
     config = rnp.Config(batch_size=40, learning_rate=0.3, augment="none", stop_accuracy=0.0, epochs=12)
@@ -374,6 +379,7 @@ def blobs_of(view):
     return view.images, view.labels
 
 
+@pytest.mark.slow
 def test_a_step_of_unlearning_ascends_and_decays(victim, blobs):
     view = DefenderView(blobs[0][:40], blobs[1][:40])
     config = rnp.Config(batch_size=40, learning_rate=0.1, weight_decay=0.01, augment="none", epochs=1)
@@ -388,6 +394,7 @@ def test_a_step_of_unlearning_ascends_and_decays(victim, blobs):
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), found, expected)
 
 
+@pytest.mark.slow
 def test_rnp_prunes_the_victim_and_not_the_unlearned_model(victim, blobs):
     watch = Seen()
     view = DefenderView(*blobs, watch=watch, validation=DefenderView(*blobs))
@@ -425,6 +432,7 @@ def test_the_last_step_within_the_budget_is_kept(drop, expected):
     assert expected <= found
 
 
+@pytest.mark.slow
 def test_pruned_rows_stay_zero_while_the_rest_is_tuned(victim, blobs):
     watch = Seen()
     view = DefenderView(*blobs, watch=watch, validation=DefenderView(*blobs))
@@ -447,6 +455,7 @@ def test_pruned_rows_stay_zero_while_the_rest_is_tuned(victim, blobs):
 # --- fst
 
 
+@pytest.mark.slow
 def test_a_step_of_feature_shift_tuning_and_its_rescaling(victim, blobs):
     view = DefenderView(blobs[0][:40], blobs[1][:40])
     config = fst.Config(alpha=0.3, epochs=1, batch_size=40, learning_rate=0.1, augment="none")
