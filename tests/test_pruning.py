@@ -40,7 +40,8 @@ def victim(blobs):
                                               "bias": jnp.asarray(rng.normal(0, 0.3, 6), jnp.float32)}}  # fmt: skip
     stats = {"norm": {"mean": jnp.asarray(rng.normal(0, 0.1, 6), jnp.float32),
                       "var": jnp.asarray(rng.uniform(0.05, 0.2, 6), jnp.float32)}}  # fmt: skip
-    features = MODEL.apply({"params": params, "batch_stats": stats}, jnp.asarray(blobs[0], jnp.float32) / 255)[1]["flat"]
+    images = jnp.asarray(blobs[0], jnp.float32) / 255
+    features = MODEL.apply({"params": params, "batch_stats": stats}, images)[1]["flat"]
     kernel = 20 * params["head"]["kernel"]
     params["head"] = {"kernel": kernel, "bias": -(features @ kernel).mean(0)}  # so that it tells images apart
     return Victim(MODEL, {"params": params, "batch_stats": stats})
@@ -283,7 +284,8 @@ def test_steps_of_the_masks_are_those_of_numpy(noise_steps):
 @pytest.mark.slow
 def test_masks_are_the_same_on_two_devices(victim, blobs):
     order = jnp.asarray(np.random.default_rng(6).integers(0, 200, (3, 8)), jnp.int32)
-    given = MODEL, victim.variables, DefenderView(*blobs), order, _masks.Masking(0.5, 0.9, 0.2, 0.4), 1, "none", KEY, "m"
+    values = _masks.Masking(0.5, 0.9, 0.2, 0.4)
+    given = MODEL, victim.variables, DefenderView(*blobs), order, values, 1, "none", KEY, "m"
     one = _masks.learnt(*given)["norm"]
     with parallel.using(2):
         assert_allclose(_masks.learnt(*given)["norm"], one, atol=1e-5)
@@ -538,7 +540,8 @@ def test_they_run_on_the_networks_of_the_field(name):
     view = DefenderView(images, np.arange(24, dtype=np.int32) % 4, trigger=lambda images, key: images.at[:, 0].set(1.0))
     cases = {
         clp: {"u": 0.0}, bnp: {"u": 0.0}, ep: {"u": 0.0}, fst: {"epochs": 1}, fine_pruning: {"epochs": 1},
-        anp: {"iterations": 1, "batch_size": 8, "threshold": 1.0}, rnp: {"epochs": 1, "mask_epochs": 1, "threshold": 1.0},
+        anp: {"iterations": 1, "batch_size": 8, "threshold": 1.0},
+        rnp: {"epochs": 1, "mask_epochs": 1, "threshold": 1.0},
     }  # fmt: skip
     for module, fields in cases.items():
         cleaned = module.purify(module.Config(**fields), Victim(model, variables), view, KEY)
