@@ -75,6 +75,33 @@ def perceptron(shape=(8, 8, 1), classes=4, hidden=8):
     return Model("perceptron", shape, classes, init, apply, outputs)
 
 
+@functools.lru_cache
+def normalised(shape=(8, 8, 1), classes=4, channels=6):
+    """A convolution, batch normalisation, ReLU, a mean and a dense layer: what tests of pruning need."""
+    import flax.linen as nn
+
+    from bdjax.types import Model
+
+    class Net(nn.Module):
+        axis_name: str | None = None
+
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.Conv(channels, (3, 3), name="conv")(x)
+            x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name if train else None, name="norm")(x)
+            features = {"map": nn.relu(x)}
+            features["flat"] = features["map"].mean((1, 2))
+            return nn.Dense(classes, name="head")(features["flat"]), features
+
+    def apply(variables, images, train=False, keys=None, axis_name=None):
+        if not train:
+            return *Net().apply(variables, images), variables["batch_stats"]
+        (logits, features), state = Net(axis_name).apply(variables, images, True, mutable=["batch_stats"])
+        return logits, features, state["batch_stats"]
+
+    return Model("normalised", shape, classes, lambda key: dict(Net().init(key, np.zeros((1, *shape)))), apply)
+
+
 def untrained_task(images, labels, model, file=None):
     """A Task whose training gives the initial weights: what tests of a method's own steps need."""
     from bdjax.types import Task

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import perceptron, untrained_task
+from conftest import normalised, perceptron, untrained_task
 
 from bdjax import attacks, models, registry
 from bdjax.attacks import _helpers
@@ -65,6 +65,13 @@ SMALL = {
     "multi_target": {"parts": ("badnets:0", "blended:3", "l0_inv:4")},
     "baeraser": {"largest_drop": 1.0, **RECOVERY},
     "mesa_finetune": RECOVERY,
+    "clp": {"u": 0.0},
+    "bnp": {"u": 0.0},
+    "ep": {"u": 0.0},
+    "anp": {"threshold": 1.0, "batch_size": 8, "augment": "none"},  # whatever the masks are, some channel goes
+    "rnp": {"threshold": 1.0, "mask_epochs": 1, "augment": "none"},
+    "fine_pruning": {"augment": "none"},
+    "fst": {"augment": "none"},
     "auto": {"methods": ("finetune",), "largest_drop": 1.0},
     "neural_cleanse": {"threshold": 0.01, "anomaly": 1e-6, "unlearning_epochs": 1},  # somebody is suspected
 }
@@ -172,6 +179,10 @@ class TestAttack:
         np.testing.assert_allclose(floats, stored / np.float32(255), atol=0.5 / 255 + 1e-6)
 
 
+NORMED = ("anp", "bnp", "clp", "ep", "rnp")
+"""Defenses that need batch normalisation."""
+
+
 def view_of(module, watch=None):
     return DefenderView(
         np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1)).astype(np.uint8),
@@ -198,7 +209,7 @@ def test_detect_scores_every_class_and_gives_a_verdict(name):
 
 def purify(name, seed=0, watch=None):
     """(variables of the victim, purified variables)."""
-    model, module = perceptron(), registry.load("defenses", name)
+    model, module = normalised() if name in NORMED else perceptron(), registry.load("defenses", name)
     variables = model.init(jax.random.key(0))
     view, config = view_of(module, watch), module.Config()
     config = dataclasses.replace(config, **quick_changes(name, config))

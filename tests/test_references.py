@@ -59,7 +59,7 @@ def test_only_methods_that_say_so_are_given_the_trigger(finished):
     assert suspect.view().trigger is None and callable(suspect.view(trigger=True).trigger)
     modules = {name: registry.load("defenses", name) for name in registry.names("defenses")}
     asking = [name for name, module in modules.items() if defenses.needs_trigger(module, module.Config())]
-    assert asking == ["actft", "ibu"]
+    assert asking == ["actft", "ep", "ibu"]
 
 
 def test_one_round_of_naive_at_equals_a_plain_computation(backdoored, blobs):

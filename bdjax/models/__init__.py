@@ -20,12 +20,13 @@ from bdjax import registry
 from bdjax.errors import InputError
 from bdjax.models._generators import Generator, autoencoder, hider, reader, sampler
 from bdjax.models._input import Input
+from bdjax.models._norms import entering, followed
 from bdjax.models._variants import Variant, checked, variant
 from bdjax.types import Images, Key, Model, Variables
 
 __all__ = [
-    "Generator", "Input", "as_dtype", "autoencoder", "create", "head", "hider", "kernels", "outputs",
-    "penultimate", "reader", "sampler", "variant", "with_kernels",
+    "Generator", "Input", "as_dtype", "autoencoder", "create", "entering", "followed", "head", "hider", "kernels",
+    "outputs", "penultimate", "reader", "sampler", "variant", "with_kernels",
 ]  # fmt: skip
 
 
