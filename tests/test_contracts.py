@@ -213,7 +213,11 @@ purified = functools.cache(purify)
 """The same, computed once for all tests that ask for the same arguments."""
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+SLOW = ("btidbf", "pam")
+"""Defenses with a network of their own, which takes seconds to compile."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in DEFENSES])
 class TestDefense:
     def test_returns_finite_variables_of_the_same_structure_and_leaves_the_victim_alone(self, name):
         variables, cleaned = purified(name)

@@ -42,8 +42,8 @@ def equal_batches(wanted: int, total: int) -> tuple[int, int]:
     So hardly an image waits for the next shuffle. Raises InputError for fewer images than devices.
     """
     devices = parallel.count()
-    number = -(-total // batch_of(wanted, total))
-    size = max(total // number // devices, 1) * devices
+    batch_of(wanted, total)
+    size = max(total // -(-total // wanted) // devices, 1) * devices
     return total // size, size
 
 
