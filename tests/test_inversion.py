@@ -288,7 +288,7 @@ def test_four_devices_agree_with_one(blobs, module):
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [btidbf, pam], ids=["btidbf", "pam"])
 def test_real_networks_and_their_statistics_follow(blobs, module):
-    model = models.create("small_vgg", (8, 8, 1), 4)
+    model = models.create("cnn", (8, 8, 1), 4)
     given = model.init(KEY)
     out = module.purify(module.Config(**SMALL, epochs=1, batch_size=20), Victim(model, given), view_of(blobs), KEY)
     moved = [(a != b).any() for a, b in zip(*(jax.tree.leaves(v["batch_stats"]) for v in (out, given)), strict=True)]
