@@ -61,6 +61,7 @@ def prepare(name, config, task):
 QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1, "images": 3}
 """Fields by which methods say how long they optimise, and on how many images; here two steps must do."""
 RECOVERY = {"hidden": 8, "noise_size": 8, "samples": 2, "asr_threshold": 0.0}  # every trigger is kept
+INVERSION = {"rounds": 1, "pretrain_epochs": 1, "mask_epochs": 1, "generator_epochs": 1, "width": 4, "downs": 1}
 SMALL = {
     "multi_target": {"parts": ("badnets:0", "blended:3", "l0_inv:4")},
     "baeraser": {"largest_drop": 1.0, **RECOVERY},
@@ -72,6 +73,9 @@ SMALL = {
     "rnp": {"threshold": 1.0, "mask_epochs": 1, "augment": "none"},
     "fine_pruning": {"augment": "none"},
     "fst": {"augment": "none"},
+    "nad": {"teacher_epochs": 1},
+    "btidbf": INVERSION,
+    "pam": INVERSION,
     "auto": {"methods": ("finetune",), "largest_drop": 1.0},
     "neural_cleanse": {"threshold": 0.01, "anomaly": 1e-6, "unlearning_epochs": 1},  # somebody is suspected
 }
@@ -220,7 +224,11 @@ purified = functools.cache(purify)
 """The same, computed once for all tests that ask for the same arguments."""
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+SLOW = ("btidbf", "pam")
+"""Defenses with a network of their own, which takes seconds to compile."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in DEFENSES])
 class TestDefense:
     def test_returns_finite_variables_of_the_same_structure_and_leaves_the_victim_alone(self, name):
         variables, cleaned = purified(name)

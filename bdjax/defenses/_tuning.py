@@ -1,13 +1,19 @@
-"""Fine-tuning on the defender's images by the engine, in batches of what there is."""
+"""Fine-tuning on the defender's images by the engine, in batches of what there is: by its step, or by one's own."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bdjax.defenses._batch import batch_of
 from bdjax.defenses._relay import Relay
-from bdjax.engine import FitConfig, fit
+from bdjax.engine import FitConfig, fit, parallel, run_epoch
+from bdjax.engine.epoch import check_finite
+from bdjax.engine.optimizer import Name, direction
+from bdjax.engine.step import draw
 from bdjax.types import Key, Variables, Victim, Watch
 
 
@@ -28,6 +34,69 @@ def tune(
         victim.model, images, labels, replace(recipe, batch_size=size), key, start=victim.variables,
         watch=_Later(watch, before), stage=stage, part="defense",
     )  # fmt: skip
+
+
+def equal_batches(wanted: int, total: int) -> tuple[int, int]:
+    """(batches, images in each) of a pass over `total` images: as few as batches of `wanted` make, all of one size.
+
+    So hardly an image waits for the next shuffle. Raises InputError for fewer images than devices.
+    """
+    devices = parallel.count()
+    batch_of(wanted, total)
+    size = max(total // -(-total // wanted) // devices, 1) * devices
+    return total // size, size
+
+
+def passes(
+    step: Callable, state: Any, shared: Any, rates: np.ndarray, size: int, key: Key, tick: Callable[[int, int], None],
+    after: Callable[[int, Any, dict[str, Any]], None], more: Callable[[Key], dict[str, jax.Array]] = lambda key: {},
+    what: str = "loss", field: str = "defense.learning_rate",
+) -> Any:  # fmt: skip
+    """Pass after pass over the images by `step`, in the engine's form, and return the state.
+
+    Args:
+      state: is donated; shared: what every step gets, "labels" [n] among it.
+      rates: [passes, batches], `whole["rate"]` of every step; size: images in a batch.
+      key: shuffles, by `engine.step.draw`: `split` has "index", "augment" and "dropout", [batches, size] each.
+      tick: is told of every step; after: is given the number of passes done, the state, and means of the metrics.
+      more: what else each batch is cut of, [batches, size, ...], drawn by a key.
+      what, field: for the message about metrics["loss"] that is not finite (InputError).
+    """
+    count, number = rates.shape
+    for done in range(count):
+        own = jax.random.fold_in(key, done)
+        split = {**draw(own, len(shared["labels"]), number, size), **more(jax.random.fold_in(own, 9))}
+        whole = {"rate": jnp.asarray(rates[done], jnp.float32)}
+        counted = _counted(tick, done * number, count * number)
+        state, metrics = run_epoch(step, state, split, whole, shared, tick=counted)
+        check_finite(metrics["loss"], rates[done], done * number, what, field)
+        after(done + 1, state, {name: value.mean() for name, value in metrics.items()})
+    return state
+
+
+def begin(variables: Variables, optimizer: Name) -> dict[str, Any]:
+    """The state of a model in training: a copy, for it is donated."""
+    state = {name: jax.tree.map(jnp.array, variables[name]) for name in ("params", "batch_stats")}
+    return {**state, "opt": direction(optimizer, jnp.float32(0)).init(state["params"])}
+
+
+def model_of(state: Any) -> Variables:
+    """The variables of a state."""
+    return {"params": state["params"], "batch_stats": state["batch_stats"]}
+
+
+def descend(
+    state: Any, gradient: Any, stats: Any, optimizer: Name, rate: Any, momentum: Any = None, decay: Any = 0.0
+) -> dict[str, Any]:
+    """The state after one step; `gradient` is of all devices, `decay` times the parameters is added to it."""
+    gradient = jax.tree.map(lambda g, p: g + decay * p, gradient, state["params"])
+    update, opt = direction(optimizer, momentum).update(gradient, state["opt"])
+    params = jax.tree.map(lambda p, u: p - rate * u, state["params"], update)
+    return {"params": params, "batch_stats": stats, "opt": opt}
+
+
+def _counted(tick: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, _: tick(before + done, total)
 
 
 class _Later(Relay):

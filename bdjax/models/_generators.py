@@ -64,6 +64,18 @@ def sampler(values: int, noise: int, hidden: int) -> Generator:
     return _generator(_Sampler(values, hidden), ((noise,),))
 
 
+@lru_cache
+def unet(shape: tuple[int, int, int], width: int, downs: int) -> Generator:
+    """Images [N, H, W, C] -> images of the same shape, not bounded; a U-Net (Ronneberger et al., MICCAI 2015).
+
+    `downs` times two 3x3 convolutions and 2x2 max-pooling, as far as two pixels are left on a side, beginning with
+    `width` channels and doubling; two convolutions; and as often transposed 2x2 convolution, what was there at that
+    size beside it, and two convolutions; a 1x1 convolution in the end. Each 3x3 convolution has instance normalisation
+    (without scale and shift) and LeakyReLU 0.01.
+    """
+    return _generator(_Unet(width, downs), (shape,))
+
+
 def _generator(net: Any, shapes: tuple[tuple[int, ...], ...]) -> Generator:
     return Generator(jax.jit(partial(_init, net, shapes)), partial(_apply, net))
 
@@ -133,6 +145,35 @@ class _Autoencoder(nn.Module):
         return jnp.tanh(x) / 2 + 0.5
 
 
+class _Unet(nn.Module):
+    width: int
+    downs: int
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Images, weight: jax.Array | None = None) -> jax.Array:
+        def double(x: jax.Array, features: int) -> jax.Array:
+            for _ in range(2):
+                x = _layers.conv(features, jnp.float32, bias=True)(x)
+                mean, var = x.mean((1, 2), keepdims=True), x.var((1, 2), keepdims=True)
+                x = nn.leaky_relu((x - mean) * jax.lax.rsqrt(var + 1e-5), 0.01)
+            return x
+
+        channels, features = x.shape[3], self.width
+        before: list[jax.Array] = []
+        while len(before) < self.downs and (min(x.shape[1:3]) >= 4 or not before):
+            before.append(double(x, features))
+            x, features = _layers.max_pool(before[-1]), 2 * features
+        x = double(x, features)
+        for beside in reversed(before):
+            features //= 2
+            x = _doubled(nn.Dense(4 * features)(x))
+            if x.shape[1:3] != beside.shape[1:3]:  # an odd side was cut
+                x = _enlarged(x, beside.shape[1:3])
+            x = double(jnp.concatenate([beside, x], -1), features)
+        return nn.Dense(channels)(x)
+
+
 class _Hider(nn.Module):
     axis_name: str | None = None
 
@@ -179,6 +220,13 @@ class _Sampler(nn.Module):
             x = nn.leaky_relu(_Norm(self.axis_name)(nn.Dense(self.hidden, use_bias=False)(x), weight), 0.2)
             x = jnp.concatenate([x, piece], -1)
         return nn.sigmoid(nn.Dense(self.values)(x))
+
+
+def _doubled(x: jax.Array) -> jax.Array:
+    """[N, H, W, 4 C] as [N, 2 H, 2 W, C]: the four values of a place become a square. A transposed 2x2 convolution."""
+    count, height, width, channels = x.shape
+    x = x.reshape(count, height, width, 2, 2, channels // 4)
+    return jnp.moveaxis(x, 3, 2).reshape(count, 2 * height, 2 * width, channels // 4)
 
 
 def _enlarged(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
