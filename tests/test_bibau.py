@@ -126,7 +126,7 @@ def test_ewc_of_the_unchanged_model_is_zero_with_zero_gradient(victim, view):
 
 def test_both_forms_of_the_inverse_ewc_fall_with_the_distance_until_clipped():
     def pull(distance, form):
-        return jax.value_and_grad(lambda d: bibau.inverse_ewc(d, 1.0, form))(jnp.float32(distance))
+        return jax.value_and_grad(lambda d: _blind_inversion.inverse_ewc(d, 1.0, form))(jnp.float32(distance))
 
     assert pull(0.25, "negated") == (-0.25, -1) and pull(3.0, "negated") == (-1, 0)
     assert_allclose(pull(4.0, "reciprocal"), (0.25, -1 / 16), rtol=1e-5)

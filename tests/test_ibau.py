@@ -11,6 +11,7 @@ from conftest import perceptron
 
 from bdjax import models
 from bdjax.defenses import _batch, ibau
+from bdjax.defenses._targeted_search import TargetedSearch
 from bdjax.engine import parallel
 from bdjax.errors import InputError
 from bdjax.types import DefenderView, Victim, Watch, to_float
@@ -151,7 +152,7 @@ CHANGES = {
 }  # fmt: skip
 
 
-TARGETED = {"perturbations": 2, "distillation": 0.1}
+TARGETED = {"perturbations": 2, "patches": 1, "distillation": 0.1}
 """Fields of the targeted schedule alone."""
 
 
@@ -172,11 +173,14 @@ def test_every_field_changes_the_result(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["perturbations", "distillation", "rounds", "inner_steps", "outer_steps", "outer_lr", "patched_fraction",
-             "solver", "solver_iterations", "solver_step", "ridge", "penalty", "batch_size"]
+    "name", ["perturbations", "patches", "distillation", "rounds", "inner_steps", "outer_steps", "outer_lr",
+             "patched_fraction", "solver", "solver_iterations", "solver_step", "ridge", "penalty", "batch_size"]
 )  # fmt: skip
-def test_fields_of_the_targeted_schedule_change_its_result(name):
-    base = ibau.Config(rounds=1, batch_size=8, inner_steps=2, outer_steps=2, outer_lr=1e-2, perturbations=3)
+def test_fields_of_the_targeted_schedule_change_its_result(name, monkeypatch):
+    monkeypatch.setattr(TargetedSearch, "nothing_small", False)  # this network has no backdoor to stop after
+    base = ibau.Config(
+        rounds=1, batch_size=8, inner_steps=2, outer_steps=2, outer_lr=1e-3, perturbations=3, patched_fraction=0.8
+    )
     changes = {**CHANGES, **TARGETED, "inner_steps": 1, "outer_steps": 3, "outer_lr": 2e-2, "solver_iterations": 5}
     one, two = (purify(config)[2] for config in (base, dataclasses.replace(base, **{name: changes[name]})))
     assert any(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))
@@ -185,7 +189,7 @@ def test_fields_of_the_targeted_schedule_change_its_result(name):
 def test_the_default_is_targeted_and_follows_the_given_model():
     """With all weight on the given model's predictions, and no indirect term, a round hardly moves it."""
     config = ibau.Config()
-    assert (config.schedule, config.rounds, config.batch_size, config.outer_steps) == ("targeted", 8, 64, 10)
+    assert (config.schedule, config.rounds, config.batch_size, config.outer_steps) == ("targeted", 10, 64, 10)
     still = ibau.Config(rounds=1, inner_steps=1, outer_steps=2, distillation=1.0, solver="none", outer_lr=1e-3)
     moving = dataclasses.replace(still, distillation=0.0)
     victim = problem(24)[0]

@@ -1,4 +1,4 @@
-"""The inner step of BI-BAU: the adversarial image of one clean image (:mod:`bdjax.defenses.bibau` has the formulas)."""
+"""The steps of BI-BAU: the adversarial image of one clean image, and a step of θ (:mod:`bdjax.defenses.bibau`)."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -10,9 +10,12 @@ import optax
 
 from bdjax.defenses._adversarial import adversarial, project
 from bdjax.defenses._cosine import cosine
-from bdjax.engine.optimizer import Name
+from bdjax.defenses._distillation import distance, mixtures, targets
+from bdjax.defenses._fisher import ewc
+from bdjax.engine import parallel
+from bdjax.engine.optimizer import Name, direction
 from bdjax.models import head, penultimate
-from bdjax.types import Key, Model
+from bdjax.types import Key, Model, to_float
 
 
 class Static(NamedTuple):
@@ -27,6 +30,7 @@ class Static(NamedTuple):
     inverse: str
     optimizer: Name
     batch_norm: str
+    distils: bool
 
 
 def objective_of(model: Model, static: Static, now: Any, original: Any, image: Any, label: Any, hyper: Any) -> Callable:
@@ -86,3 +90,61 @@ def ascender(model: Model, static: Static) -> Callable:
 def taken(starts: tuple[jax.Array, jax.Array], which: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Those at the positions `which`."""
     return starts[0][which], starts[1][which]
+
+
+def inverse_ewc(distance: jax.Array, clip: Any, form: str) -> jax.Array:
+    """What the descent adds for an EWC distance on the unlearning set: it falls with it until clipped (Eq. 24)."""
+    if form == "negated":
+        return -jnp.minimum(clip, distance)
+    return jnp.minimum(clip, 1 / (distance + 1e-12))
+
+
+@lru_cache(maxsize=32)
+def outer(model: Model, static: Static) -> Callable:
+    """One ascent and one step of θ, in the engine's form."""
+
+    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
+        hyper, original = shared["hyper"], shared["original"]
+        images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
+        now = {"params": state["params"], "stats": state["stats"]}
+        ascend = jax.vmap(partial(one, model, static), (None, None, 0, 0, 0, 0, None))
+        moved = ascend(now, original, images, labels, split["start"], taken(shared["starts"], split["which"]), hyper)
+        weight = jnp.ones(len(labels))
+        if static.variant == "targeted":
+            weight = (labels != static.target).astype(jnp.float32)
+        train = static.batch_norm != "frozen"
+        if static.distils:
+            mixed = mixtures(images, to_float(shared["images"][split["other"]]), split["start"])
+            wanted = targets(model, {"params": original["params"], "batch_stats": original["stats"]}, mixed)
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            of = partial(model.apply, {"params": params, "batch_stats": state["stats"]})
+            if static.batch_norm == "separate":
+                logits, _, stats = of(images, train, None, axis)
+                logits = jnp.concatenate([logits, of(moved, train, None, axis)[0]])
+            else:
+                logits, _, stats = of(jnp.concatenate([images, moved]), train, None, axis)
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.concatenate([labels, labels]))
+            clean = each[: len(labels)].mean()
+            moved_ = (each[len(labels) :] * weight).sum() / jnp.maximum(weight.sum(), 1)
+            found, value = {"clean_loss": clean, "adversarial_loss": moved_}, clean + moved_
+            if static.distils:
+                found["distillation"] = distance(of(mixed, train, None, axis)[0], wanted)
+                value = (1 - hyper["distillation"]) * value / 2 + hyper["distillation"] * found["distillation"]
+            if static.constraints_a:
+                found["ewc"] = ewc(params, original["params"], shared["fisher"]["clean"]) * shared["fisher"]["scale"][0]
+                value += hyper["ewc"] * found["ewc"]
+            if static.constraints_b:
+                moved_by = ewc(params, original["params"], shared["fisher"]["unlearning"])
+                found["inverse_ewc"] = moved_by * shared["fisher"]["scale"][1]
+                value += hyper["inverse_ewc"] * inverse_ewc(found["inverse_ewc"], hyper["clip"], static.inverse)
+            return value, ({"loss": value, **found}, stats)
+
+        (_, (metrics, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        gradient, metrics = parallel.average((gradient, metrics), axis)
+        update, opt = direction(static.optimizer, 0.9).update(gradient, state["opt"])
+        params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
+        mean = jax.tree.map(lambda m, p: p + hyper["averaging"] * (m - p), state["mean"], params)
+        return {"params": params, "stats": stats, "opt": opt, "mean": mean}, metrics
+
+    return step

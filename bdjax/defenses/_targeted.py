@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax import augment
 from bdjax.defenses._batch import batch_of
+from bdjax.defenses._distillation import distance, mixtures, targets
 from bdjax.defenses._pool import batches
 from bdjax.defenses._targeted_search import KEPT, Search, TargetedSearch
 from bdjax.engine import parallel, run_epoch
@@ -51,7 +51,8 @@ class Rounds:
     patched_fraction: float
     distillation: float
     enlarged: float = 1.2
-    patience: int = 2
+    settling: int = 3
+    """Rounds at the end in which the triggers stay as they are and the learning rate falls to zero."""
     solver: str = "none"
     solver_iterations: int = 5
     solver_step: float = 0.1
@@ -75,25 +76,30 @@ def unlearn(rounds: Rounds, search_: Search, victim: Victim, view: DefenderView,
     state = {"params": jax.tree.map(jnp.copy, victim.variables["params"])}
     state["opt"] = direction("adam").init(state["params"])
     state["mean"] = jax.tree.map(jnp.copy, state["params"])
+    most = rounds.rounds + rounds.settling
     shared: dict[str, Any] = {
         "images": jnp.asarray(view.images), "labels": jnp.asarray(view.labels), "victim": dict(victim.variables),
         **{name: jnp.float32(getattr(rounds, name)) for name in _DYNAMIC},
     }  # fmt: skip
-    quiet, round_, variables = 0, 0, victim.variables
-    while round_ < rounds.rounds and quiet < rounds.patience:
+    searching, settled, round_ = True, 0, 0
+    while searching or settled < rounds.settling:
+        settled += not searching
+        rate = rounds.learning_rate * (1 - settled / (rounds.settling + 1))
         round_key = jax.random.fold_in(jax.random.fold_in(key, 4), round_)
         split, carried = _batches(rounds, targeted, len(view.labels), round_key)
         kept, deltas = targeted.triggers(rounds.enlarged)
-        shared |= {"kept": kept, "deltas": deltas}
+        shared |= {"kept": kept, "deltas": deltas, "learning_rate": jnp.float32(rate)}
         step = _step(model, rounds.solver, rounds.solver_iterations, carried)
-        tick = partial(view.watch.tick, f"{rounds.name} round {round_ + 1} of at most {rounds.rounds}")
+        tick = partial(view.watch.tick, f"{rounds.name} round {round_ + 1} of at most {most}")
         state, metrics = run_epoch(step, state, split, {}, shared, tick=tick)
-        check_finite(metrics["loss"], rounds.learning_rate, round_ * rounds.steps, "unlearning loss", rounds.rate_field)
+        check_finite(metrics["loss"], rate, round_ * rounds.steps, "unlearning loss", rounds.rate_field)
         round_ += 1
         variables = {**victim.variables, "params": jax.tree.map(jnp.copy, state["mean"])}
-        targeted.refresh(variables, jax.random.fold_in(round_key, 9))
-        quiet = quiet + 1 if targeted.nothing_small else 0
-        view.watch.observe(round_, variables, perturbation=targeted.present.deltas, radius=jnp.float32(targeted.radius))
+        if searching:
+            targeted.refresh(variables, jax.random.fold_in(round_key, 9))
+            searching = round_ < rounds.rounds and not targeted.nothing_small
+        shown = {"perturbation": targeted.present.deltas, "radius": jnp.float32(targeted.radius)}
+        view.watch.observe(round_, variables, **shown)
     return variables
 
 
@@ -118,7 +124,7 @@ def _batches(rounds: Rounds, targeted: TargetedSearch, total: int, key: Key) -> 
     return split, carried
 
 
-_DYNAMIC = ("learning_rate", "distillation", "solver_step", "ridge", "penalty")  # other values compile nothing new
+_DYNAMIC = ("distillation", "solver_step", "ridge", "penalty")  # other values compile nothing new
 
 
 @lru_cache(maxsize=16)
@@ -128,10 +134,8 @@ def _step(model: Model, solver_name: str, iterations: int, carried: int) -> Call
     def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
         images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
         carries = split["which"] > 0
-        shifted = augment.policy("crop_flip")(to_float(shared["images"][split["other"]]), split["key"])
-        weight = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2)))(split["key"])
-        mixed = images + weight[:, None, None, None] * (shifted - images)
-        wanted = jax.nn.softmax(model.logits(shared["victim"], mixed))
+        mixed = mixtures(images, to_float(shared["images"][split["other"]]), split["key"])
+        wanted = targets(model, shared["victim"], mixed)
         devices = parallel.size(axis)
 
         def stamped(deltas: jax.Array) -> jax.Array:
@@ -144,7 +148,7 @@ def _step(model: Model, solver_name: str, iterations: int, carried: int) -> Call
             variables = {**shared["victim"], "params": params}
             logits = model.logits(variables, jnp.concatenate([stamped(deltas), mixed]))
             hard = optax.softmax_cross_entropy_with_integer_labels(logits[: len(images)], labels).mean()
-            soft = optax.softmax_cross_entropy(logits[len(images) :], wanted).mean()
+            soft = distance(logits[len(images) :], wanted)
             return ((1 - shared["distillation"]) * hard + shared["distillation"] * soft) / devices
 
         def inner(deltas: jax.Array, params: Any) -> jax.Array:

@@ -37,23 +37,21 @@ along a cosine and a gentle inverse EWC (λ4 0.01, c 100) keep R-ASR low at more
 θ is in evaluation mode inside the ascent and in training mode in the outer step, θ_b always in evaluation mode (ours).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bdjax.defenses._batch import batch_of
-from bdjax.defenses._blind_inversion import Static, ascender, one, taken
+from bdjax.defenses._blind_inversion import Static, ascender, outer, taken
 from bdjax.defenses._fisher import ewc, fisher
 from bdjax.defenses._pool import batches
 from bdjax.defenses._smallest import ANY
 from bdjax.defenses._targeted_search import KEPT, Search, TargetedSearch
-from bdjax.engine import parallel, run_epoch
+from bdjax.engine import run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction, learning_rates
 from bdjax.errors import InputError, check_fields
@@ -63,7 +61,7 @@ _PROCEDURES: dict[str, tuple[Any, Any]] = {
     "epochs": (12, 20), "batch_size": (32, 256), "steps_per_epoch": (8, 0), "steps": (3, 20),
     "optimizer": ("adam", "sgd"),
     "learning_rate": (1e-3, 0.05), "batch_norm": ("frozen", "separate"), "ewc": (100.0, 1e-5),
-    "inverse_ewc": (1.0, 0.01), "clip": (0.01, 100.0), "schedule": ("constant", "cosine"), "averaging": (0.8, 0.0),
+    "inverse_ewc": (1.0, 0.01), "clip": (0.01, 100.0), "distillation": (0.8, 0.0), "averaging": (0.8, 0.0),
 }  # fmt: skip
 """What the robust procedure and the paper's fill in."""
 
@@ -125,8 +123,11 @@ class Config:
     """Of θ; SGD with momentum 0.9. Robust adam, paper sgd."""
     learning_rate: float | None = None
     """Of θ, at its peak; robust 1e-3, paper 0.05."""
-    schedule: Literal["constant", "cosine"] | None = None
-    """Of the learning rate, over all steps; cosine ends at zero. Robust constant, paper cosine."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Of the learning rate, over all steps; cosine ends at zero."""
+    distillation: float | None = None
+    """Weight, in [0, 1), of the cross-entropy with θ_b's predictions on mixtures of clean images
+    (:mod:`bdjax.defenses._distillation`) against that of the labels. Ours; robust 0.8, paper 0."""
     averaging: float | None = None
     """Share of the running mean of θ that a step keeps, in [0, 1); the mean is returned. Robust 0.8, paper 0: θ."""
     batch_norm: Literal["separate", "batch", "frozen"] | None = None
@@ -179,7 +180,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     state = {"params": jax.tree.map(jnp.copy, original["params"]), "stats": jax.tree.map(jnp.copy, original["stats"])}
     state["opt"] = direction(settings.optimizer, 0.9).init(state["params"])
     state["mean"] = jax.tree.map(jnp.copy, state["params"])
-    step, number = _outer(model, static), settings.steps_per_epoch or total // size
+    step, number = outer(model, static), settings.steps_per_epoch or total // size
     rates = learning_rates(settings.schedule, settings.learning_rate, settings.epochs * number)
     for epoch in range(settings.epochs):
         epoch_key = jax.random.fold_in(key, epoch + 1)
@@ -251,72 +252,22 @@ def _batches(total: int, size: int, number: int, targeted: TargetedSearch | None
         "index": jnp.asarray(order),
         "start": jax.random.split(jax.random.fold_in(key, 1), (number, size)),
         "which": jnp.broadcast_to(jnp.arange(size) % starts, order.shape),
+        "other": jax.random.randint(jax.random.fold_in(key, 4), (number, size), 0, total),
     }
-
-
-def inverse_ewc(distance: jax.Array, clip: Any, form: str) -> jax.Array:
-    """What the descent adds for an EWC distance on the unlearning set: it falls with it until clipped (Eq. 24)."""
-    if form == "negated":
-        return -jnp.minimum(clip, distance)
-    return jnp.minimum(clip, 1 / (distance + 1e-12))
 
 
 _DYNAMIC = (
     "step_size", "bound", "noise", "likelihood", "prior", "ewc", "inverse_ewc", "clip", "temperature", "mixing",
-    "angle", "averaging",
+    "angle", "averaging", "distillation",
 )  # fmt: skip
 
 
-def _static(config: Config, targeted: TargetedSearch | None) -> Static:
-    values = {name: getattr(config, name) for name in Static._fields}
+def _static(config: Config, targeted: TargetedSearch | None = None) -> Static:
+    values = {name: getattr(config, name) for name in Static._fields if name != "distils"}
+    values["distils"] = bool(config.distillation)
     if targeted is not None and config.variant == "untargeted" and targeted.goal != ANY:
         values |= {"variant": "targeted", "target": targeted.goal}
     return Static(**values)
-
-
-@lru_cache(maxsize=32)
-def _outer(model: Model, static: Static) -> Callable:
-    """One ascent and one step of θ, in the engine's form."""
-
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        hyper, original = shared["hyper"], shared["original"]
-        images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
-        now = {"params": state["params"], "stats": state["stats"]}
-        ascend = jax.vmap(partial(one, model, static), (None, None, 0, 0, 0, 0, None))
-        moved = ascend(now, original, images, labels, split["start"], taken(shared["starts"], split["which"]), hyper)
-        weight = jnp.ones(len(labels))
-        if static.variant == "targeted":
-            weight = (labels != static.target).astype(jnp.float32)
-        train = static.batch_norm != "frozen"
-
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            of = partial(model.apply, {"params": params, "batch_stats": state["stats"]})
-            if static.batch_norm == "separate":
-                logits, _, stats = of(images, train, None, axis)
-                logits = jnp.concatenate([logits, of(moved, train, None, axis)[0]])
-            else:
-                logits, _, stats = of(jnp.concatenate([images, moved]), train, None, axis)
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.concatenate([labels, labels]))
-            clean = each[: len(labels)].mean()
-            moved_ = (each[len(labels) :] * weight).sum() / jnp.maximum(weight.sum(), 1)
-            found, value = {"clean_loss": clean, "adversarial_loss": moved_}, clean + moved_
-            if static.constraints_a:
-                found["ewc"] = ewc(params, original["params"], shared["fisher"]["clean"]) * shared["fisher"]["scale"][0]
-                value += hyper["ewc"] * found["ewc"]
-            if static.constraints_b:
-                distance = ewc(params, original["params"], shared["fisher"]["unlearning"])
-                found["inverse_ewc"] = distance * shared["fisher"]["scale"][1]
-                value += hyper["inverse_ewc"] * inverse_ewc(found["inverse_ewc"], hyper["clip"], static.inverse)
-            return value, ({"loss": value, **found}, stats)
-
-        (_, (metrics, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        gradient, metrics = parallel.average((gradient, metrics), axis)
-        update, opt = direction(static.optimizer, 0.9).update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
-        mean = jax.tree.map(lambda m, p: p + hyper["averaging"] * (m - p), state["mean"], params)
-        return {"params": params, "stats": stats, "opt": opt, "mean": mean}, metrics
-
-    return step
 
 
 def _pieces(view: DefenderView, size: int, key: Key) -> list[tuple[jax.Array, jax.Array, Key]]:
@@ -347,5 +298,5 @@ def _check(config: Config) -> None:
         (("step_size", "bound", "clip", "temperature", "learning_rate", "fisher_cap"), "positive", lambda v: v > 0),
         (("noise", "likelihood", "prior", "ewc", "inverse_ewc", "target"), "zero or more", lambda v: v >= 0),
         (("angle", "mixing"), "in [0, 1]", lambda v: 0 <= v <= 1),
-        (("averaging",), "in [0, 1)", lambda v: 0 <= v < 1),
+        (("averaging", "distillation"), "in [0, 1)", lambda v: 0 <= v < 1),
     )

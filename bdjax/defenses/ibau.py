@@ -55,7 +55,8 @@ class Config:
     In a targeted one `inner_labels`, `inner_data`, `inner_optimizer`, `inner_lr`, `norm_bound`, `clamp`,
     `hessian_data`, `outer_optimizer`, `batch_norm` and `products` have no effect."""
     rounds: int | None = None
-    """Times that δ is found anew; targeted at most 10, release 5 (script default), paper 100 (its GTSRB tables), fast
+    """Times that δ is found anew; targeted at most 10 and 3 more (see
+    :mod:`bdjax.defenses._targeted`), release 5 (script default), paper 100 (its GTSRB tables), fast
     10."""
     batch_size: int | None = None
     """Images a batch, in their given order (targeted: drawn); 0: all in one. Release 100, paper 0, else 64."""

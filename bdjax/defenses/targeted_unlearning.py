@@ -10,8 +10,8 @@ Threat model: the defender has the model and clean labelled images, no trigger a
 2. In rounds, train on images with these perturbations and patches and their true labels, and follow the victim on clean
    images (:mod:`bdjax.defenses._targeted` has the loss). After each round they are searched anew in the present model,
    perturbations from several starts.
-3. Stop when in `patience` rounds the radii have been no smaller than the median and no patch smaller than 0.3 of the
-   image.
+3. When no radius is smaller than the median and no patch smaller than 0.3 of the image, or after `rounds` rounds, train
+   for `settling` more on the last triggers while the learning rate falls to zero.
 
 This is the minimax form of I-BAU (Zeng et al., ICLR 2022, arXiv:2110.03735) with the inner maximum restricted to small
 targeted perturbations and patches, in the direct term alone; the suspicion is Neural Cleanse's (Wang et al.,
@@ -34,7 +34,7 @@ class Config:
     """The search for perturbations, the rounds of unlearning, and when to stop."""
 
     rounds: int = 10
-    """Rounds at most."""
+    """Rounds at most until neither a small perturbation nor a small patch is left."""
     steps: int = 10
     """Steps of θ a round."""
     batch_size: int = 64
@@ -62,18 +62,18 @@ class Config:
     """No perturbation has a larger L2 norm than one of this value in every pixel and channel, in (0, 1]."""
     threshold: float = 0.7
     """A class whose radius is below this share of the median is suspicious, in (0, 1)."""
-    patience: int = 2
-    """Rounds in a row in which neither a small perturbation nor a small patch may be left."""
+    settling: int = 3
+    """Rounds after that in which the triggers stay as they are and the learning rate falls to zero."""
 
     def __post_init__(self) -> None:
         counts = (
-            "rounds", "steps", "batch_size", "starts", "search_steps", "search_batch", "refresh_steps", "patience",
+            "rounds", "steps", "batch_size", "starts", "search_steps", "search_batch", "refresh_steps",
         )  # fmt: skip
         check_fields(
             self,
             "defense",
             (counts, "at least 1", lambda v: v >= 1),
-            (("patches",), "zero or more", lambda v: v >= 0),
+            (("patches", "settling"), "zero or more", lambda v: v >= 0),
             (("learning_rate",), "positive", lambda v: v > 0),
             (("enlarged",), "at least 1", lambda v: v >= 1),
             (("patched_fraction", "largest_radius"), "in (0, 1]", lambda v: 0 < v <= 1),
@@ -113,7 +113,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """
     rounds = _targeted.Rounds(
         "targeted unlearning", config.rounds, config.steps, config.batch_size, config.learning_rate,
-        "defense.learning_rate", config.patched_fraction, config.distillation, config.enlarged, config.patience,
+        "defense.learning_rate", config.patched_fraction, config.distillation, config.enlarged, config.settling,
     )  # fmt: skip
     return _targeted.unlearn(rounds, _search(config), victim, view, key)
 
