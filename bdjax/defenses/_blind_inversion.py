@@ -73,9 +73,11 @@ def one(
     start: (k, δ), float32 [H, W, 1] and [H, W, C]; the ascent stays in the ball around k image + δ.
     """
     objective = objective_of(model, static, now, original, image, label, hyper)
-    noise = hyper["noise"] / 255 * jax.random.normal(key, image.shape)
-    step, bound = hyper["step_size"] / 255, hyper["bound"] / 255
     kept, delta = start
+    triggered = jnp.any(kept != 1) | jnp.any(delta != 0)
+    share = jnp.where(triggered, hyper["step_at_triggers"], 1.0) / 255
+    noise = share * hyper["noise"] * jax.random.normal(key, image.shape)
+    step, bound = share * hyper["step_size"], hyper["bound"] / 255
     center = jnp.clip(image * kept + delta, 0, 1)
     begin = project(center + noise, center, bound, static.norm)
     return jax.lax.stop_gradient(adversarial(objective, center, begin, static.steps, step, bound, static.norm))

@@ -58,9 +58,9 @@ from bdjax.errors import InputError, check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
 _PROCEDURES: dict[str, tuple[Any, Any]] = {
-    "epochs": (12, 20), "batch_size": (32, 256), "steps_per_epoch": (8, 0), "steps": (3, 20),
+    "epochs": (10, 20), "batch_size": (32, 256), "steps_per_epoch": (8, 0), "steps": (3, 20),
     "optimizer": ("adam", "sgd"),
-    "learning_rate": (1e-3, 0.05), "batch_norm": ("frozen", "separate"), "ewc": (100.0, 1e-5),
+    "learning_rate": (1e-3, 0.05), "batch_norm": ("frozen", "separate"), "ewc": (10.0, 1e-5),
     "inverse_ewc": (1.0, 0.01), "clip": (0.01, 100.0), "distillation": (0.8, 0.0), "averaging": (0.8, 0.0),
 }  # fmt: skip
 """What the robust procedure and the paper's fill in."""
@@ -87,7 +87,7 @@ class Config:
     constraints_b: bool = True
     """Prior in the ascent and inverse EWC in the descent."""
     epochs: int | None = None
-    """Passes over the clean images, or times `steps_per_epoch` steps; robust 12, paper 20."""
+    """Passes over the clean images, or times `steps_per_epoch` steps; robust 10, paper 20."""
     batch_size: int | None = None
     """Images a step; all of them when there are fewer. Robust 32, paper 256."""
     steps_per_epoch: int | None = None
@@ -102,12 +102,15 @@ class Config:
     """Of the step and the bound."""
     noise: float = 0.5
     """Standard deviation of the start around x, in units of 0..255."""
+    step_at_triggers: float = 0.125
+    """Robust: share of `step_size` and `noise` that is used where an ascent begins at a trigger, so that it does not
+    undo what the trigger does."""
     likelihood: float = 0.1
     """λ1."""
     prior: float = 1.0
     """λ2."""
     ewc: float | None = None
-    """λ3. Robust 100, where both distances are divided by that of all weights from zero, so that they do not grow with
+    """λ3. Robust 10, where both distances are divided by that of all weights from zero, so that they do not grow with
     the network; paper 1e-5."""
     inverse_ewc: float | None = None
     """λ4; robust 1, paper 0.01."""
@@ -190,7 +193,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         state, metrics = run_epoch(step, state, split, whole, shared, tick=tick)
         check_finite(metrics["loss"], whole["rate"], epoch * number, "outer loss", "defense.learning_rate")
         variables = jax.tree.map(jnp.copy, {"params": state["mean"], "batch_stats": state["stats"]})
-        if targeted is not None:
+        if targeted is not None and not targeted.nothing_small:
             targeted.refresh(variables, jax.random.fold_in(epoch_key, 2))
             shared["starts"] = _starts(model, targeted)
         some = slice(0, min(4, total))
@@ -258,7 +261,7 @@ def _batches(total: int, size: int, number: int, targeted: TargetedSearch | None
 
 _DYNAMIC = (
     "step_size", "bound", "noise", "likelihood", "prior", "ewc", "inverse_ewc", "clip", "temperature", "mixing",
-    "angle", "averaging", "distillation",
+    "angle", "averaging", "distillation", "step_at_triggers",
 )  # fmt: skip
 
 
@@ -296,7 +299,11 @@ def _check(config: Config) -> None:
         (("epochs", "batch_size", "steps", "fisher_batch"), "at least 1", lambda v: v >= 1),
         (("steps_per_epoch",), "zero or more", lambda v: v >= 0),
         (("step_size", "bound", "clip", "temperature", "learning_rate", "fisher_cap"), "positive", lambda v: v > 0),
-        (("noise", "likelihood", "prior", "ewc", "inverse_ewc", "target"), "zero or more", lambda v: v >= 0),
+        (
+            ("noise", "step_at_triggers", "likelihood", "prior", "ewc", "inverse_ewc", "target"),
+            "zero or more",
+            lambda v: v >= 0,
+        ),
         (("angle", "mixing"), "in [0, 1]", lambda v: 0 <= v <= 1),
         (("averaging", "distillation"), "in [0, 1)", lambda v: 0 <= v < 1),
     )
