@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.defenses._tuning import begin, descend, equal_batches, model_of, passes
+from bdjax.defenses._tuning import begin, descend, equal_batches, model_of, passes, shown_to
 from bdjax.engine import parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Images, Key, Labels, Model, Variables, Victim, to_float
@@ -42,32 +42,33 @@ from bdjax.types import DefenderView, Images, Key, Labels, Model, Variables, Vic
 
 @dataclass(frozen=True)
 class Config:
-    """The ascent on images, and the steps of the model."""
+    """The shared adversarial examples, and the steps of the model."""
 
     epochs: int = 100
-    """Rounds over the clean images."""
+    """Passes over the clean images."""
     batch_size: int = 256
-    """Images a step, at most."""
+    """Images per step, at most."""
     steps: int = 5
-    """Of the ascent."""
+    """Signed gradient steps on each perturbation."""
     step: float = 0.2
-    """Length of a signed step, in units of [0, 1] a pixel."""
+    """Size of a signed step per pixel, in units of [0, 1]."""
     bound: float = 0.2
-    """C, Linf bound of δ in the same units."""
+    """C, Linf bound of δ, in units of [0, 1]."""
     beta_adversarial: float = 0.01
-    """β1, weight of fooling each network."""
+    """β1, weight of L_adv."""
     beta_shared: float = 1.0
-    """β2, weight of fooling both alike."""
+    """β2, weight of L_share."""
     lambda_clean: float = 1.0
     """λ1, weight of the loss on clean images."""
     lambda_adversarial: float = 0.0
-    """λ2, weight of adversarial training."""
+    """λ2, weight of the loss on adversarial examples (adversarial training)."""
     lambda_shared: float = 1.0
-    """λ3, weight of unlearning what is shared."""
+    """λ3, weight of L_sar."""
     learning_rate: float = 1e-4
-    """Of Adam with AMSGrad."""
+    """Learning rate of Adam with AMSGrad."""
     batch_norm: Literal["frozen", "batch"] = "frozen"
-    """Statistics in the step of the model: the stored ones, or the batch's, clean and adversarial together."""
+    """BatchNorm in the step of the model: "frozen", the running statistics; "batch", those of the batch, clean and
+    adversarial images together."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -84,11 +85,11 @@ _DYNAMIC = ("step", "bound", *_WEIGHTS)
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Find shared adversarial examples batch by batch, and unlearn them.
+    """Find shared adversarial examples for every batch, and unlearn them.
 
     Args: view: clean images (stored [n, H, W, C]) and labels [n]; key: shuffles them.
-    Returns: the variables; the watch is shown them, the losses, and the shares of images that fool each network and
-      that are shared after each round.
+    Returns: the variables; after each epoch the watch is shown them, the losses, and the shares of x̃ that fool the
+      victim (`fooled`) and that both networks assign to the same wrong class (`shared`).
     Raises InputError for fewer images than devices, and for a loss that is not finite.
     """
     number, size = equal_batches(config.batch_size, len(view.labels))
@@ -99,13 +100,10 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
     }
 
-    def after(epoch: int, state: Any, metrics: dict[str, Any]) -> None:
-        view.watch.observe(epoch, model_of(state), **metrics)
-
     state = passes(
         _step(victim.model, config.steps, config.batch_norm == "batch"), begin(victim.variables, "amsgrad"), shared,
         np.full((config.epochs, number), config.learning_rate, np.float32), size, key,
-        partial(view.watch.tick, "SAU"), after,
+        partial(view.watch.tick, "SAU"), shown_to(view.watch),
     )  # fmt: skip
     return model_of(state)
 
@@ -115,7 +113,7 @@ def shared_examples(
 ) -> Images:
     """x̃ of each image [N, H, W, C], in evaluation mode; not clipped to [0, 1].
 
-    Args: now, original: the model in repair and the victim; hyper: "step", "bound", "beta_adversarial", "beta_shared".
+    Args: now, original: the current model and the victim; hyper: "step", "bound", "beta_adversarial", "beta_shared".
     """
     nets = (now, original)
     clean = [model.logits(net, images).argmax(-1) for net in nets]
@@ -137,7 +135,7 @@ def shared_examples(
 def losses(logits: list[jax.Array], clean: list[jax.Array], labels: Labels) -> tuple[jax.Array, jax.Array]:
     """L_adv and L_share of each image, [N] each.
 
-    Args: logits: of x̃, [N, classes], of the model in repair and of the victim; clean: their predictions of x, [N].
+    Args: logits: of x̃, [N, classes], of the current model and of the victim; clean: their predictions on x, [N].
     """
     fooled = [own.argmax(-1) != was for own, was in zip(logits, clean, strict=True)]
     alike = fooled[0] & fooled[1] & (logits[0].argmax(-1) == logits[1].argmax(-1))
@@ -150,7 +148,10 @@ def losses(logits: list[jax.Array], clean: list[jax.Array], labels: Labels) -> t
 
 
 def unlearning(logits: jax.Array, predicted: jax.Array, counted: jax.Array) -> jax.Array:
-    """L_sar of each image [N], where `counted` [N]; logits [N, classes] of x̃, `predicted` [N] what θ_b says of it."""
+    """L_sar of each image [N], 0 where it is not `counted` [N].
+
+    Args: logits: of θ on x̃, [N, classes]; predicted: the class that θ_b assigns to x̃, [N].
+    """
     share = jax.nn.softmax(logits)
     hot = jax.nn.one_hot(predicted, logits.shape[-1])
     others, own = (share * (1 - hot)).sum(-1), (share * hot).sum(-1)
@@ -160,7 +161,7 @@ def unlearning(logits: jax.Array, predicted: jax.Array, counted: jax.Array) -> j
 
 @lru_cache(maxsize=16)
 def _step(model: Model, steps: int, train: bool) -> Callable:
-    """One ascent and one step of θ, in the engine's form."""
+    """The perturbations of a batch and one step of θ, in the engine's form."""
 
     def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
         hyper, original = shared["hyper"], shared["original"]
