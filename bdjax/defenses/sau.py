@@ -1,27 +1,38 @@
-"""SAU: unlearn adversarial examples that the victim and the model in repair share (Wei et al., NeurIPS 2023).
+"""SAU: unlearn the adversarial examples that the victim and the model share (Wei et al., NeurIPS 2023).
+
+S. Wei, M. Zhang, H. Zha and B. Wu, "Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning Shared Adversarial
+Examples".
 
 Threat model: the defender has the model and clean labelled images, no trigger and no target label.
 
-In every batch, with θ_b the victim, p softmax outputs, and x̃ = x + δ, each image gets a δ that both networks err on in
-the same way, by signed steps down from δ = +C everywhere, kept in [-C, C] and not clipped to pixels:
+Notation: θ_b the victim, θ the model being repaired (θ_b at first), p softmax outputs, x̃ = x + δ. In every batch, each
+image gets a perturbation δ on which both networks shall make the same error: signed gradient steps that descend
 
     β1 L_adv + β2 L_share
-    L_adv   = -½ Σ_{h of θ, θ_b} CE(h(x̃), y)   of each network that x̃ does not fool yet (it predicts as it does on x)
-    L_share = JS(p_θ(x̃), p_θb(x̃))               of images that are not shared yet (both fooled, to the same class)
+    L_adv   = -½ Σ_{h of θ, θ_b} CE(h(x̃), y)   over the networks that x̃ does not fool yet (same prediction as on x)
+    L_share = JS(p_θ(x̃), p_θb(x̃))               for images not shared yet (shared: both fooled, to the same class)
 
-and then θ takes one step down
+start from δ = +C in every pixel and are clipped to [-C, C], not to the range of pixels. Then θ takes one step that
+descends
 
     λ1 CE(f_θ(x), y) + λ2 CE(f_θ(x̃), y) + λ3 L_sar,     L_sar = -log(1 - p_θ(x̃)[ŷ_b])
 
-L_sar counts for images that θ_b is fooled on: its prediction ŷ_b of x̃ is neither y nor what it predicts for x. It is
-the mean of -log(1e-6 + min(Σ_{c≠ŷ_b} p_c, 0.999)) and -log(1 + 1e-6 - max(p[ŷ_b], 0.001)); all sums are divided by the
-number of images in the batch. BatchNorm statistics are the stored ones. The defaults are the release's (which is
-BackdoorBench's): C and steps 0.2, five steps, β 0.01 and 1, λ 1, 0 and 1, Adam with AMSGrad 1e-4, batches of 256, 100
-rounds over the images, without augmentation.
+where L_sar counts for images that fool θ_b: its prediction ŷ_b on x̃ is neither y nor its prediction on x. L_sar is
+computed as the mean of -log(1e-6 + min(Σ_{c≠ŷ_b} p_c, 0.999)) and -log(1 + 1e-6 - max(p[ŷ_b], 0.001)). All sums are
+divided by the number of images in the batch. Both networks are in evaluation mode. The defaults are those of the
+release (the same as BackdoorBench's): C and step size 0.2, five steps, β = (0.01, 1), λ = (1, 0, 1), Adam with AMSGrad
+at 1e-4, batches of 256, 100 epochs, no augmentation.
 
-**Deviations** from the release: its configuration names a cosine schedule that is never stepped: the rate is constant.
-Its test of every round on triggered images decides nothing and is left out. Its early stop of the ascent changes no
-result (where all images are shared the gradient is 0) and is left out. A round is cut into equal batches.
+What to expect: δ changes a pixel by at most C, so a trigger that changes pixels by more can be out of reach. On
+scikit-learn's digits with BadNets (a white square on black) ASR falls from 98.6 only to 89.6 % (one seed). There the
+victim assigns 1.7 % of the images to the target when the trigger is limited to ±0.2 per pixel, 24 % at ±0.5 and 99.7 %
+in full; and from the 16th epoch on, perturbations that fool the victim are found for 3 % of the images on average, so
+that little is left to unlearn. Few images also mean few steps: 319 make two per epoch, the release's 2,500 make ten.
+
+**Deviations** from the release: its configuration names a cosine schedule that is never stepped, so that the learning
+rate is constant, as here. Its evaluation on triggered images after each epoch has no effect on the result and is left
+out. Its early stop of the ascent has none either (where all images are shared the gradient is 0) and is left out, too.
+Every epoch is divided into batches of equal size.
 """
 
 from collections.abc import Callable
