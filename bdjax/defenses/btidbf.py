@@ -15,8 +15,9 @@ Batch normalisation is in training mode. Each round has 30 epochs of Adam at 1e-
 to round. The defaults are those of the release and its README: 5 rounds, batches of 128. The purification variant (P),
 which puts a network in front of the model instead of changing the model, is not implemented.
 
-Cost: a round has 20 epochs of the mask, 30 of G and 30 of the model, after 50 epochs of pretraining G. On small images
-G, a U-Net of 32 channels, is far more expensive than the classifier and takes most of the time (see `width`, `downs`).
+Cost: 50 epochs of pretraining G, then in every round 20 epochs of the mask, 30 of G and 30 of the model. G is trained
+for 200 epochs in all, and is a large network: a forward pass takes about 0.19 billion multiply-adds per 32x32 image.
+For small classifiers it dominates the cost, and on CPUs compiling it takes more than a minute (see `width` and `downs`).
 
 **Deviations** from the release: its evaluation on triggered images every ten epochs has no effect on the result and is
 left out. The deviations of the inversion are listed there. Images are cropped but not flipped (`augment=crop_flip` does

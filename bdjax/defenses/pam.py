@@ -14,8 +14,8 @@ and later fine-tuning does not restore it:
 
 The norm is taken over all parameters together; at the first step w = w_b, and w' = w. Batch normalisation is in
 training mode; its statistics are not interpolated but updated by the forward pass at w'. The defaults are the
-release's: ρ = 0.5, SGD at 0.01 with momentum 0.1 and no weight decay, 3 rounds of 30 epochs each. The cost is
-dominated by the generator, as in :mod:`bdjax.defenses.btidbf`.
+release's: ρ = 0.5, SGD at 0.01 with momentum 0.1 and no weight decay, 3 rounds of 30 epochs each. The
+generator is trained for 140 epochs in all (see the cost in :mod:`bdjax.defenses.btidbf`).
 
 **Deviations** from the release: for Blended and SSBA it is to be run for one or two rounds, and for fewer epochs where
 test accuracy drops. Here the number of rounds is fixed, and the run returns to the last epoch at which validation
