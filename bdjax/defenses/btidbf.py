@@ -17,7 +17,7 @@ which puts a network in front of the model instead of changing the model, is not
 
 Cost: 50 epochs of pretraining G, then in every round 20 epochs of the mask, 30 of G and 30 of the model. G is trained
 for 200 epochs in all, and is a large network: a forward pass takes about 0.19 billion multiply-adds per 32x32 image.
-For small classifiers it dominates the cost, and on CPUs compiling it takes more than a minute (see `width` and `downs`).
+For small classifiers it dominates the cost; on a CPU its compilation takes over a minute (see `width` and `downs`).
 
 **Deviations** from the release: its evaluation on triggered images every ten epochs has no effect on the result and is
 left out. The deviations of the inversion are listed there. Images are cropped but not flipped (`augment=crop_flip` does
