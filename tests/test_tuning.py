@@ -70,7 +70,7 @@ def test_four_devices_agree_with_one(blobs, module):
 @pytest.mark.slow
 @pytest.mark.parametrize("module", QUICK, ids=lambda m: m.__name__.rpartition(".")[2])
 def test_real_networks_are_tuned_and_their_statistics_follow(blobs, module):
-    model = models.create("cnn", (8, 8, 1), 4)
+    model = models.create("small_vgg", (8, 8, 1), 4)
     victim = Victim(model, model.init(KEY))
     out = module.purify(module.Config(**QUICK[module]), victim, view_of(blobs), KEY)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(out))
