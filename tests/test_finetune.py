@@ -67,14 +67,19 @@ def test_a_watch_before_another_hands_everything_on():
         def judge(self, scores):
             heard.append(("judge", scores))
 
-    assert {name for name in vars(Watch) if name[0] != "_"} == {"tick", "observe", "recall", "judge"}
+        def estimate(self, left):
+            heard.append(("estimate", left))
+
+    assert {name for name in vars(Watch) if name[0] != "_"} == {"tick", "observe", "recall", "judge", "estimate"}
     relay = Relay(All())
     relay.tick("stage", 1, 2)
     relay.observe(3, {}, loss=0.5)
     relay.recall(4, loss=0.25)
     relay.judge("scores")
+    relay.estimate("left")
     assert heard == [
         ("tick", "stage", 1, 2), ("observe", 3, {}, {"loss": 0.5}), ("recall", 4, {"loss": 0.25}), ("judge", "scores"),
+        ("estimate", "left"),
     ]  # fmt: skip
 
 

@@ -1,11 +1,10 @@
-"""Training on the defender's images, epoch by epoch, with a say in the loss and in where the parameters may be.
+"""Training on the defender's images with a custom loss term, a projection of the parameters, ascent, or early stopping.
 
-What :func:`bdjax.defenses._tuning.tune` cannot do: a term of the loss that depends on the parameters, a projection of
-them after every step, ascent in place of descent, and a stop by what an epoch gave.
+:func:`bdjax.defenses._tuning.tune` is the plain case.
 """
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,29 +14,28 @@ import optax
 
 from bdjax import augment
 from bdjax.defenses._batch import batch_of
-from bdjax.engine import FitConfig, parallel, run_epoch
-from bdjax.engine.epoch import check_finite
-from bdjax.engine.optimizer import direction, learning_rates
-from bdjax.engine.step import draw
+from bdjax.defenses._tuning import begin, descend, each_pass, model_of
+from bdjax.engine import FitConfig, parallel
+from bdjax.engine.optimizer import learning_rates
 from bdjax.types import Key, Model, Variables, Victim, Watch, to_float
 
 Term = Callable[[Any, Any], jax.Array]
-"""`term(params, given) -> scalar`, added to the loss: a function of a module."""
+"""`term(params, given) -> scalar`, added to the loss; a module-level function."""
 Projection = Callable[[Any, Any], Any]
-"""`projection(params, given) -> params`, after every step: a function of a module."""
+"""`projection(params, given) -> params`, applied after every step; a module-level function."""
 
 
 class Epoch(NamedTuple):
-    """What an epoch gave; its variables are donated to the next one."""
+    """The result of an epoch; its variables are donated to the next one."""
 
     number: int
     """From 1."""
     variables: Variables
-    """After it."""
+    """The model after the epoch."""
     loss: float
-    """Mean of its steps."""
+    """Mean over the steps."""
     accuracy: float
-    """On its batches, each before its step."""
+    """Training accuracy: of every batch before its step."""
 
 
 def epochs(
@@ -45,22 +43,23 @@ def epochs(
     sign: float = 1.0, rates: Callable[[int], float] | None = None, term: Term | None = None,
     projection: Projection | None = None, given: Any = None,
 ) -> Iterator[Epoch]:  # fmt: skip
-    """Train the victim on by `recipe`, in training mode, and give what there is after each epoch.
+    """Train the victim by `recipe`, in training mode, and yield the result of each epoch.
 
     Args:
-      images: stored [n, H, W, C]; labels: [n]. The batch is cut to what there is and what the devices divide.
-      sign: what the cross-entropy is multiplied by; -1 ascends it.
-      rates: `rates(epoch from 0)`, in place of the recipe's learning rate and schedule.
+      images: stored [n, H, W, C]; labels: [n]. The batch size is reduced to the number of images, and to a
+        multiple of the number of devices.
+      sign: factor of the cross-entropy; -1 ascends it.
+      rates: `rates(epoch)`, from epoch 0, replaces the learning rate and schedule of the recipe.
       term, projection: see above; given: pytree of arrays, their second argument.
-      stage: what the steps are called; the watch is told of each, and shown nothing.
+      stage: name of the steps, for the watch, which gets their progress alone.
     Raises InputError for fewer images than devices, and for a loss that is not finite.
     """
     size = batch_of(recipe.batch_size, len(labels))
     steps = len(labels) // size
-    schedule = learning_rates(recipe.schedule, recipe.learning_rate, recipe.epochs * steps)
-    step = _step(victim.model, recipe.optimizer, recipe.augment, term, projection)
-    state = jax.tree.map(jnp.array, {**victim.variables})  # a copy, for the step's state is donated
-    state["opt"] = direction(recipe.optimizer, recipe.momentum).init(state["params"])
+    if rates is None:
+        table = learning_rates(recipe.schedule, recipe.learning_rate, recipe.epochs * steps).reshape(-1, steps)
+    else:
+        table = np.repeat(np.array([[rates(epoch)] for epoch in range(recipe.epochs)], np.float32), steps, 1)
     shared = {
         "images": jnp.asarray(images),
         "labels": jnp.asarray(labels),
@@ -68,18 +67,12 @@ def epochs(
         **{name: jnp.float32(getattr(recipe, name)) for name in ("momentum", "weight_decay")},
         "sign": jnp.float32(sign),
     }
-    for epoch in range(recipe.epochs):
-        begun = epoch * steps
-        split = draw(jax.random.fold_in(key, epoch), len(labels), steps, size)
-        rate = schedule[begun : begun + steps] if rates is None else np.full(steps, rates(epoch), np.float32)
-
-        def tick(done: int, _: int, begun: int = begun) -> None:
-            watch.tick(stage, begun + done, recipe.epochs * steps)
-
-        state, metrics = run_epoch(step, state, split, {"rate": jnp.asarray(rate)}, shared, tick=tick)
-        check_finite(metrics["loss"], rate, begun, f"{stage} loss", "defense.learning_rate")
-        variables = {name: state[name] for name in ("params", "batch_stats")}
-        yield Epoch(epoch + 1, variables, *(float(metrics[name].mean()) for name in ("loss", "accuracy")))
+    for number, state, metrics in each_pass(
+        _step(victim.model, recipe.optimizer, recipe.augment, term, projection),
+        begin(victim.variables, recipe.optimizer), shared, table, size, key, partial(watch.tick, stage),
+        what=f"{stage} loss",
+    ):  # fmt: skip
+        yield Epoch(number, model_of(state), *(float(metrics[name]) for name in ("loss", "accuracy")))
 
 
 @lru_cache(maxsize=32)
@@ -100,10 +93,11 @@ def _step(model: Model, optimizer: Any, policy: str, term: Term | None, projecti
 
         (value, (stats, hits)), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
         gradient, metrics = parallel.average((gradient, {"loss": value, "accuracy": hits}), axis)
-        gradient = jax.tree.map(lambda g, p: g + shared["weight_decay"] * p, gradient, state["params"])
-        update, opt = direction(optimizer, shared["momentum"]).update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
-        params = projection(params, shared["given"]) if projection else params
-        return {"params": params, "batch_stats": stats, "opt": opt}, metrics
+        after = descend(
+            state, gradient, stats, optimizer, whole["rate"], shared["momentum"], shared["weight_decay"]
+        )  # fmt: skip
+        if projection:
+            after["params"] = projection(after["params"], shared["given"])
+        return after, metrics
 
     return step

@@ -1,26 +1,27 @@
-"""The inversion of BTI-DBF: a generator of images whose backdoor features move and whose benign ones stay (Xu et al.,
-ICLR 2024).
+"""The trigger inversion of BTI-DBF: a generator that changes the backdoor features of images and keeps the benign ones.
 
-With h = feat(x) what the last dense layer sees [D] and f = head(h), mean squares (MSE) over all elements of a batch:
+X. Xu, K. Huang, Y. Li, Z. Qin and K. Ren, "Towards Reliable and Efficient Backdoor Trigger Inversion via Decoupling
+Benign Features", ICLR 2024. With h = feat(x) the input of the last dense layer [D], f = head(h), and MSE a mean over
+all elements of a batch, each round has three steps:
 
-    1. a mask   m = tanh(u) / (2 + 1e-7) + ½ in [0, 1]^D, u ~ N(0, 1), anew in every round:
+    1. a mask   m = tanh(u) / (2 + 1e-7) + ½ in [0, 1]^D, with u ~ N(0, 1) drawn anew in every round:
                 min_u CE(head(m h), y) - CE(head((1 - m) h), y)                          (not bounded below)
-    2. G        a U-Net that the images begin to pass unchanged, and then, with h' = feat(G(x)),
-                min_G  MSE(x, G(x))                   while that is above 0.3 or MSE(m h, m h') above 3
+    2. G        a U-Net. With h' = feat(G(x)):
+                min_G  MSE(x, G(x))                   while MSE(x, G(x)) > 0.3 or MSE(m h, m h') > 3
                        -MSE((1-m) h, (1-m) h') + 0.01 MSE(m h, m h')      otherwise
                        + CE(f(G(x)), t)                                   from the second round on
-    3. t        what most images are called: the mode of f(G(x + 0.03 N(0, 1))), of the first round
+    3. t        the class that f(G(x + 0.03 N(0, 1))) predicts most often, in the first round
 
-Before the first round G is trained to copy: min_G CE(softmax f(x), softmax f(G(x))) + MSE(h, h') + c MSE(x, G(x)),
-where c is 100 while the last mean is above 0.1, and 0.01 below. That cross-entropy takes probabilities for logits, as
-in the release, which makes it weak. Adam 1e-3 for G, its moments kept for all rounds, and 0.01 for u. Steps 1 and 2
-see a copy of the model, whose BatchNorm statistics step 1 moves (it is in training mode there) and step 2 takes as they
-are.
+Before the first round G is pretrained to copy its input: min_G CE(softmax f(x), softmax f(G(x))) + MSE(h, h') +
+c MSE(x, G(x)), where c is 100 while the last MSE is above 0.1, and 0.01 below. As in the release, this cross-entropy
+takes probabilities where logits belong, which makes it weak. Optimisers: Adam, 1e-3 for G, with moments kept over all
+rounds, and 0.01 for u. Steps 1 and 2 use a copy of the model; step 1 runs in training mode and moves the copy's
+BatchNorm statistics, step 2 uses them as they then are.
 
-**Deviations** from the release: h is what the last dense layer sees, a vector, where the release's is the last map
-before pooling, for the models here are not cut in two; G has fewer blocks where images are too small for four; dropout
-is off in step 1. The copy is a copy: the release's script for inversion alone changes the statistics of the model that
-it inspects.
+**Deviations** from the release: h is the input of the last dense layer, a vector; the release uses the last map before
+pooling, which models here do not expose. G has fewer blocks where images are too small for four. Dropout is off in
+step 1. The release's script for inversion alone changes the BatchNorm statistics of the model it inspects; here they
+are always a copy's.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ import numpy as np
 import optax
 
 from bdjax import augment
-from bdjax.defenses._tuning import begin, descend, equal_batches, model_of, passes
+from bdjax.defenses._tuning import begin, descend, equal_batches, model_of, passes, shown_to
 from bdjax.engine import parallel, predict
 from bdjax.errors import check_fields
 from bdjax.models import head, penultimate, unet
@@ -43,36 +44,36 @@ from bdjax.types import DefenderView, Images, Key, Model, Variables, Victim, to_
 
 @dataclass(frozen=True)
 class InversionConfig:
-    """The inversion, and what the rounds around it share."""
+    """Hyper-parameters of the inversion, and of the rounds around it."""
 
     rounds: int = 5
-    """Times that the mask and the generator are trained, each followed by unlearning."""
+    """Rounds of inversion, each followed by training of the model."""
     batch_size: int = 128
-    """Images a step, at most."""
+    """Images per step, at most."""
     pretrain_epochs: int = 50
-    """Passes over the images by which the generator learns to copy them."""
+    """Passes over the images in which the generator learns to copy them."""
     mask_epochs: int = 20
-    """Passes of the mask, in every round."""
+    """Passes in which the mask is trained, in every round."""
     generator_epochs: int = 30
-    """Passes of the generator, in every round."""
+    """Passes in which the generator is trained, in every round."""
     mask_rate: float = 0.01
-    """Learning rate of the mask, of Adam."""
+    """Learning rate of Adam for the mask."""
     generator_rate: float = 1e-3
-    """Learning rate of the generator, of Adam."""
+    """Learning rate of Adam for the generator."""
     image_bound: float = 0.3
-    """Mean square of the change of a pixel above which the generator learns to copy, in units of [0, 1]."""
+    """Mean squared change of a pixel, in units of [0, 1], above which the generator learns to copy."""
     feature_bound: float = 3.0
-    """The same for the benign features."""
+    """Mean squared change of the benign features above which it does so, too."""
     benign: float = 0.01
-    """Weight of the benign features."""
+    """Weight of the change of the benign features in the generator's loss."""
     noise: float = 0.03
-    """Standard deviation of what is added to images when the target is looked for."""
+    """Standard deviation of the Gaussian noise added to images in step 3, in units of [0, 1]."""
     width: int = 32
-    """Channels of the generator's first block."""
+    """Channels of the first block of the generator."""
     downs: int = 4
-    """Its blocks."""
+    """Down-sampling blocks of the generator."""
     early_stop: bool = False
-    """End when the target that a later round finds is not the first round's."""
+    """Stop at the first later round that finds another target than the first round."""
     augment: Literal["none", "crop", "crop_flip", "crop_flip_cutout"] = "crop"
     """Random crop (zero padding 4), horizontal flip, cut-out of 16 pixels."""
 
@@ -94,10 +95,10 @@ _DYNAMIC = ("image_bound", "feature_bound", "benign")
 
 
 class Inversion:
-    """The generator, which round after round is trained on."""
+    """The generator G, trained further in every round."""
 
     def __init__(self, config: InversionConfig, victim: Victim, view: DefenderView, key: Key) -> None:
-        """Train the generator to copy images. Raises InputError for a model without a layer "head"."""
+        """Pretrain the generator to copy images. Raises InputError for a model without a dense layer "head"."""
         self._config, self._model, self._view = config, victim.model, view
         head(victim.variables["params"])
         self._number, self._size = equal_batches(config.batch_size, len(view.labels))
@@ -122,9 +123,9 @@ class Inversion:
         return self._state["params"]
 
     def refresh(self, variables: Variables, key: Key, what: str) -> int:
-        """Steps 1 to 3 for the model as it is; returns the class that most images with G's change are called.
+        """Run steps 1 to 3 on a model, and return the class that its predictions on G's images agree on most often.
 
-        Args: what: names the round, to the watch.
+        Args: variables: of the model; key: draws mask, batches and noise; what: name of the round, for the watch.
         """
         config, model = self._config, self._model
         size = head(variables["params"]).shape[0]
@@ -134,8 +135,7 @@ class Inversion:
         state = passes(
             _masking(model, config.augment), state, {**self._shared, "model": copy},
             np.full((config.mask_epochs, self._number), config.mask_rate), self._size, jax.random.fold_in(key, 1),
-            partial(self._view.watch.tick, f"{what}, the mask"), lambda *_: None, what="loss of the mask",
-            field="defense.mask_rate",
+            partial(self._view.watch.tick, f"{what}, the mask"), what="loss of the mask", field="defense.mask_rate",
         )  # fmt: skip
         more = {
             "model": {**copy, "batch_stats": state["batch_stats"]},
@@ -156,15 +156,14 @@ class Inversion:
         return found
 
     def changed(self, images: Any) -> Images:
-        """G of images (stored or float [N, H, W, C]), float32, not bounded."""
+        """G(x) of images (stored or float [N, H, W, C]): float32 of the same shape, not clipped."""
         return self._apply(self.generator, to_float(images))
 
     def _train(self, step: Callable, more: dict[str, Any], epochs: int, key: Key, what: str) -> None:
         self._state = passes(
             step, self._state, {**self._shared, **more},
             np.full((epochs, self._number), self._config.generator_rate), self._size, key,
-            partial(self._view.watch.tick, what), lambda *_: None, what="loss of the generator",
-            field="defense.generator_rate",
+            partial(self._view.watch.tick, what), what="loss of the generator", field="defense.generator_rate",
         )  # fmt: skip
 
     def _called(self, variables: Variables, key: Key) -> int:
@@ -179,20 +178,23 @@ class Inversion:
 
 
 def alternate(
-    config: Any, victim: Victim, view: DefenderView, key: Key, name: str, step: Callable, state: Any, shared: Any
+    config: Any, victim: Victim, view: DefenderView, key: Key, name: str, make: Callable, state: Any, shared: Any
 ) -> Variables:
-    """Invert, and train the model by `step`, by turns; return its variables.
+    """Alternate between inverting the backdoor and training the model; return the model's variables.
 
     Args:
-      config: an InversionConfig with the `epochs`, the `fraction` of a batch that is G's, and the `learning_rate` of
-        the training; name: of the method, to the watch.
-      step, state: as of `passes`; shared: what `step` gets beside images, labels and the parameters of G ("generator").
+      config: an InversionConfig with, for the training, `epochs`, `learning_rate`, and the `fraction` of a batch that
+        passes through G; name: of the method, for the watch.
+      make: `make(model, G, augment, fraction, images in a batch)` is the step of the training, in the engine's form.
+      state: as of `passes`; shared: what the step gets beside images, labels and the parameters of G ("generator").
 
-    The watch is shown, after each epoch of training, the model, G's changes of four images (`perturbation`), and the
-    class that most of its images are called (`suspected`).
+    After each epoch of training the watch is shown the model, G(x) - x of four images (`perturbation`), and the class
+    that G's images are most often predicted as (`suspected`).
     """
     inversion = Inversion(config, victim, view, jax.random.fold_in(key, 0))
     number, size = equal_batches(config.batch_size, len(view.labels))
+    generator = generator_of(victim.model.shape, config.width, config.downs)
+    step = make(victim.model, generator, config.augment, config.fraction, size)
     shared = {**shared, "images": jnp.asarray(view.images), "labels": jnp.asarray(view.labels)}
     rates, shown = np.full((config.epochs, number), config.learning_rate), to_float(view.images[:4])
     for round_ in range(config.rounds):
@@ -200,50 +202,47 @@ def alternate(
         found = inversion.refresh(model_of(state), jax.random.fold_in(own, 0), what)
         if config.early_stop and found != inversion.target:
             break
-        beside = {"perturbation": inversion.changed(shown) - shown, "suspected": np.array([found], np.int32)}
-
-        def after(
-            epoch: int, state: Any, metrics: Any, before: int = round_ * config.epochs, more: Any = beside
-        ) -> None:
-            view.watch.observe(before + epoch, model_of(state), **metrics, **more)
-
+        after = shown_to(
+            view.watch, round_ * config.epochs, perturbation=inversion.changed(shown) - shown,
+            suspected=np.array([found], np.int32),
+        )  # fmt: skip
         state = passes(
             step, state, {**shared, "generator": inversion.generator}, rates, size, jax.random.fold_in(own, 1),
             partial(view.watch.tick, f"{what}, unlearning"), after,
-            partial(chosen_of, config.fraction, number, size),
+            more=partial(chosen_of, config.fraction, number, size),
         )  # fmt: skip
     return model_of(state)
 
 
 def mask_of(values: jax.Array) -> jax.Array:
-    """m of u, in [0, 1]."""
+    """m of u [D], in [0, 1]."""
     return jnp.tanh(values) / (2 + 1e-7) + 0.5
 
 
 def classify(params: Any, features: jax.Array) -> jax.Array:
-    """The last dense layer: logits of what it sees [N, D]."""
+    """Logits [N, classes] of the last dense layer, for its input [N, D]."""
     return features @ head(params) + params["head"].get("bias", 0)
 
 
 def features_of(
     model: Model, variables: Variables, images: Images, train: bool = False, keys: Any = None, axis: str | None = None
 ) -> tuple[jax.Array, Any]:
-    """(what the last dense layer sees, float32 [N, D]; the statistics)."""
+    """The input of the last dense layer, float32 [N, D], and the BatchNorm statistics after the forward pass."""
     _, features, stats = model.apply(variables, images, train, keys, axis)
     return penultimate(features).astype(jnp.float32), stats
 
 
 def mixed(generator: Callable, params: Any, images: Images, chosen: jax.Array, most: int) -> Images:
-    """The batch with G's images in the places that are chosen, bool [B], at most `most` of them."""
+    """The batch with G(x) at the `chosen` positions, bool [B], of which there are at most `most`."""
     at = jnp.nonzero(chosen, size=most, fill_value=len(images))[0]
     made = jax.lax.stop_gradient(generator(params, images[jnp.minimum(at, len(images) - 1)]))
     return images.at[at].set(made, mode="drop")
 
 
 def chosen_of(share: float, number: int, size: int, key: Key) -> dict[str, jax.Array]:
-    """Which places of each batch get G's images: int(share size) + 1 of them, bool "chosen" [number, size].
+    """Which positions of each batch pass through G: int(share size) + 1 of them, bool "chosen" [number, size].
 
-    They are spread evenly: which image stands where is drawn anyway, and so every device has as many.
+    They are evenly spaced, so that every device has equally many; which image is at which position is random anyway.
     """
     count = min(int(share * size + 1e-9) + 1, size)
     steps = np.arange(size + 1) * count // size
@@ -251,7 +250,7 @@ def chosen_of(share: float, number: int, size: int, key: Key) -> dict[str, jax.A
 
 
 def most_of(share: float, size: int, axis: str | None) -> int:
-    """How many places of :func:`chosen_of` this device's part of a batch can have, `size` being the whole batch."""
+    """The most positions of :func:`chosen_of` that one device's part of a batch of `size` images can have."""
     count = min(int(share * size + 1e-9) + 1, size)
     return -(-count // parallel.size(axis))
 
@@ -298,7 +297,7 @@ def _copying(model: Model, generator: Callable, policy: str) -> Callable:
 
 @lru_cache(maxsize=16)
 def _masking(model: Model, policy: str) -> Callable:
-    """A step of u on a copy of the model, in training mode."""
+    """One step of u, with a copy of the model in training mode."""
     distort = augment.policy(policy)
 
     def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
@@ -314,7 +313,7 @@ def _masking(model: Model, policy: str) -> Callable:
 
 
 def mask_loss(values: jax.Array, params: Any, features: jax.Array, labels: jax.Array) -> jax.Array:
-    """What step 1 minimises over u [D], for features [N, D]."""
+    """The loss of step 1 at u [D], for features [N, D]."""
     mask = mask_of(values)
     kept, rest = (classify(params, part * features) for part in (mask, 1 - mask))
     each = optax.softmax_cross_entropy_with_integer_labels

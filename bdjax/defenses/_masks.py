@@ -1,7 +1,7 @@
-"""Pruning by the scales of batch normalisation: which channels go, masks that are trained on them, how many may go.
+"""Pruning by the scales of batch normalisation: masks that are trained on them, and the choice of a threshold.
 
-A channel c of a layer gives γ_c n_c + β_c, n_c being what normalisation makes of it; it is pruned by γ_c = 0, after
-which it gives β_c whatever the image is. A mask m in [0, 1] multiplies γ.
+A normalised channel c is γ_c n_c + β_c, with n_c its normalised input. Pruning sets γ_c = 0, after which the channel is
+β_c for every image. A mask m in [0, 1] multiplies γ.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,22 +23,22 @@ from bdjax.errors import InputError, check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, Watch, to_float
 
 Channels = Mapping[str, Any]
-"""By the path of a layer of batch normalisation, an array [C]."""
+"""An array [C] for each batch normalisation, by the path of the layer."""
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Which channels go, once masks are trained."""
+    """Which channels are pruned once the masks are trained."""
 
     threshold: float | None = None
-    """τ: channels go whose mask is at most this; None: the largest of 0, `threshold_step`, ... up to
-    `highest_threshold` at which accuracy on images that nothing is learnt from holds."""
+    """τ: channels whose mask is at most this are pruned; None: the largest of 0, `threshold_step`, ... up to
+    `highest_threshold` at which accuracy on validation images holds."""
     highest_threshold: float = 0.95
-    """The last τ that is tried, in [0, 1]."""
+    """The largest τ that is tried, in [0, 1]."""
     threshold_step: float = 0.05
-    """From one τ to the next; positive."""
+    """Distance from one τ to the next; positive."""
     largest_drop: float = 0.03
-    """Accuracy holds if it falls by at most this, a fraction in [0, 1]."""
+    """Accuracy holds if it falls by at most this, absolute, in [0, 1]."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -50,7 +50,7 @@ class SweepConfig:
         )
 
     def thresholds(self) -> list[float]:
-        """Every τ that is tried, ascending."""
+        """All τ that are tried, in ascending order."""
         if self.threshold is not None:
             return [self.threshold]
         number = int(self.highest_threshold / self.threshold_step + 1e-9) + 1
@@ -58,14 +58,14 @@ class SweepConfig:
 
 
 class Masking(NamedTuple):
-    """Of :func:`learnt`: values that may change without compiling anything."""
+    """Hyper-parameters of :func:`learnt` that can change without recompilation."""
 
     learning_rate: float
-    """Of the masks' SGD."""
+    """Learning rate of SGD on the masks."""
     momentum: float
-    """Of it."""
+    """Momentum of SGD."""
     alpha: float
-    """Weight of the loss at the masks; the loss at perturbed scales and biases has 1 - alpha."""
+    """Weight of the unperturbed loss; the loss at perturbed scales and biases has weight 1 - alpha."""
     epsilon: float = 0.0
     """Bound of the perturbation, relative to scale and bias."""
 
@@ -73,21 +73,21 @@ class Masking(NamedTuple):
 def scales(who: str, model: Model, variables: Variables) -> dict[str, jax.Array]:
     """γ of every batch normalisation, [C], by the layer's path.
 
-    Args: who: names the method that needs one. Raises InputError for a model without any.
+    Args: who: the method, for the message. Raises InputError for a model without batch normalisation.
     """
     leaves, stats = models.kernels(variables["params"]), models.kernels(variables["batch_stats"])
     layers = [path.removesuffix("/var") for path in stats if path.endswith("/var")]
     found = {layer: leaves[f"{layer}/scale"] for layer in layers if f"{layer}/scale" in leaves}
     if not found:
         raise InputError(
-            f"{who} prunes channels by their batch normalisation, and model {model.name!r} has none with a scale. "
-            "Use a model that has (cnn, resnet18, vgg16_bn), or fine_pruning, which needs only the last layer."
+            f"{who} prunes channels by their batch normalisation, and model {model.name!r} has none with a scale. Use "
+            "a model that has one (cnn, resnet18, vgg16_bn), or fine_pruning, which needs only the last layer."
         )
     return found
 
 
 def without(variables: Variables, pruned: Channels, biases: bool = False) -> Variables:
-    """The variables with γ = 0 (and β = 0, with `biases`) where `pruned` (bool [C] by layer) says so."""
+    """The variables with γ = 0 (with `biases` also β = 0) for the channels in `pruned`, bool [C] by layer."""
     leaves, changed = models.kernels(variables["params"]), {}
     for layer, gone in pruned.items():
         for leaf in ("scale", "bias") if biases else ("scale",):
@@ -98,21 +98,21 @@ def without(variables: Variables, pruned: Channels, biases: bool = False) -> Var
 
 
 def parted(view: DefenderView, key: Key) -> tuple[DefenderView, DefenderView]:
-    """The view to learn from and the one to judge by: its validation images, or a fifth where it has none.
+    """The views for training and for validation: the view's own validation images, or a fifth where it has none.
 
-    Of fewer than 50 images none are kept apart, and both are the view itself.
+    With fewer than 50 images none are held out, and both are the view itself.
     """
     view = view if view.validation is not None else split_off(view, 0.2, key)
     return view, view.validation or view
 
 
 def swept(victim: Victim, masks: Channels, config: SweepConfig, judged: DefenderView, watch: Watch) -> Variables:
-    """The victim pruned at the threshold that the Config gives, or at the largest at which its accuracy holds.
+    """The victim pruned at the Config's threshold, or at the largest one at which validation accuracy holds.
 
-    Args: masks: float [C] by layer; judged: what accuracy is measured on.
-    Returns: the variables; the victim's own where accuracy holds at no threshold. The watch is shown every candidate,
-      with its `threshold`, `pruned` channels and `validation_accuracy`, and at the end the one that is returned, as
-      `chosen_threshold` (-1: none).
+    Args: masks: float [C] by layer; judged: the images that accuracy is measured on.
+    Returns: the variables; the victim's own where accuracy holds at no threshold. The watch is shown every candidate
+      with its `threshold`, number of `pruned` channels and `validation_accuracy`, and at the end the returned one with
+      its `chosen_threshold` (-1: none).
     """
     found = {layer: np.asarray(mask) for layer, mask in masks.items()}
     right = before = accuracy(victim, victim.variables, judged)
@@ -140,11 +140,11 @@ def learnt(
     """Masks on the scales, trained from 1 by SGD and clipped to [0, 1] after each step, float32 [C] by layer.
 
     A step minimises alpha CE(m γ, β) + (1 - alpha) CE((m + ξ) γ, (1 + δ) β) in training mode (the batch's statistics),
-    ξ and δ drawn from U[-ε, ε] at each step and moved by `noise_steps` signed steps of ε / noise_steps along the
-    gradient of the second term, not projected. Without noise steps the second term is left out.
+    ξ and δ drawn from U[-ε, ε] at each step and moved by `noise_steps` signed gradient steps of ε / noise_steps up the
+    second term, without projection. With `noise_steps` 0 the second term is left out.
 
     Args:
-      order: int32 [steps, B], positions in the view; policy: augmentation; stage: what the steps are called.
+      order: int32 [steps, B], indices into the view; policy: augmentation; stage: name of the steps, for the watch.
     Raises InputError for a loss that is not finite.
     """
     steps, size = order.shape

@@ -1,4 +1,4 @@
-"""Channels that stand out of their layer, pruned in one go: what CLP, BNP and EP do with their measures."""
+"""One-shot pruning of the channels whose measure is an outlier within their layer, shared by CLP, BNP and EP."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -16,10 +16,10 @@ _AT_ONCE = 100
 
 
 def entering(model: Model, variables: Variables, images: Any, reduce: Callable) -> list[tuple[int, dict[str, Any]]]:
-    """`reduce` of what enters each batch normalisation in evaluation mode, by layer, part after part of the images.
+    """`reduce` of the input of each batch normalisation in evaluation mode, by layer, for each part of the images.
 
-    Args: images: stored [n, H, W, C]; reduce: a function of a module, of float32 [N, ..., C].
-    Returns: (images, arrays by layer) of each part; all parts are of one size but the last.
+    Args: images: stored [n, H, W, C]; reduce: a module-level function of float32 [N, ..., C].
+    Returns: (number of images, arrays by layer) for each part; all parts but the last have the same size.
     """
     size = min(_AT_ONCE, len(images))
     parts = [jnp.asarray(images[begin : begin + size]) for begin in range(0, len(images), size)]
@@ -33,7 +33,7 @@ def _program(model: Model, reduce: Callable) -> Callable:
 
 
 def above(measure: np.ndarray, u: float) -> np.ndarray:
-    """Where a layer's measure [C] exceeds mean + u std (the sample's, C - 1); NaN counts for nothing. bool [C]."""
+    """Where a layer's measure [C] exceeds mean + u std (sample standard deviation); NaN is ignored. bool [C]."""
     known = measure[np.isfinite(measure)]
     if len(known) < 2:
         return np.zeros(len(measure), bool)
@@ -44,11 +44,12 @@ def above(measure: np.ndarray, u: float) -> np.ndarray:
 def prune(
     victim: Victim, measures: Mapping[str, np.ndarray], u: float, view: DefenderView, biases: bool = False
 ) -> Variables:
-    """The victim without the channels whose measure [C], by layer, is :func:`above`; shown to the watch.
+    """The victim with the channels pruned whose measure, [C] by layer, is :func:`above`; shown to the watch.
 
-    Args: biases: β = 0, too, not γ alone.
+    Args: biases: set β = 0, too.
     """
     gone = {layer: above(np.asarray(measure, np.float64), u) for layer, measure in measures.items()}
     variables = without(victim.variables, gone, biases)
+    view.watch.tick("pruning", 1, 1)
     view.watch.observe(1, variables, pruned=jnp.int32(sum(int(one.sum()) for one in gone.values())))
     return variables

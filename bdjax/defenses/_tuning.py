@@ -1,6 +1,6 @@
 """Fine-tuning on the defender's images by the engine, in batches of what there is: by its step, or by one's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -47,20 +47,21 @@ def equal_batches(wanted: int, total: int) -> tuple[int, int]:
     return total // size, size
 
 
-def passes(
+def each_pass(
     step: Callable, state: Any, shared: Any, rates: np.ndarray, size: int, key: Key, tick: Callable[[int, int], None],
-    after: Callable[[int, Any, dict[str, Any]], None], more: Callable[[Key], dict[str, jax.Array]] = lambda key: {},
-    what: str = "loss", field: str = "defense.learning_rate",
-) -> Any:  # fmt: skip
-    """Pass after pass over the images by `step`, in the engine's form, and return the state.
+    more: Callable[[Key], dict[str, jax.Array]] = lambda key: {}, what: str = "loss",
+    field: str = "defense.learning_rate",
+) -> Iterator[tuple[int, Any, dict[str, Any]]]:  # fmt: skip
+    """Pass after pass over the images by `step`, in the engine's form.
 
     Args:
       state: is donated; shared: what every step gets, "labels" [n] among it.
       rates: [passes, batches], `whole["rate"]` of every step; size: images in a batch.
       key: shuffles, by `engine.step.draw`: `split` has "index", "augment" and "dropout", [batches, size] each.
-      tick: is told of every step; after: is given the number of passes done, the state, and means of the metrics.
-      more: what else each batch is cut of, [batches, size, ...], drawn by a key.
+      tick: is told of every step.
+      more: further entries of `split`, [batches, size, ...], drawn by a key.
       what, field: for the message about metrics["loss"] that is not finite (InputError).
+    Yields: passes done, the state (donated to the next pass), and means of the metrics over the pass.
     """
     count, number = rates.shape
     for done in range(count):
@@ -70,8 +71,33 @@ def passes(
         counted = _counted(tick, done * number, count * number)
         state, metrics = run_epoch(step, state, split, whole, shared, tick=counted)
         check_finite(metrics["loss"], rates[done], done * number, what, field)
-        after(done + 1, state, {name: value.mean() for name, value in metrics.items()})
+        yield done + 1, state, {name: value.mean() for name, value in metrics.items()}
+
+
+def passes(
+    step: Callable, state: Any, shared: Any, rates: np.ndarray, size: int, key: Key, tick: Callable[[int, int], None],
+    after: Callable[[int, Any, dict[str, Any]], None] = lambda *_: None, **others: Any,
+) -> Any:  # fmt: skip
+    """All of :func:`each_pass`, with the same arguments; `after` is called with what each pass yields.
+
+    Returns: the state.
+    """
+    for done in each_pass(step, state, shared, rates, size, key, tick, **others):
+        after(*done)
+        state = done[1]
     return state
+
+
+def shown_to(watch: Watch, before: int = 0, **beside: Any) -> Callable[[int, Any, dict[str, Any]], None]:
+    """What :func:`passes` calls after each pass: it shows the watch the model, the metrics and what is `beside` them.
+
+    Args: before: how many steps the watch was shown already.
+    """
+
+    def after(done: int, state: Any, metrics: dict[str, Any]) -> None:
+        watch.observe(before + done, model_of(state), **metrics, **beside)
+
+    return after
 
 
 def begin(variables: Variables, optimizer: Name) -> dict[str, Any]:

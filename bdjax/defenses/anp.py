@@ -1,23 +1,29 @@
-"""ANP: prune the channels whose perturbation turns predictions most (Wu and Wang, NeurIPS 2021).
+"""ANP: prune the channels that are most sensitive to adversarial perturbation (Wu and Wang, NeurIPS 2021).
 
-Threat model: the defender has the model and a few clean labelled images (1 % of the training set), no trigger.
+D. Wu and Y. Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models".
 
-Masks m in [0, 1] on the scale γ of every batch normalisation, perturbed with its bias β:
+Threat model: the defender has the model and a few clean labelled images (1 % of the training set), and no trigger.
+
+Masks m in [0, 1] multiply the scale γ of every batch normalisation; scale and bias β are perturbed:
 
     min_m  α CE(m γ, β) + (1 - α) max_{|ξ|, |δ| <= ε} CE((m + ξ) γ, (1 + δ) β)
     γ_c = 0 in the victim    where m_c <= τ
 
-Each step draws images with replacement, then ξ and δ from U[-ε, ε], moves them by one signed step of ε (not projected,
-so that they reach 2 ε), and takes one step of SGD on m, in training mode: with the batch's own statistics. Nothing but
-the masks leaves this; the victim keeps its weights and its running statistics, and β of a pruned channel.
+Each iteration samples images with replacement, draws ξ and δ from U[-ε, ε], moves them by one signed gradient step of
+size ε (without projection, so that they may reach 2 ε), and takes one SGD step on m. Batch normalisation uses batch
+statistics throughout. Only the masks are kept: the victim retains its weights, its running statistics, and β of the
+pruned channels.
 
-Works on every model with batch normalisation: cnn, small_vgg, resnet18, preact_resnet18, vgg16_bn, mobilenet_v2 and all
-others but mnist_cnn, vgg16, vgg19, vit and convnext. Three forward and backward passes a step, of 2,000 steps.
+Requires batch normalisation: every model in bdjax.models but mnist_cnn, vgg16, vgg19, vit and convnext. The cost is
+2,000 iterations of three forward and backward passes each.
 
-Deviations: the release prints the test ASR at every τ and leaves the choice to who reads it, BackdoorBench keeps the τ
-of the lowest test ASR. Here τ is the largest at which accuracy on validation images falls by at most `largest_drop`
-(ours); the watch is shown every τ. Images are cropped, not flipped (`augment=crop_flip` is the release's). All of the
-defender's images are drawn from, where the release takes 500. BackdoorBench's rate is 0.01, at which masks hardly move.
+Deviations from the release:
+- The release prints the test ASR for every τ and leaves the choice to the reader; BackdoorBench keeps the τ with the
+  lowest test ASR. Here τ is the largest threshold at which accuracy on validation images falls by at most
+  `largest_drop` (our rule); every candidate is reported to the watch.
+- Images are cropped but not flipped (`augment=crop_flip` does both, as the release).
+- All of the defender's images are used; the release takes 500.
+- The masks' learning rate is the release's 0.2. With BackdoorBench's 0.01 the masks hardly move.
 """
 
 from dataclasses import dataclass
@@ -33,22 +39,22 @@ from bdjax.types import DefenderView, Key, Variables, Victim
 
 @dataclass(frozen=True)
 class Config(SweepConfig):
-    """How masks are trained, and which channels go (the fields of SweepConfig)."""
+    """Training of the masks, and the choice of the threshold (the fields of SweepConfig)."""
 
     epsilon: float = 0.4
-    """ε, bound of the perturbation relative to scale and bias; 0: none."""
+    """ε, bound of the perturbation relative to scale and bias; 0: no perturbation."""
     noise_steps: int = 1
-    """Signed steps of the perturbation, of ε / `noise_steps` each."""
+    """Signed gradient steps of the perturbation, of size ε / `noise_steps` each."""
     alpha: float = 0.2
     """α, weight of the loss without perturbation, in [0, 1]."""
     iterations: int = 2000
-    """Steps of the masks."""
+    """SGD steps on the masks."""
     batch_size: int = 128
-    """Images a step, drawn with replacement."""
+    """Images per step, drawn with replacement."""
     learning_rate: float = 0.2
-    """Of the masks' SGD."""
+    """Learning rate of SGD on the masks."""
     momentum: float = 0.9
-    """Of it, in [0, 1)."""
+    """Momentum of SGD, in [0, 1)."""
     augment: Literal["none", "crop", "crop_flip", "crop_flip_cutout"] = "crop"
     """Random crop (zero padding 4), horizontal flip, cut-out of 16 pixels."""
 
@@ -66,12 +72,13 @@ class Config(SweepConfig):
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Train the masks, then prune as many channels as accuracy allows.
+    """Train the masks, then prune as many channels as validation accuracy allows.
 
     Args:
-      view: clean images (stored [n, H, W, C]) and labels [n]; τ is chosen on its `validation`, or on a fifth of the
-        images where there is none, of fewer than 50 on all. key: draws images, perturbations and that fifth.
-    Returns: the variables; the watch is shown the candidates (see :func:`bdjax.defenses._masks.swept`).
+      view: clean images (stored [n, H, W, C]) and labels [n]; τ is chosen on its `validation` images, or on a fifth
+        of the images where it has none (on all of them if there are fewer than 50); key: draws batches, perturbations
+        and that fifth.
+    Returns: the variables; the watch is shown every candidate (see :func:`bdjax.defenses._masks.swept`).
     Raises InputError for a model without batch normalisation, and for a loss that is not finite.
     """
     scales("anp", victim.model, victim.variables)

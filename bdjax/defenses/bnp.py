@@ -1,21 +1,28 @@
-"""BNP: prune channels whose statistics on clean images leave the running ones (Zheng et al., NeurIPS 2022).
+"""BNP: prune the channels whose statistics on clean images differ from the running ones (Zheng et al., NeurIPS 2022).
 
-Threat model: the defender has the model and clean images without labels. The running statistics of a victim's batch
-normalisation come from poisoned training data; where a channel answers the trigger, clean images have others.
+R. Zheng, R. Tang, J. Li and L. Liu, "Pre-activation Distributions Expose Backdoor Neurons".
 
-Of each layer, with μ_b and σ_b of what enters it (over images and places) in evaluation mode, μ_r and σ_r stored:
+Threat model: the defender has the model and clean images, which need no labels. The running statistics of batch
+normalisation were estimated on poisoned training data; where a channel responds to the trigger, the statistics of clean
+images differ from them.
 
-    KL_c = log(σ_r / σ_b) + (σ_b² + (μ_b - μ_r)²) / (2 σ_r²) - 1/2      N(μ_b, σ_b²) against N(μ_r, σ_r²)
-    γ_c = 0    where KL_c > mean_c KL + u std_c KL      (the sample's standard deviation, u = 3)
+For each normalisation, with μ_b, σ_b the mean and standard deviation of its input in evaluation mode (over images and
+positions), and μ_r, σ_r the running ones:
 
-One forward pass of 500 images. Works on every model with batch normalisation: cnn, small_vgg, resnet18,
-preact_resnet18, vgg16_bn, mobilenet_v2 and all others but mnist_cnn, vgg16, vgg19, vit and convnext. A victim whose
-training never showed it the trigger in training mode (an edited model) has nothing to be found by this.
+    KL_c = log(σ_r / σ_b) + (σ_b² + (μ_b - μ_r)²) / (2 σ_r²) - 1/2      KL divergence of N(μ_b, σ_b²) from N(μ_r, σ_r²)
+    γ_c = 0    where KL_c > mean_c KL + u std_c KL      (sample standard deviation over the layer, u = 3)
 
-Deviations: σ_b² is the population's, as Flax's running variance is (the release takes the sample's); variances are at
-least 1e-12, so that a dead channel divides by nothing. The release takes the first batch of its loader, here the images
-are drawn. BackdoorBench also zeroes β, has variances in the logarithm, and takes its statistics after they were
-overwritten by a poisoned batch: none of it is done.
+The cost is one forward pass of 500 images. Requires batch normalisation: every model in bdjax.models but mnist_cnn,
+vgg16, vgg19, vit and convnext. It cannot find a backdoor that was put in without forward passes on triggered images in
+training mode (an edited model), for then the running statistics do not show it.
+
+Deviations from the release:
+- σ_b² is the population variance, as Flax's running variance is; the release uses the sample variance.
+- Variances are floored at 1e-12, so that a dead channel does not divide by zero.
+- The images are drawn at random; the release takes the first batch of its loader.
+
+BackdoorBench's version also zeroes β, uses variances in the logarithm, and reads the running statistics after a
+poisoned batch has overwritten them. None of this is reproduced.
 """
 
 from dataclasses import dataclass
@@ -33,12 +40,12 @@ from bdjax.types import DefenderView, Key, Model, Variables, Victim
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured, and what stands out."""
+    """The images that are measured, and the outlier rule."""
 
     u: float = 3.0
-    """Standard deviations above the layer's mean."""
+    """u: channels this many standard deviations above their layer's mean are pruned."""
     images: int = 500
-    """How many are drawn of the clean images; all of them when there are fewer."""
+    """Number of clean images drawn; all of them when there are fewer."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -50,10 +57,10 @@ class Config:
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Prune what stands out.
+    """Prune the outliers.
 
-    Args: view: clean images (stored [n, H, W, C]); key: draws some of them.
-    Returns: the variables; the watch is shown them with how many channels were `pruned`.
+    Args: view: clean images (stored [n, H, W, C]); key: draws the images.
+    Returns: the variables; the watch is shown them with the number of channels `pruned`.
     Raises InputError for a model without batch normalisation.
     """
     layers = scales("bnp", victim.model, victim.variables)
@@ -65,12 +72,11 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         for layer in layers
         if layer in found
     }
-    view.watch.tick("pruning", 1, 1)
     return _outliers.prune(victim, measures, config.u, view)
 
 
 def divergence(mean: Any, variance: Any, running_mean: Any, running_variance: Any) -> np.ndarray:
-    """KL divergence of the batch's normal distribution from the stored one, float64 [C]; all arguments [C]."""
+    """KL divergence of the normal distribution of the batch from the running one, float64 [C]; all arguments [C]."""
     mean, variance, running_mean, running_variance = (
         np.asarray(one, np.float64) for one in (mean, variance, running_mean, running_variance)
     )
@@ -82,7 +88,7 @@ _LEAST = 1e-12
 
 
 def moments(model: Model, variables: Variables, images: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean and variance of what enters each batch normalisation in evaluation mode, float64 [C] each, by layer.
+    """Mean and variance of the input of each batch normalisation in evaluation mode, float64 [C] each, by layer.
 
     Args: images: stored [n, H, W, C].
     """

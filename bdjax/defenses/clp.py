@@ -1,24 +1,29 @@
-"""CLP: prune channels whose Lipschitz bound stands out of their layer, without any data (Zheng et al., ECCV 2022).
+"""CLP: prune the channels with an outlying Lipschitz bound, without any data (Zheng et al., ECCV 2022).
 
-Threat model: the defender has the model alone; the images of the view are not looked at.
+R. Zheng, R. Tang, J. Li and L. Liu, "Data-free Backdoor Removal based on Channel Lipschitzness".
 
-Of a convolution with kernel W and the batch normalisation (γ, β, running variance σ²) that its output enters:
+Threat model: the defender has the model alone; the images of the view are not used.
+
+For a convolution with kernel W whose output enters a batch normalisation with scale γ, bias β and running variance σ²:
 
     L_c = s(W_c) |γ_c| / sqrt(σ²_c),      s: the largest singular value of W_c as a matrix [C_in, kH kW]
-    γ_c = β_c = 0    where L_c > mean_c L + u std_c L      (the sample's standard deviation, u = 3)
+    γ_c = β_c = 0    where L_c > mean_c L + u std_c L      (sample standard deviation over the layer, u = 3)
 
-s is the release's bound, not the norm of the convolution as an operator. Among C channels one can stand out by at most
-(C - 1) / sqrt(C) deviations: with u = 3, layers of fewer than 11 channels are never pruned, of 16 hardly.
+s is the bound that the authors' release computes, not the operator norm of the convolution. In a layer of C channels a
+single channel can lie at most (C - 1) / sqrt(C) standard deviations above the mean. With u = 3, layers with fewer than
+11 channels are therefore never pruned, and layers with 16 rarely.
 
-Works on every model with a convolution whose output alone enters a batch normalisation: cnn, small_vgg, vgg16_bn,
-vgg19_bn, vgg_cifar, resnet, resnet18 (and _imagenet, _cifar), mobilenet_v2 and _v3, efficientnet, googlenet; in
-densenet121, preact_resnet18, senet18 and wide_resnet on part of the layers (below).
+Requires a convolution whose output enters a batch normalisation and nothing else: all such layers of cnn, small_vgg,
+vgg16_bn, vgg19_bn, vgg_cifar, resnet, resnet18 (also _imagenet and _cifar), mobilenet_v2, mobilenet_v3, efficientnet
+and googlenet, and some layers of densenet121, preact_resnet18, senet18 and wide_resnet (see below).
 
-Deviations: the release takes the convolution that was defined last before a normalisation, right for its ResNet and
-wrong before pre-activated blocks (it says so); here the pairs follow from the forward pass, and a normalisation that
-takes a sum or a concatenation, or a convolution that also goes past it, is left out: of a pre-activated block the
-second one remains. Pooling or an activation may stand between. No ε is added to σ², as there; a channel of σ² = 0,
-which gives an infinite bound there, is left out of its layer's mean and kept.
+Deviations from the release:
+- The release pairs each normalisation with the convolution defined last before it. This is right for its ResNet and, as
+  it notes, wrong for pre-activation blocks. Here the pairs follow from the forward pass. A normalisation whose input is
+  a sum or a concatenation is left out, and so is a convolution whose output is also used elsewhere; of a pre-activation
+  block the second normalisation remains. Pooling or an activation may lie between convolution and normalisation.
+- A channel with σ² = 0, whose bound is infinite in the release, is kept and excluded from the layer's mean. As in the
+  release, no ε is added to σ².
 """
 
 from dataclasses import dataclass
@@ -33,20 +38,21 @@ from bdjax.types import DefenderView, Key, Variables, Victim
 
 @dataclass(frozen=True)
 class Config:
-    """What stands out."""
+    """The outlier rule."""
 
     u: float = 3.0
-    """Standard deviations above the layer's mean; BackdoorBench has 5 for Tiny-ImageNet."""
+    """u: channels this many standard deviations above their layer's mean are pruned; BackdoorBench uses 5 on Tiny
+    ImageNet."""
 
     def __post_init__(self) -> None:
         check_fields(self, "defense", (("u",), "a finite number", lambda v: np.isfinite(v)))
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Prune what stands out; draws nothing and looks at no image.
+    """Prune the outliers; uses neither images nor randomness.
 
-    Returns: the variables; the watch is shown them with how many channels were `pruned`.
-    Raises InputError for a model without a convolution that batch normalisation follows.
+    Returns: the variables; the watch is shown them with the number of channels `pruned`.
+    Raises InputError for a model in which no convolution is followed by batch normalisation.
     """
     pairs = models.followed(victim.model)
     if not pairs:
@@ -60,12 +66,11 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         for norm, kernel in pairs.items()
         if f"{norm}/scale" in leaves
     }
-    view.watch.tick("pruning", 1, 1)
     return _outliers.prune(victim, measures, config.u, view, biases=True)
 
 
 def bound(kernel: object, scale: object, variance: object) -> np.ndarray:
-    """L of a convolution's channels, float64 [C]; NaN where the variance is zero.
+    """L of the output channels of a convolution, float64 [C]; NaN where the variance is zero.
 
     Args: kernel [kH, kW, C_in, C]; scale and variance [C].
     """

@@ -1,26 +1,28 @@
-"""EP: prune channels that poisoned images split in two, by their entropy (Zheng et al., NeurIPS 2022).
+"""EP: prune the channels that respond to poisoned images separately, by their entropy (Zheng et al., NeurIPS 2022).
 
-Threat model: the defender has the model and unlabelled images **of which some carry the trigger**, as a poisoned
-training set has, without knowing which. A view holds clean images only, so this is a reference method: it is given the
-true trigger, and puts it on a share of the images that it draws. From clean images alone there is nothing to find;
-what needs no poisoned ones is `bnp`, of the same paper.
+R. Zheng, R. Tang, J. Li and L. Liu, "Pre-activation Distributions Expose Backdoor Neurons".
 
-Of each layer of batch normalisation, with a_nc the largest value over all places of what enters channel c, image n:
+Threat model: the defender has the model and unlabelled images **some of which carry the trigger**, without knowing
+which, as in a poisoned training set. A view holds clean images only, so here EP is a reference method: it is given the
+true trigger and applies it to a random share of the images. On clean images alone it has nothing to find; `bnp`, from
+the same paper, needs no poisoned images.
 
-    z_nc = (a_nc - mean_n a_nc) / std_n a_nc        (the sample's)
-    H_c  = -Σ p log p,     p: shares of the n values of z in bins of 0.01 from the layer's least to its largest value
-    γ_c = 0    where H_c < mean_c H - u std_c H      (the sample's, u = 3)
+For each batch normalisation, with a_nc the maximum over positions of the input to channel c for image n:
 
-With 500 images nearly every value has a bin of its own, so that H is log n less what collides: it depends on n, and
-what lowers it is a channel whose clean values crowd together beside a few far ones. Bins are open at both ends, and
-what is left over of the last one is not counted (the release's). Among C channels one can stand out by at most (C - 1)
-/ sqrt(C) deviations: in layers of few channels u = 3 is hardly reached.
+    z_nc = (a_nc - mean_n a_nc) / std_n a_nc        (sample standard deviation)
+    H_c  = -Σ p log p,     p: histogram of z_1c ... z_nc, with bins of 0.01 from the layer's minimum to its maximum
+    γ_c = 0    where H_c < mean_c H - u std_c H      (sample standard deviation over the layer, u = 3)
 
-Works on every model with batch normalisation: cnn, small_vgg, resnet18, preact_resnet18, vgg16_bn, mobilenet_v2 and all
-others but mnist_cnn, vgg16, vgg19, vit and convnext.
+With 500 images nearly every value falls into a bin of its own, so that H is log n minus a term that counts collisions.
+It therefore depends on n, and is lowered where the clean values crowd together and a few lie far away. As in the
+release, bins are open at both ends, and what remains after the last whole bin is not counted. In a layer of C channels
+a single channel can deviate by at most (C - 1) / sqrt(C) standard deviations, so u = 3 is rarely reached in small
+layers.
 
-Deviations: the release takes images of the poisoned training set, here they are the defender's, and the trigger is the
-test-time one; a channel of the same value for all images, where the release divides by zero, is kept.
+Requires batch normalisation: every model in bdjax.models but mnist_cnn, vgg16, vgg19, vit and convnext.
+
+Deviations from the release: it uses images of the poisoned training set; here they are the defender's images with the
+test-time trigger. A channel with the same value for all images is kept; the release divides by zero there.
 """
 
 import math
@@ -42,16 +44,16 @@ NEEDS_TRIGGER = True
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured, and what stands out."""
+    """The images that are measured, and the outlier rule."""
 
     u: float = 3.0
-    """Standard deviations below the layer's mean; 4 is used for Tiny-ImageNet."""
+    """u: channels this many standard deviations below their layer's mean are pruned; 4 is used on Tiny ImageNet."""
     images: int = 500
-    """How many are drawn of the images; all of them when there are fewer."""
+    """Number of images drawn; all of them when there are fewer."""
     poisoned_share: float = 0.1
-    """Part of them that carries the trigger, in (0, 1); at least one image."""
+    """Share of them that carries the trigger, in (0, 1); at least one image."""
     bin_width: float = 0.01
-    """Of the histogram, in standard deviations; BackdoorBench has 0.1."""
+    """Width of a histogram bin, in standard deviations; BackdoorBench uses 0.1."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -65,10 +67,10 @@ class Config:
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Prune what stands out.
+    """Prune the outliers.
 
-    Args: view: clean images (stored [n, H, W, C]) and the trigger; key: draws images and which of them carry it.
-    Returns: the variables; the watch is shown them with how many channels were `pruned`.
+    Args: view: clean images (stored [n, H, W, C]) and the trigger; key: draws the images, and those that carry it.
+    Returns: the variables; the watch is shown them with the number of channels `pruned`.
     Raises InputError for a model without batch normalisation, and without a trigger.
     """
     layers = scales("ep", victim.model, victim.variables)
@@ -82,14 +84,13 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         for layer in layers
         if layer in parts[0][1]
     }
-    view.watch.tick("pruning", 1, 1)
     return _outliers.prune(victim, measures, config.u, view)
 
 
 def entropies(values: Any, width: float) -> np.ndarray:
-    """H of the channels of one layer, float64 [C]; NaN where a channel has one value only.
+    """H of the channels of one layer, float64 [C]; NaN for a constant channel.
 
-    Args: values: [n, C], before they are standardised; width: of a bin.
+    Args: values: a [n, C], before standardisation; width: of a bin, in standard deviations.
     """
     values = np.asarray(values, np.float64)
     centred = values - values.mean(0)

@@ -1,26 +1,31 @@
-"""Fine-Pruning: prune the units that clean images leave idle, then fine-tune (Liu, Dolan-Gavitt and Garg, RAID 2018).
+"""Fine-Pruning: prune the units that clean images leave idle, then fine-tune (Liu et al., RAID 2018).
 
-Threat model: the defender has the model and clean labelled images, no trigger.
+K. Liu, B. Dolan-Gavitt and S. Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks".
 
-    1  of what the last dense layer is given, a_i = mean over the images of max(feature_i, 0)
-    2  ascending in a, set rows of its kernel to zero, a hundredth of them at a time, while validation accuracy lasts
-    3  train on with the clean images; pruned rows stay zero
+Threat model: the defender has the model and clean labelled images, and no trigger.
 
-The defaults are BackdoorBench's: accuracy may fall by a tenth of itself, and the recipe of fine-tuning is SGD 0.01
-along a cosine, 100 epochs, weight decay 5e-4. The paper prunes channels of the last convolution, which are these units
-where a mean over all places stands before the dense layer (resnet18, preact_resnet18, mobilenet_v2), and stops at
-about 4 points.
+    1  Measure the activation of each input unit i of the last dense layer: a_i = mean over the images of max(h_i, 0).
+    2  In ascending order of a, set rows of that layer's kernel to zero, one percent of them at a time, for as long as
+       validation accuracy stays within the budget.
+    3  Fine-tune on the clean images; pruned rows stay zero.
 
-Works on every model whose last layer is a dense one called "head": all in bdjax.models, with batch normalisation or
-without.
+The defaults are BackdoorBench's: accuracy may fall by 10 % of its value, and fine-tuning is SGD at 0.01 with a cosine
+schedule, 100 epochs, weight decay 5e-4. The paper prunes the channels of the last convolution and stops at a drop of
+about 4 percentage points. Those channels are the units pruned here wherever global average pooling precedes the dense
+layer (resnet18, preact_resnet18, mobilenet_v2).
 
-Deviations: BackdoorBench stops by the *test* accuracy, also where it rises by a tenth, prunes one unit fewer than it
-counts, and keeps the step that broke the rule, for its copy is the live network; here accuracy is that of validation
-images, and the last step within the budget is kept. ELU networks have negative activations, which count as idle (ours;
-BackdoorBench takes the plain mean: the same on ReLU networks). Activations are of the images as they are (there:
-cropped and flipped). Images are cropped, not flipped, in fine-tuning (`augment=crop_flip` is theirs). Units of the
-same activation, as the many that are never active, go in the order of their places. At least one unit stays. A last,
-smaller batch of an epoch is left out.
+Requires a model whose last layer is a dense layer named "head": every model in bdjax.models, with or without batch
+normalisation.
+
+Deviations from BackdoorBench:
+- It measures *test* accuracy, also stops where accuracy rises by 10 %, prunes one unit fewer than it counts, and
+  returns the model after the step that exceeded the budget. Here accuracy is measured on validation images, and the
+  last step within the budget is kept.
+- Negative activations (ELU networks) count as zero. BackdoorBench takes the plain mean, which is the same for ReLU.
+- Activations are measured on unaugmented images; BackdoorBench crops and flips them.
+- Fine-tuning crops but does not flip (`augment=crop_flip` does both, as BackdoorBench).
+- Units with equal activation, such as the many that are never active, are pruned in index order. At least one unit is
+  kept. The last, smaller batch of an epoch is dropped.
 """
 
 import math
@@ -41,24 +46,24 @@ from bdjax.types import DefenderView, Key, Variables, Victim
 
 @dataclass(frozen=True)
 class Config:
-    """How much is pruned, and the recipe of fine-tuning."""
+    """The budget of pruning, and the recipe of fine-tuning."""
 
     step: float = 0.01
-    """Share of the units that goes at a time, rounded up; in (0, 1]."""
+    """Share of the units that is pruned at a time, rounded up; in (0, 1]."""
     largest_drop: float = 0.1
-    """Of the accuracy on validation images, relative to the given model's: pruning ends before it; in [0, 1]."""
+    """Pruning stays below this drop of validation accuracy, relative to the victim's; in [0, 1]."""
     epochs: int = 100
-    """Of fine-tuning; 0: prune alone."""
+    """Epochs of fine-tuning; 0: prune only."""
     batch_size: int = 256
-    """Images a step; all of them when there are fewer."""
+    """Images per step; all of them when there are fewer."""
     learning_rate: float = 0.01
-    """At the first step, of SGD."""
+    """Learning rate of SGD at the first step."""
     momentum: float = 0.9
-    """Of SGD, in [0, 1)."""
+    """Momentum of SGD, in [0, 1)."""
     weight_decay: float = 5e-4
-    """L2 term added to the gradient."""
+    """Coefficient of the L2 term added to the gradient."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
-    """Cosine to zero, or times 0.1 at 50 % and 75 % of the epochs."""
+    """Learning rate: constant, cosine to zero, or times 0.1 at 50 % and 75 % of the steps."""
     augment: Literal["none", "crop", "crop_flip", "crop_flip_cutout"] = "crop"
     """Random crop (zero padding 4), horizontal flip, cut-out of 16 pixels."""
 
@@ -76,13 +81,15 @@ class Config:
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Prune by validation accuracy, then fine-tune what is left.
+    """Prune within the budget of validation accuracy, then fine-tune what is left.
 
     Args:
-      view: clean images (stored [n, H, W, C]) and labels [n]; pruning ends by its `validation`, or by a fifth of the
-        images where there is none, of fewer than 50 by all. key: shuffles and augments, and draws that fifth.
-    Returns: the variables; the watch is shown them after pruning (with how many units were `pruned`) and after each
-      epoch. Raises InputError for a model without a dense layer "head", and for a loss that is not finite.
+      view: clean images (stored [n, H, W, C]) and labels [n]; accuracy is measured on its `validation` images, or on
+        a fifth of the images where it has none (on all of them if there are fewer than 50); key: shuffles and augments,
+        and draws that fifth.
+    Returns: the variables; the watch is shown them after pruning (with the number of units `pruned`) and after each
+      epoch.
+    Raises InputError for a model without a dense layer "head", and for a loss that is not finite.
     """
     view, judged = parted(view, jax.random.fold_in(key, 0))
     kernel = np.asarray(models.head(victim.variables["params"]))
@@ -109,20 +116,20 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
 
 
 def ranking(features: np.ndarray) -> np.ndarray:
-    """Units by how idle they are, the most first: int [D], of features [n, D]."""
+    """Indices of the units in ascending order of activation, int [D]; features [n, D]."""
     return np.argsort(np.maximum(features, 0).mean(0, dtype=np.float64), kind="stable")
 
 
 def prunable(order: np.ndarray, features: np.ndarray, labels: np.ndarray, params: Any, config: Config) -> int:
-    """How many of `order`'s units may go until accuracy falls by `largest_drop` of itself.
+    """How many units, in the given order, can be pruned with a relative drop of accuracy below `largest_drop`.
 
-    Args: features [n, D] and labels [n] that it is measured on; params: whose last layer reads the features.
+    Args: order: int [D]; features [n, D], labels [n]: what accuracy is measured on; params: of the victim.
     """
     kernel, bias = np.array(models.head(params)), np.asarray(params["head"].get("bias", 0))
     if features.shape[1] != len(kernel):
         raise InputError(
-            f"the last feature has {features.shape[1]} values and the last layer reads {len(kernel)}: fine_pruning "
-            "cannot tell which of them are units. Use another model."
+            f"the last feature has {features.shape[1]} values, but the last layer has {len(kernel)} inputs, so that "
+            "fine_pruning cannot tell which values are its units. Use another model or another defense."
         )
 
     def right() -> float:
@@ -138,7 +145,7 @@ def prunable(order: np.ndarray, features: np.ndarray, labels: np.ndarray, params
 
 
 def _features(victim: Victim, view: DefenderView) -> np.ndarray:
-    """What the last dense layer is given, float32 [n, D]."""
+    """The input of the last dense layer, float32 [n, D]."""
     return activations(victim.model, victim.variables, view.images, {})[1]
 
 

@@ -1,21 +1,25 @@
-"""FST: fine-tune from a new last layer that is kept off the old one (Min et al., NeurIPS 2023).
+"""FST: fine-tune from a re-initialised last layer that is pushed away from the old one (Min et al., NeurIPS 2023).
 
-Of "Towards Stable Backdoor Purification through Feature Shift Tuning". Threat model: the defender has the model and a
-few clean labelled images (2 % of the training set), no trigger.
+R. Min, Z. Qin, L. Shen and M. Cheng, "Towards Stable Backdoor Purification through Feature Shift Tuning".
 
-    min_θ  mean CE(f_θ(x), y) + α <W, W_b>,      W the last layer's kernel, W_b the victim's
+Threat model: the defender has the model and a few clean labelled images (2 % of the training set), and no trigger.
+
+    min_θ  mean CE(f_θ(x), y) + α <W, W_b>,      W the kernel of the last layer, W_b the victim's
     W <- W ‖W_b‖ / ‖W‖  after every step         (Frobenius norms)
 
-from the victim's weights but for the last layer, kernel and bias, which start from U[-1/sqrt(D), 1/sqrt(D)], D its
-inputs. As the features must follow a classifier that turns away from the compromised one, they leave what the trigger
-uses. In training mode. The defaults are the release's README: α = 0.1 (its argument has 0.2; for a hundred classes or
-more 0 or little), SGD 0.01 with momentum 0.9 and no weight decay, 10 epochs, batches of 128.
+All weights start at the victim's, except kernel and bias of the last layer, which are drawn from
+U[-1/sqrt(D), 1/sqrt(D)] with D its number of inputs. The penalty turns the classifier away from the compromised one,
+and the features shift with it. Batch normalisation is in training mode. The defaults follow the release's README:
+α = 0.1 (its command line defaults to 0.2; with 100 classes or more a small α or none), SGD at 0.01 with momentum 0.9
+and no weight decay, 10 epochs, batches of 128.
 
-Works on every model whose last layer is a dense one called "head": all in bdjax.models.
+Requires a model whose last layer is a dense layer named "head": every model in bdjax.models.
 
-Deviations: the cosine falls step by step here, epoch by epoch there. Images are cropped, not flipped
-(`augment=crop_flip` is what the release does to CIFAR-10). A last, smaller batch of an epoch is left out, so that a
-few hundred images make few steps.
+What to expect: as the classifier starts from scratch, accuracy depends on the number of steps. A few hundred images
+make few steps in 10 epochs, and clean accuracy can stay low; use more `epochs` then.
+
+Deviations from the release: the cosine schedule falls with every step, there with every epoch. Images are cropped but
+not flipped (`augment=crop_flip` does both, as the release on CIFAR-10). The last, smaller batch of an epoch is dropped.
 """
 
 from dataclasses import dataclass
@@ -33,22 +37,22 @@ from bdjax.types import DefenderView, Key, Variables, Victim
 
 @dataclass(frozen=True)
 class Config:
-    """The recipe."""
+    """The penalty, and the recipe of fine-tuning."""
 
     alpha: float = 0.1
-    """α, weight of the inner product with the victim's last layer; zero or more."""
+    """α, weight of the inner product with the kernel of the victim's last layer; zero or more."""
     epochs: int = 10
     """Passes over the clean images."""
     batch_size: int = 128
-    """Images a step; all of them when there are fewer."""
+    """Images per step; all of them when there are fewer."""
     learning_rate: float = 0.01
-    """At the first step, of SGD."""
+    """Learning rate of SGD at the first step."""
     momentum: float = 0.9
-    """Of SGD, in [0, 1)."""
+    """Momentum of SGD, in [0, 1)."""
     weight_decay: float = 0.0
-    """L2 term added to the gradient."""
+    """Coefficient of the L2 term added to the gradient."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
-    """Cosine to zero, or times 0.1 at 50 % and 75 % of the epochs."""
+    """Learning rate: constant, cosine to zero, or times 0.1 at 50 % and 75 % of the steps."""
     augment: Literal["none", "crop", "crop_flip", "crop_flip_cutout"] = "crop"
     """Random crop (zero padding 4), horizontal flip, cut-out of 16 pixels."""
 
@@ -64,7 +68,7 @@ class Config:
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Replace the last layer, and train everything away from the old one.
+    """Re-initialise the last layer, and fine-tune all weights with the penalty.
 
     Args: view: clean images (stored [n, H, W, C]) and labels [n]; key: draws the last layer, shuffles and augments.
     Returns: the variables; the watch is shown them after each epoch.
@@ -88,7 +92,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
 
 
 def restarted(params: Any, key: Key) -> Any:
-    """The parameters with a last layer drawn anew, as PyTorch does: U[-1/sqrt(D), 1/sqrt(D)], the bias alike."""
+    """The parameters with kernel and bias of the last layer drawn from U[-1/sqrt(D), 1/sqrt(D)], as in PyTorch."""
     kernel = models.head(params)
     leaves, limit = models.kernels(params), len(kernel) ** -0.5
     drawn = {
@@ -104,7 +108,7 @@ def _alike(params: Any, given: Any) -> jax.Array:
 
 
 def _scaled(params: Any, given: Any) -> Any:
-    """The parameters with the last layer's kernel as long as the old one's."""
+    """The parameters with the last layer's kernel rescaled to the Frobenius norm of the old one."""
     kernel = models.head(params)
     length = jnp.sqrt((given["old"] ** 2).sum()) / jnp.maximum(jnp.sqrt((kernel**2).sum()), 1e-12)
     return models.with_kernels(params, {"head/kernel": kernel * length})

@@ -1,25 +1,29 @@
-"""FT-SAM: fine-tuning that looks for flat minima, by sharpness-aware steps (Zhu et al., ICCV 2023).
+"""FT-SAM: fine-tuning with adaptive sharpness-aware minimisation (Zhu et al., ICCV 2023).
+
+M. Zhu, S. Wei, L. Shen, Y. Fan and B. Wu, "Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware
+Minimization".
 
 Threat model: the defender has the model and clean labelled images, no trigger and no target label.
 
-In every step the loss is ascended first, in proportion to the size of each weight, which shrinks the large weights of
-neurons that a backdoor uses:
+Each step first ascends the loss in proportion to the magnitude of each weight, which shrinks the large weights of
+backdoor-related neurons:
 
     g = ∂/∂θ mean CE(f_θ(x), y),     e = ρ θ² ⊙ g / (‖ |θ| ⊙ g ‖_2 + 1e-12)
     θ <- θ - η ∂/∂θ mean CE(f_{θ+e}(x), y)
 
-The norm is over all parameters together; `adaptive=False` is plain SAM, e = ρ g / (‖g‖_2 + 1e-12). BatchNorm statistics
-follow the first pass alone. The steps are those of `optax.contrib.sam`. The defaults are BackdoorBench's, by the same
-group, for CIFAR-10: ρ 2, labels smoothed by 0.1 (spread over the other classes), SGD 0.01 with momentum 0.9 and weight
-decay 5e-4, batches of 256, 100 epochs; for GTSRB and Tiny ImageNet ρ 8, no smoothing, GTSRB 50 epochs.
+The norm is taken over all parameters together; `adaptive=False` is plain SAM, e = ρ g / (‖g‖_2 + 1e-12). BatchNorm
+statistics are updated by the first pass only. The steps are those of `optax.contrib.sam`. The defaults are those of
+BackdoorBench, by the same group, for CIFAR-10: ρ = 2, label smoothing 0.1 (spread over the other classes), SGD at 0.01
+with momentum 0.9 and weight decay 5e-4, batches of 256, 100 epochs. For GTSRB and Tiny ImageNet it uses ρ = 8 and no
+smoothing, for GTSRB 50 epochs.
 
-`cosine` has both readings of its schedule. The release steps a cosine of T_max = 100 once a *batch*: the rate falls to
-zero in 100 steps, rises again in 100, and so on, whatever the number of epochs ("batches"). Meant was, and elsewhere
-reimplemented is, one cosine over all epochs ("epochs"). They are different methods.
+`cosine` offers both readings of the schedule. The release steps a cosine with T_max = 100 once per *batch*: the rate
+falls to zero in 100 batches, rises again in the next 100, and so on ("batches"). The intended schedule, which other
+reimplementations use, is one cosine over all epochs ("epochs"). The two are different methods.
 
-**Deviations** from the release: its test of every epoch on triggered images decides nothing and is left out; its
-gradient decomposition (α = 0 there) and its schedule of ρ (constant there) as well; CIFAR-10's flips are `augment`'s
-crop_flip. An epoch is cut into equal batches.
+**Deviations** from the release: its evaluation on triggered images after each epoch has no effect on the result and is
+left out, as are its gradient decomposition (α = 0) and its schedule of ρ (constant). Images are cropped but not flipped
+(`augment=crop_flip` does both, as the release on CIFAR-10). Every epoch is divided into batches of equal size.
 """
 
 from collections.abc import Callable
@@ -33,7 +37,7 @@ import numpy as np
 import optax
 
 from bdjax import augment
-from bdjax.defenses._tuning import begin, equal_batches, model_of, passes
+from bdjax.defenses._tuning import begin, equal_batches, model_of, passes, shown_to
 from bdjax.engine import parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
@@ -41,29 +45,29 @@ from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
 @dataclass(frozen=True)
 class Config:
-    """The recipe."""
+    """The recipe of fine-tuning."""
 
     epochs: int = 100
     """Passes over the clean images."""
     batch_size: int = 256
-    """Images a step, at most."""
+    """Images per step, at most."""
     rho: float = 2.0
-    """ρ, how far the loss is ascended."""
+    """ρ, the L2 length of the ascent step e (adaptive: of e / |θ|)."""
     adaptive: bool = True
-    """Ascend in proportion to the size of each weight."""
+    """Scale the ascent step by the magnitude of each weight."""
     smoothing: float = 0.1
-    """Probability that the other classes share, in [0, 1)."""
+    """Label smoothing: probability mass spread evenly over the other classes, in [0, 1)."""
     learning_rate: float = 0.01
-    """Of SGD, at the first step."""
+    """Learning rate of SGD at the first step."""
     cosine: Literal["batches", "epochs", "off"] = "batches"
-    """What the cosine of the rate counts: batches, falling and rising by turns (the release); epochs, falling to zero
-    at the end; nothing."""
+    """Schedule of the learning rate: "batches", a cosine that falls and rises periodically (the release); "epochs", one
+    cosine that falls to zero over all epochs; "off", constant."""
     half_period: int = 100
-    """Batches in which the cosine of "batches" falls to zero."""
+    """Number of batches in which the cosine of "batches" falls to zero."""
     momentum: float = 0.9
-    """Of SGD, in [0, 1)."""
+    """Momentum of SGD, in [0, 1)."""
     weight_decay: float = 5e-4
-    """L2 term added to the gradient of the second pass."""
+    """Coefficient of the L2 term added to the gradient of the second pass."""
     augment: Literal["none", "crop", "crop_flip", "crop_flip_cutout"] = "crop"
     """Random crop (zero padding 4), horizontal flip, cut-out of 16 pixels."""
 
@@ -79,7 +83,7 @@ class Config:
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Train the victim on with clean images, by sharpness-aware steps.
+    """Fine-tune the victim on clean images with sharpness-aware steps.
 
     Args: view: clean images (stored [n, H, W, C]) and labels [n]; key: shuffles and augments them.
     Returns: the variables; the watch is shown them and the loss after each epoch.
@@ -94,18 +98,15 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     state = begin(victim.variables, "sgd")
     state["opt"] = _sam(shared["hyper"], config.adaptive, None).init(state["params"])
 
-    def after(epoch: int, state: Any, metrics: dict[str, Any]) -> None:
-        view.watch.observe(epoch, model_of(state), **metrics)
-
     state = passes(
         _step(victim.model, config.augment, config.adaptive), state, shared, rates(config, number), size, key,
-        partial(view.watch.tick, "FT-SAM"), after,
+        partial(view.watch.tick, "FT-SAM"), shown_to(view.watch),
     )  # fmt: skip
     return model_of(state)
 
 
 def rates(config: Config, number: int) -> np.ndarray:
-    """Learning rates of all steps, float32 [epochs, number], `number` being the batches of an epoch."""
+    """Learning rate of every step, float32 [epochs, number], with `number` batches per epoch."""
     step = np.arange(config.epochs * number).reshape(config.epochs, number)
     if config.cosine == "batches":
         phase = step / config.half_period
@@ -117,15 +118,15 @@ def rates(config: Config, number: int) -> np.ndarray:
 
 
 def ascent(params: Any, gradient: Any, rho: Any, adaptive: bool) -> Any:
-    """e, a pytree like the parameters."""
+    """The perturbation e, a pytree like the parameters."""
     size = jax.tree.map(jnp.abs if adaptive else jnp.ones_like, params)
     scaled = jax.tree.map(jnp.multiply, size, gradient)
-    length = jnp.sqrt(jax.tree.reduce(jnp.add, jax.tree.map(lambda s: (s**2).sum(), scaled)))
+    length = optax.tree.norm(scaled)
     return jax.tree.map(lambda a, s: rho * a * s / (length + 1e-12), size, scaled)
 
 
 def smoothed(logits: jax.Array, labels: jax.Array, smoothing: Any) -> jax.Array:
-    """Mean cross-entropy where the label has 1 - smoothing and every other class an equal part of the rest."""
+    """Mean cross-entropy with label smoothing: 1 - smoothing on the label, the rest spread over the other classes."""
     classes = logits.shape[-1]
     hot = jax.nn.one_hot(labels, classes)
     wanted = hot * (1 - smoothing) + (1 - hot) * smoothing / (classes - 1)
@@ -136,7 +137,7 @@ _DYNAMIC = ("rho", "smoothing", "momentum", "weight_decay")
 
 
 def _sam(hyper: Any, adaptive: bool, axis: str | None) -> optax.GradientTransformationExtraArgs:
-    """Optax's SAM, both passes in one update; what it returns is a direction, to be multiplied by the rate."""
+    """Optax's SAM, with both passes in one update; the update is to be multiplied by the learning rate."""
 
     def uphill(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree.map(jnp.negative, ascent(params, gradient, hyper["rho"], adaptive)), state
@@ -161,7 +162,9 @@ def _step(model: Model, policy: str, adaptive: bool) -> Callable:
 
         (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"], split["dropout"])
         value, gradient = parallel.average((value, gradient), axis)
-        again = jax.vmap(lambda key: jax.random.fold_in(key, 1))(split["dropout"])  # the second pass drops others
+        again = jax.vmap(lambda key: jax.random.fold_in(key, 1))(
+            split["dropout"]
+        )  # other dropout masks in the second pass
 
         def second(params: Any, _: int) -> Any:
             return jax.grad(loss, has_aux=True)(params, again)[0]

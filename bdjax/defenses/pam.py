@@ -1,21 +1,26 @@
-"""PAM: path-aware minimisation, away from the way back to the victim (Min et al., NeurIPS 2024).
+"""PAM: path-aware minimisation, with gradients taken on the way back to the victim (Min et al., NeurIPS 2024).
+
+R. Min, Z. Qin, N. L. Zhang, L. Shen and M. Cheng, "Uncovering, Explaining, and Mitigating the Superficial Safety of
+Backdoor Defense".
 
 Threat model: the defender has the model and clean labelled images, no trigger and no target label.
 
 Each round inverts the backdoor as BTI-DBF does (:mod:`bdjax.defenses._inversion`), and then trains on batches x' in
-which int(0.2 B) + 1 of the B images are the generator's, with true labels. The gradient is taken a part of the way back
-to the victim w_b, so that the whole path to it loses the backdoor and a later fine-tuning does not bring it back:
+which int(0.2 B) + 1 of the B images were passed through the generator, with true labels. The gradient is taken at a
+point between the current weights w and the victim's w_b, so that the backdoor is removed along the whole path to w_b
+and later fine-tuning does not restore it:
 
     w' = w + ρ (w_b - w) / (‖w_b - w‖_2 + 1e-12),     w <- w - η ∂/∂w' mean CE(f_w'(x'), y)
 
-The norm is over all parameters together; at the first step w = w_b, and w' = w. In training mode; BatchNorm statistics
-are not interpolated, those of the forward pass at w' stay. The defaults are the release's: ρ 0.5, SGD 0.01 with
-momentum 0.1 and no weight decay, 30 epochs in each of 3 rounds.
+The norm is taken over all parameters together; at the first step w = w_b, and w' = w. Batch normalisation is in
+training mode; its statistics are not interpolated but updated by the forward pass at w'. The defaults are the
+release's: ρ = 0.5, SGD at 0.01 with momentum 0.1 and no weight decay, 3 rounds of 30 epochs each. The
+generator is trained for 140 epochs in all (see the cost in :mod:`bdjax.defenses.btidbf`).
 
-**Deviations** from the release: for Blended and SSBA it is told to make one or two rounds, and fewer epochs where
-accuracy on test images falls; here the rounds are always the same, and a run goes back to the last epoch after which
-accuracy on its validation images held. `adaptive`, which is off there, is left out. Those of the inversion are listed
-there. An epoch is cut into equal batches.
+**Deviations** from the release: for Blended and SSBA it is to be run for one or two rounds, and for fewer epochs where
+test accuracy drops. Here the number of rounds is fixed, and the run returns to the last epoch at which validation
+accuracy held. Its option `adaptive`, off by default, is left out. The deviations of the inversion are listed there.
+Every epoch is divided into batches of equal size.
 """
 
 from collections.abc import Callable
@@ -28,8 +33,8 @@ import jax.numpy as jnp
 import optax
 
 from bdjax import augment
-from bdjax.defenses._inversion import InversionConfig, alternate, generator_of, mixed, most_of
-from bdjax.defenses._tuning import begin, descend, equal_batches
+from bdjax.defenses._inversion import InversionConfig, alternate, mixed, most_of
+from bdjax.defenses._tuning import begin, descend
 from bdjax.engine import parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
@@ -37,20 +42,20 @@ from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
 @dataclass(frozen=True)
 class Config(InversionConfig):
-    """Inversion (the fields of InversionConfig) and path-aware minimisation."""
+    """The inversion (the fields of InversionConfig) and path-aware minimisation."""
 
     rounds: int = 3
-    """Times that the mask and the generator are trained, each followed by path-aware minimisation."""
+    """Rounds of inversion, each followed by path-aware minimisation."""
     epochs: int = 30
     """Passes over the clean images, in every round."""
     fraction: float = 0.2
-    """Share of a batch that is the generator's, in [0, 1); one image more is."""
+    """Share of a batch that passes through the generator, in [0, 1), to which one image is added."""
     rho: float = 0.5
-    """ρ, how far towards the victim the gradient is taken: an L2 distance of all parameters."""
+    """ρ, distance from w towards the victim at which the gradient is taken, in L2 over all parameters."""
     learning_rate: float = 0.01
-    """Of SGD."""
+    """Learning rate of SGD."""
     momentum: float = 0.1
-    """Of SGD, in [0, 1)."""
+    """Momentum of SGD, in [0, 1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,26 +70,25 @@ class Config(InversionConfig):
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Invert, and minimise along the path to the victim, by turns.
+    """Alternate between inversion and minimisation along the path to the victim.
 
     Args: view: clean images (stored [n, H, W, C]) and labels [n]; key: draws masks, batches and the generator.
-    Returns: the variables; the watch is shown them, the generator's changes of four images (`perturbation`) and the
-      class that most of its images are called (`suspected`) after each epoch of the minimisation.
-    Raises InputError for a model without a layer "head", fewer images than devices, a loss that is not finite.
+    Returns: the variables; after each epoch of the minimisation the watch is shown them, G(x) - x of four images
+      (`perturbation`) and the class that G's images are most often predicted as (`suspected`).
+    Raises InputError for a model without a dense layer "head", for fewer images than devices, and for a loss that is
+      not finite.
     """
-    model, (_, size) = victim.model, equal_batches(config.batch_size, len(view.labels))
-    step = _step(model, generator_of(model.shape, config.width, config.downs), config.augment, config.fraction, size)
     shared = {
         "original": jax.tree.map(jnp.array, victim.variables["params"]),
         "hyper": {name: jnp.float32(getattr(config, name)) for name in ("rho", "momentum")},
     }
-    return alternate(config, victim, view, key, "PAM", step, begin(victim.variables, "sgd"), shared)
+    return alternate(config, victim, view, key, "PAM", _step, begin(victim.variables, "sgd"), shared)
 
 
 def towards(params: Any, original: Any, rho: Any) -> Any:
-    """w': a step of length `rho` (all parameters together) from w towards w_b; w itself where they are the same."""
+    """w': a step of L2 length `rho` from w towards w_b; w itself where the two are equal."""
     way = jax.tree.map(jnp.subtract, original, params)
-    length = jnp.sqrt(jax.tree.reduce(jnp.add, jax.tree.map(lambda d: (d**2).sum(), way)))
+    length = optax.tree.norm(way)
     return jax.tree.map(lambda p, d: p + rho * d / (length + 1e-12), params, way)
 
 

@@ -1,25 +1,31 @@
-"""RNP: unlearn the clean task, see which channels must go to recover it, prune those (Li et al., ICML 2023).
+"""RNP: unlearn the clean task, learn which channels recover it, and prune the others (Li et al., ICML 2023).
 
-Of "Reconstructive Neuron Pruning". Threat model: the defender has the model and a few clean labelled images (1 % of the
-training set), no trigger.
+Y. Li, X. Lyu, X. Ma, N. Koren, L. Lyu, B. Li and Y.-G. Jiang, "Reconstructive Neuron Pruning for Backdoor Defense".
 
-    1  ascend CE(f_θ(x), y) from θ_b, all weights, until an epoch's training accuracy is at most 0.2
-    2  with the unlearned weights frozen: min_{m in [0, 1]} α CE(m γ, β), m on the scales of batch normalisation
-    3  γ_c = 0 in θ_b    where m_c <= τ
+Threat model: the defender has the model and a few clean labelled images (1 % of the training set), and no trigger.
 
-What is left after 1 knows the backdoor better than the task; channels that 2 turns off stand in the way of the task.
-The accuracy of an epoch is that of its batches, each before its step. 1 and 2 are in training mode. At most 21 epochs
-of SGD 0.01 (momentum 0.9, weight decay 5e-4, which shrinks weights while the loss ascends; times 0.1 after 10 and 20),
-then 20 epochs of the masks at 0.2. Where accuracy never falls that far, the last epoch is taken.
+    1  Unlearn: from the victim θ_b, ascend CE(f_θ(x), y) on all weights until the training accuracy of an epoch is at
+       most 0.2.
+    2  Recover: with the unlearned weights frozen, min_{m in [0, 1]} α CE(m γ, β), masks m on the scales γ of batch
+       normalisation.
+    3  Prune: in θ_b, set γ_c = 0 where m_c <= τ.
 
-Works on every model with batch normalisation: cnn, small_vgg, resnet18, preact_resnet18, vgg16_bn, mobilenet_v2 and all
-others but mnist_cnn, vgg16, vgg19, vit and convnext.
+The unlearned model has lost the clean task but not the backdoor; the channels that step 2 switches off are those that
+hinder the clean task. The training accuracy of an epoch is that of its batches, each measured before its step. Steps 1
+and 2 run in training mode. Step 1 takes at most 21 epochs of SGD at 0.01 (momentum 0.9, weight decay 5e-4, learning
+rate times 0.1 after 10 and after 20 epochs), step 2 20 epochs of SGD at 0.2.
 
-Deviations: the release prints the test ASR at every τ and leaves the choice to who reads it. Here τ is the largest at
-which accuracy on validation images falls by at most `largest_drop` (ours); the watch is shown every τ. Its gradient
-clipping comes before the gradients and does nothing: it is left out. Where accuracy never falls to 0.2 it has no file
-to go on from. Images are cropped, not flipped (`augment=crop_flip` is the release's). A last, smaller batch of an
-epoch is left out.
+Requires batch normalisation: every model in bdjax.models but mnist_cnn, vgg16, vgg19, vit and convnext.
+
+Deviations from the release:
+- The release prints the test ASR for every τ and leaves the choice to the reader. Here τ is the largest threshold at
+  which accuracy on validation images falls by at most `largest_drop` (our rule); every candidate is reported to the
+  watch. Where even τ = 0 costs more than that, the victim is returned unchanged.
+- Its gradient clipping is applied before gradients exist and has no effect; it is left out.
+- Where training accuracy never falls to 0.2 the release has no checkpoint to continue from; here the last epoch is
+  used.
+- Images are cropped but not flipped (`augment=crop_flip` does both, as the release). The last, smaller batch of an
+  epoch is dropped.
 """
 
 from dataclasses import dataclass
@@ -38,28 +44,28 @@ from bdjax.types import DefenderView, Key, Variables, Victim
 
 @dataclass(frozen=True)
 class Config(SweepConfig):
-    """How the task is unlearned and recovered, and which channels go (the fields of SweepConfig)."""
+    """Unlearning, recovering, and the choice of the threshold (the fields of SweepConfig)."""
 
     highest_threshold: float = 0.9
-    """The last τ that is tried, in [0, 1]."""
+    """The largest τ that is tried, in [0, 1]."""
     epochs: int = 21
-    """Of unlearning, at most; times 0.1 in rate after 10 and after 20."""
+    """Epochs of unlearning, at most; the learning rate is multiplied by 0.1 after 10 and after 20."""
     stop_accuracy: float = 0.2
-    """Training accuracy of an epoch at which unlearning ends, a fraction in [0, 1]."""
+    """Unlearning ends after the first epoch whose training accuracy is at most this, in [0, 1]."""
     learning_rate: float = 0.01
-    """Of unlearning's SGD."""
+    """Learning rate of SGD in unlearning."""
     momentum: float = 0.9
-    """Of both, in [0, 1)."""
+    """Momentum of SGD, in unlearning and on the masks, in [0, 1)."""
     weight_decay: float = 5e-4
-    """Of unlearning: L2 term added to the gradient."""
+    """Coefficient of the L2 term added to the gradient in unlearning."""
     batch_size: int = 128
-    """Images a step; all of them when there are fewer."""
+    """Images per step; all of them when there are fewer."""
     alpha: float = 0.2
-    """α, what the masks' loss is multiplied by; positive."""
+    """α, factor of the loss of the masks; positive."""
     mask_epochs: int = 20
-    """Of recovering."""
+    """Epochs of recovering."""
     mask_learning_rate: float = 0.2
-    """Of the masks' SGD."""
+    """Learning rate of SGD on the masks."""
     augment: Literal["none", "crop", "crop_flip", "crop_flip_cutout"] = "crop"
     """Random crop (zero padding 4), horizontal flip, cut-out of 16 pixels."""
 
@@ -77,12 +83,13 @@ class Config(SweepConfig):
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Unlearn, recover, then prune as many channels as accuracy allows.
+    """Unlearn, recover, then prune as many channels as validation accuracy allows.
 
     Args:
-      view: clean images (stored [n, H, W, C]) and labels [n]; τ is chosen on its `validation`, or on a fifth of the
-        images where there is none, of fewer than 50 on all. key: shuffles and augments, and draws that fifth.
-    Returns: the variables; the watch is shown the candidates (see :func:`bdjax.defenses._masks.swept`).
+      view: clean images (stored [n, H, W, C]) and labels [n]; τ is chosen on its `validation` images, or on a fifth
+        of the images where it has none (on all of them if there are fewer than 50); key: shuffles and augments, and
+        draws that fifth.
+    Returns: the variables; the watch is shown every candidate (see :func:`bdjax.defenses._masks.swept`).
     Raises InputError for a model without batch normalisation, and for a loss that is not finite.
     """
     scales("rnp", victim.model, victim.variables)
@@ -103,7 +110,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
 
 
 def unlearned(config: Config, victim: Victim, view: DefenderView, key: Key) -> Epoch:
-    """The first epoch of ascent whose accuracy is at most `stop_accuracy`, or the last one."""
+    """The first epoch of ascent whose training accuracy is at most `stop_accuracy`, or else the last one."""
     recipe = FitConfig(
         config.epochs, config.batch_size, "sgd", config.learning_rate, config.momentum, config.weight_decay,
         augment=config.augment,

@@ -1,0 +1,27 @@
+"""What the tests of the tuning defenses share: a small victim, views of the blobs, and a watch that keeps numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import perceptron
+
+from bdjax.types import DefenderView, Victim, Watch
+
+KEY, MODEL = jax.random.key(0), perceptron()
+VICTIM = Victim(MODEL, MODEL.init(jax.random.key(3)))
+
+
+def view_of(blobs, count=40, watch=None):
+    return DefenderView(blobs[0][:count], blobs[1][:count], watch or Watch())
+
+
+def cross_entropy(logits, labels):
+    return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
+
+
+class Seen(Watch):
+    def __init__(self):
+        self.rows = []
+
+    def observe(self, step, variables, **arrays):
+        self.rows.append({name: float(value) for name, value in arrays.items() if np.ndim(value) == 0})
