@@ -70,7 +70,7 @@ def test_the_suspicious_class_has_all_patches_and_nothing_small_is_left_of_it():
     assert search.number == 6 and not search.nothing_small
     before = search.patches
     search.refresh(victim(False).variables, KEY)
-    large = search._found_anew > SETTINGS.largest_patch * 16
+    large = search._areas > SETTINGS.largest_patch * 16
     np.testing.assert_array_equal(
         np.asarray(search.patches.masks)[large], np.asarray(before.masks)[large]
     )  # too large to be unlearned

@@ -86,31 +86,31 @@ class TargetedSearch:
         self._search, self._model, self._view = search_, victim.model, view
         self._cap = largest(victim.model, search_.largest_radius)
         self._largest_area = search_.largest_patch * float(np.prod(victim.model.shape[:2]))
-        found = all_classes(search_, victim, view, jax.random.fold_in(key, 1), name)
-        self._median = float(np.median(found.radii))
-        suspicious = _suspicious(search_, found)
-        nearest = np.argsort(found.radii, kind="stable")[:NEAREST].astype(np.int32)
+        smallest = all_classes(search_, victim, view, jax.random.fold_in(key, 1), name)
+        self._median = float(np.median(smallest.radii))
+        suspicious = _suspicious(search_, smallest)
+        nearest = np.argsort(smallest.radii, kind="stable")[:NEAREST].astype(np.int32)
         self.patches, self.goal = self._first_patches(victim.variables, suspicious, nearest, jax.random.fold_in(key, 4))
-        self.scores = _towards(scores(search_, found), self.goal)
+        self.scores = _towards(scores(search_, smallest), self.goal)
         view.watch.judge(self.scores)
         others = nearest[:1] if self.goal == ANY else np.array([self.goal], np.int32)
-        self.present = _starts(search_.starts, found, suspicious, others, jax.random.fold_in(key, 2))
+        self.present = _starts(search_.starts, smallest, suspicious, others, jax.random.fold_in(key, 2))
         self._of_targets = np.flatnonzero(np.isin(view.labels, self.present.goals)).astype(np.int32)
         # a class that cannot be reached any more shall not be unlearned by ever larger perturbations
         self._bound = jnp.minimum(self._median, GROWTH * self.present.radii)[:, None, None, None]
-        self._again(victim.variables, jax.random.fold_in(key, 3), 2 * search_.refresh_steps)
-        self._found_anew = self.patches.areas
+        self._refine(victim.variables, jax.random.fold_in(key, 3), 2 * search_.refresh_steps)
+        self._areas = self.patches.areas
 
     @property
     def radius(self) -> float:
         """The smallest radius over the median of all classes in the given model; at least 1 where none leads there."""
-        smallest = float(self.present.radii.min())
-        return max(1.0, smallest / self._median) if smallest >= self._cap else smallest / self._median
+        least = float(self.present.radii.min())
+        return max(1.0, least / self._median) if least >= self._cap else least / self._median
 
     @property
     def nothing_small(self) -> bool:
         """Whether neither a small perturbation nor a small patch leads to a suspicious class any more."""
-        return self.radius >= 1 and bool((self._found_anew > self._largest_area).all())
+        return self.radius >= 1 and bool((self._areas > self._largest_area).all())
 
     @property
     def number(self) -> int:
@@ -145,12 +145,12 @@ class TargetedSearch:
         """Search them anew in a model, perturbations from 1.4 times their radius on; key: draws batches."""
         radii = np.minimum(1.4 * self.present.radii, self._cap).astype(np.float32)
         self.present = self.present._replace(radii=radii)
-        self._again(variables, key, self._search.refresh_steps)
+        self._refine(variables, key, self._search.refresh_steps)
         if not len(self.patches.goals):
             return
         steps, before = 2 * self._search.refresh_steps, self.patches
         anew = self._patches_of(variables, before.goals, steps, jax.random.fold_in(key, 1), before)
-        self._found_anew = anew.areas
+        self._areas = anew.areas
         too_large = jnp.asarray(anew.areas > self._largest_area)[:, None, None, None]
         self.patches = anew._replace(
             masks=jnp.where(too_large, before.masks, anew.masks),
@@ -183,7 +183,7 @@ class TargetedSearch:
         images, labels = self._view.images, self._view.labels
         return search_patches(self._model, variables, images, labels, goals, steps, key, start, tick)
 
-    def _again(self, variables: Variables, key: Key, steps: int) -> None:
+    def _refine(self, variables: Variables, key: Key, steps: int) -> None:
         size = self._search.batch_size * 3 // 2
         self.present = search(
             self._model, variables, self._view.images, self._view.labels, self.present, steps, size, self._cap, key
