@@ -118,7 +118,7 @@ def test_without_a_trigger_no_rate_of_success_is_printed_or_stored(model, data, 
 def test_evaluate_says_what_the_data_are_and_that_the_accuracy_cannot_be(model, data, capsys):
     out = bdjax(capsys, "evaluate", model, "--data", data)
     assert "asr              not measured: no trigger given" in out and "noise: 5 classes, images 24x24x3." in out
-    assert "20 test images, 4 to 4 a class: 0 4, 1 4" in out and "warning: the clean accuracy is" in out
+    assert "20 test images, 4 a class: 0 4, 1 4" in out and "warning: the clean accuracy is" in out
 
 
 @pytest.mark.parametrize("command", ["import", "purify", "evaluate", "audit", "export"])
