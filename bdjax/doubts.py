@@ -120,7 +120,8 @@ def described(data: Data) -> list[str]:
     for split, labels in _splits(data):
         count: np.ndarray = np.bincount(labels, minlength=len(data.classes))
         each = _some([f"{name} {number}" for name, number in zip(data.classes, count, strict=True)])
-        lines.append(f"{len(labels)} {split} images, {count.min()} to {count.max()} a class: {each}.")
+        least, most = count.min(), count.max()
+        lines.append(f"{len(labels)} {split} images, {least}{f' to {most}' if most > least else ''} a class: {each}.")
     return [*lines, *data.notes]
 
 

@@ -40,7 +40,7 @@ _KNOWN: dict[str, Any] = {  # where they are there
         "file": str, "sha256": str, "format": str, "names": str, "key": str, "prefix": str,
         "tensors": tuple[tuple[str, str, tuple[int, ...]], ...], "kept": tuple[str, ...],
         "skipped?": dict[str, str], "ignored?": tuple[str, ...], "normalised?": tuple[str, ...],
-        "classes?": str | None, "accuracy?": float | None,
+        "classes?": str | None, "unnamed?": str | None, "accuracy?": float | None,
     },
 }  # fmt: skip
 _WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)

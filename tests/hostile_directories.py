@@ -96,6 +96,7 @@ def manifests(data, spec):
         "file": "weights.pt", "sha256": "0" * 64, "format": "torch", "names": "bdjax", "key": "", "prefix": "",
         "tensors": [["Conv_0.weight", "float32", [16, 1, 3, 3]]], "kept": [], "skipped": {"epoch": "builtins.set"},
         "ignored": ["mask"], "normalised": ["mean", "std"], "classes": "class_to_idx", "accuracy": 0.5,
+        "unnamed": "'names': 2 names for 3 outputs",
     }  # fmt: skip
     given = {"mean": [0.5], "std": [0.25], "channels": "rgb", "layout": "chw", "resize": 0}
     return {

@@ -81,6 +81,18 @@ def test_two_accusers_of_one_class_are_needed_or_the_only_one_asked(says, expect
     assert audit.verdict({name: {"poisoned": p, "target": t} for name, p, t in says}) == expected
 
 
+def test_the_columns_of_the_table_stand_under_their_heads():
+    own = {"poisoned": True, "target": 1, "score": 0.5, "seconds": 2.0}
+    methods = {"age": own, "targeted_unlearning": {**own, "poisoned": False, "score": None}, "m" * 30: own}
+    result = {"directory": "d", "model": "m", "dataset": "s", "n": 3, "seed": 0, "classes": ["0", "cat"], **NOBODY}
+    lines = report.table({**result, "methods": methods}).splitlines()
+    rows = lines[2:6]
+    for column, values in (("says", ("poisoned", "clean", "poisoned")), ("class", ("1 (cat)",) * 3)):
+        ends = [row.index(word) + len(word) for row, word in zip(rows, (column, *values), strict=True)]
+        assert len(set(ends)) == 1, column
+    assert len({len(row) for row in rows}) == 1 and "score: of that class" in lines[-1]
+
+
 def test_table_and_picture_name_the_class_and_the_accusers(audited, tmp_path):
     result, arrays = audited
     accused = {**result, "poisoned": True, "target": 1, "accused_by": ["universal"]}

@@ -118,7 +118,7 @@ def test_without_a_trigger_no_rate_of_success_is_printed_or_stored(model, data, 
 def test_evaluate_says_what_the_data_are_and_that_the_accuracy_cannot_be(model, data, capsys):
     out = bdjax(capsys, "evaluate", model, "--data", data)
     assert "asr              not measured: no trigger given" in out and "noise: 5 classes, images 24x24x3." in out
-    assert "20 test images, 4 to 4 a class: 0 4, 1 4" in out and "warning: the clean accuracy is" in out
+    assert "20 test images, 4 a class: 0 4, 1 4" in out and "warning: the clean accuracy is" in out
 
 
 @pytest.mark.parametrize("command", ["import", "purify", "evaluate", "audit", "export"])
@@ -206,6 +206,15 @@ def test_a_normalisation_layer_of_the_part_that_is_chosen_is_the_inputs(tmp_path
     assert "normalisation layer ('ema.mean'" in said
 
 
+def test_what_stands_beside_weights_and_is_not_used_is_said(tmp_path, capsys):
+    layer = {"mean": np.float32([0.25, 0.5, 0.75]), "std": np.float32([0.5, 1e-30, 0.25])}
+    file = altered(tmp_path, "m.pt", lambda state: {**layer, **state})
+    argv = ["import", file, "--model", "small_vgg", "--out", tmp_path / "m"]
+    assert "that is not for images in [0, 1]" in refused(capsys, *argv)
+    told = answered(capsys, *argv, "--ignore", "mean,std", "--input-mean", "0.5")
+    assert told["input"]["mean"] == [0.5] and told["normalised"] == [] and told["ignored"] == ["mean", "std"]
+
+
 def test_of_a_part_that_is_chosen_the_options_are_measured(data, tmp_path, capsys):
     file = altered(tmp_path, "m.pt", lambda s: {f"{which}.{k}": v for which in ("net", "ema") for k, v in s.items()})
     argv = ["import", file, "--model", "small_vgg", "--key", "ema", "--clean-data", data, "--out", tmp_path / "m"]
@@ -242,6 +251,20 @@ def test_a_defense_has_its_own_place_by_what_it_is_measured_with(model, data, pi
         (["import", SMALL, "--model", "small_vgg", "--size", "1,2,3", "--out", "m"], ["--size", "1,2,3"]),
         (["import", SMALL, "--model", "small_vgg", "--input-mean", "a", "--out", "m"], ["--input-mean", "'a'"]),
         (["import", SMALL, "--model", "small_vgg", "--input-std", "0,1,1", "--out", "m"], ["--input-std", "positive"]),
+        *(
+            (
+                ["import", SMALL, "--model", "small_vgg", f"--input-{name}={value}", "--out", "m"],
+                [f"--input-{name}", why],
+            )
+            for name, value, why in (
+                ("std", "1e-30", "at least 1e-05"),
+                ("std", "0.2,1e-6,0.2", "at least 1e-05"),
+                ("std", "10", "[0, 1]"),
+                ("mean", "-1e30", "at least -10"),
+                ("mean", "1.5", "[0, 1]"),
+                ("std", "1e30", "[0, 1]"),
+            )
+        ),
         (["import", SMALL, "--model", "small_vgg", "--input-mean", "1,2", "--out", "m"], ["2 numbers", "3 channels"]),
         (["import", SMALL, "--model", "small_vgg", "--layout", "nchw", "--out", "m"], ["layout", "nchw"]),
         (["export", "nowhere", "--format", "torch", "--out", "m.pt"], ["nowhere"]),

@@ -181,7 +181,10 @@ def test_an_epoch_draws_each_image_once_and_the_next_in_another_order():
     "config",
     [
         FitConfig(epochs=6, batch_size=60, optimizer="adam", learning_rate=3e-3),
-        FitConfig(epochs=6, batch_size=60, optimizer="sgd", learning_rate=0.05, schedule="cosine"),
+        pytest.param(
+            FitConfig(epochs=6, batch_size=60, optimizer="sgd", learning_rate=0.05, schedule="cosine"),
+            marks=pytest.mark.slow,
+        ),
         FitConfig(epochs=6, batch_size=60, optimizer="sgd", learning_rate=0.05, schedule="step", weight_decay=5e-4),
     ],
     ids=["adam", "sgd-cosine", "sgd-step"],

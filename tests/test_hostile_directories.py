@@ -46,13 +46,12 @@ def test_every_field_of_every_record_is_a_place_for_code_and_none_runs(fields, t
     assert not mark.exists() and not any("bdjax_user_evil" in name for name in list(registry.sys.modules))
 
 
-def test_every_field_with_every_wrong_value_is_taken_or_refused_in_one_line(fields, tmp_path):
-    said = [
-        answer(hostile.changed(manifest, place, value), tmp_path / "manifest.json")
-        for _, manifest, place in fields
-        for value in hostile.WRONG.values()
-    ]
-    assert sum(line is not None for line in said) > 500
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])  # of every seventh, and of all
+def test_every_field_with_every_wrong_value_is_taken_or_refused_in_one_line(step, fields, tmp_path):
+    wrong = [(manifest, place, value) for _, manifest, place in fields for value in hostile.WRONG.values()]
+    said = [answer(hostile.changed(*one), tmp_path / "manifest.json") for one in wrong[::step]]
+    assert len(hostile.WRONG) % 7, "else the same values would be left out of every field"
+    assert sum(line is not None for line in said) > 500 / step
     assert all(answer(hostile.without(manifest, place), tmp_path) is None or place for _, manifest, place in fields)
 
 

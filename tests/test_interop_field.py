@@ -15,7 +15,7 @@ from bdjax.models import Input
 
 HERE = Path(__file__).parent / "fixtures" / "torch"
 CASES = json.loads((HERE / "cases.json").read_text())
-QUICK = ("resnet8_dxy", "wrn_10_2_meliketoy", "badnets_pytorch", "vgg11_backdoorbox")
+QUICK = ("resnet8_dxy", "badnets_pytorch", "vgg11_backdoorbox")
 """Few layers each; the others take seconds to compile."""
 
 

@@ -9,7 +9,7 @@ from bdjax.options import Common, Foreign
 
 ORDER = 42
 USAGE = "FILE [--model M] [--classes C] [--size S] [--input-mean ..] [--input-std ..] [--clean-data D] --out DIR"
-_TOLD = ("file", "format", "names", "key", "prefix", "skipped", "ignored", "normalised", "accuracy")
+_TOLD = ("file", "format", "names", "key", "prefix", "skipped", "ignored", "normalised", "unnamed", "accuracy")
 SUMMARY = "make a model directory of a .safetensors, .pt or .pth file; nothing in it is run"
 
 

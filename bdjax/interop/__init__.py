@@ -76,8 +76,9 @@ def import_model(
     dicts = {place: _beside.folded(tensors, waived[place]) for place, tensors in dicts.items()}
     every = frozenset[str]().union(*waived.values())
     dicts = dicts if key is None else {key: matching.under(file, dicts, key)}
-    inputs, layers = _beside.normalised(file, dicts, wanted.input)
-    left = {place: waived.get(place, every) | layers.get(place, frozenset()) for place in dicts}
+    ignored = {place: waived.get(place, every) for place in dicts}
+    inputs, layers = _beside.normalised(file, dicts, wanted.input, ignored)
+    left = {place: names | layers.get(place, frozenset()) for place, names in ignored.items()}
     strange = {place: _beside.among(place, strangers) for place in dicts}
     wanted = dataclasses.replace(wanted, inputs=inputs, waived=left, strange=strange)
     fit = matching.best(file, dicts, wanted, None)
@@ -119,6 +120,7 @@ def import_model(
             "ignored": sorted(every & set(fit.tensors)),
             "normalised": sorted(layers.get(fit.key, ())),
             "classes": named[1] if named else None,
+            "unnamed": None if named else _beside.unused_names(value, fit.model.classes),
             "accuracy": _beside.accuracy(value),
         },
     }

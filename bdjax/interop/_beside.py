@@ -3,6 +3,7 @@
 All of it is looked for by the names that people give it, and taken only where it is of the right form.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ import numpy as np
 from bdjax.errors import InputError
 from bdjax.interop._globals import is_tensor
 from bdjax.interop._tensors import Tensor, shown
-from bdjax.models import Input
+from bdjax.models import MEANS, STDS, Input
 from bdjax.text import visible
 
 Dicts = Mapping[str, Mapping[str, Tensor]]
@@ -85,23 +86,38 @@ def _product(one: Tensor, mask: Tensor) -> Any:
     return lambda: one.read() * mask.read().astype(one.read().dtype)
 
 
-def normalised(file: Path, dicts: Dicts, given: Input | None) -> tuple[dict[str, Input], dict[str, frozenset[str]]]:
+def normalised(
+    file: Path, dicts: Dicts, given: Input | None, ignored: Mapping[str, frozenset[str]] | None = None
+) -> tuple[dict[str, Input], dict[str, frozenset[str]]]:
     """What the normalisation layer in each dictionary does to images, and the names of its tensors.
 
-    Numbers for images of 0 to 255 are divided by 255. Raises InputError when `given` says something else.
+    Numbers for images of 0 to 255 are divided by 255.
+
+    Args: given: what the owner says; ignored: by dictionary, tensors that belong to no such layer.
+    Raises InputError when `given` says something else, and for numbers beside weights that are for no images.
     """
     inputs, names = {}, {}
     given = given or Input()
     for place, tensors in list(dicts.items())[:_MOST]:
-        pairs = list(islice(_pairs(tensors), _MOST))
+        left_out = (ignored or {}).get(place, frozenset())
+        pairs = list(islice((pair for pair in _pairs(tensors) if not left_out.intersection(pair)), _MOST))
         values = {(_values(tensors[mean]), _values(tensors[std])) for mean, std in pairs}
         if len(values) != 1:
             continue  # none, or several that differ: what they do is not known, so they stay left over
         mean, std = next(iter(values))
-        if mean is None or std is None or min(std) <= 0 or len(mean) != len(std):
+        if mean is None or std is None or len(mean) != len(std):
             continue
         if max(mean) > 1 and min(std) > 1:
             mean, std = tuple(part / 255 for part in mean), tuple(part / 255 for part in std)
+        if min(mean) < MEANS[0] or max(mean) > MEANS[1] or min(std) < STDS[0] or max(std) >= STDS[1]:
+            if not any(_is_kernel(tensor) for tensor in tensors.values()):
+                continue  # statistics of something else, beside the weights
+            raise InputError(
+                f"{file} has a normalisation layer ({shown(pairs[0][0])}: mean {_listed(mean)}, std {_listed(std)}) "
+                f"that is not for images in [0, 1]: a mean must be from {MEANS[0]:g} to {MEANS[1]:g}, a std from "
+                f"{STDS[0]:g} to less than {STDS[1]:g}. Leave it out with --ignore {visible(','.join(pairs[0]))}, and "
+                "give what the owner did by --input-mean and --input-std."
+            )
         told = given.mean or given.std
         if told and not (_alike(given.mean or (0.0,), mean) and _alike(given.std or (1.0,), std)):
             raise InputError(
@@ -121,6 +137,10 @@ def _pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
             other = f"{prefix}{dot}{std}"
             if last == mean and other in tensors and all(_is_by_channel(tensors[n]) for n in (name, other)):
                 yield name, other
+
+
+def _is_kernel(tensor: Tensor) -> bool:
+    return sum(side > 1 for side in tensor.shape) > 1
 
 
 def _is_by_channel(tensor: Tensor) -> bool:
@@ -148,24 +168,42 @@ def _listed(values: tuple[float, ...]) -> str:
 def class_names(value: Any, count: int) -> tuple[tuple[str, ...], str] | None:
     """The names of `count` classes that a file tells, in the order of the outputs, and under which key; or None."""
     for place, held in _facts(value, _NAMES):
-        names = _names(held)
-        if names is not None and len(names) == count and len(set(names)) == count:
+        names, _ = _names(held, count)
+        if names:
             return names, place
     return None
 
 
-def _names(held: Any) -> tuple[str, ...] | None:
+def unused_names(value: Any, count: int) -> str | None:
+    """Why the class names that a file tells are not those of `count` outputs, where :func:`class_names` takes none."""
+    for place, held in _facts(value, _NAMES):
+        _, why = _names(held, count)
+        if why:
+            return f"{shown(place)}: {why}"
+    return None
+
+
+def _names(held: Any, count: int) -> tuple[tuple[str, ...], str]:
+    """The names, or why they cannot be used; neither for what is no collection of names."""
     if isinstance(held, dict) and held:
-        if all(type(key) is str and type(index) is int for key, index in held.items()):  # name -> index
-            held = {index: key for key, index in held.items()}
-        if sorted(key for key in held if type(key) is int) != list(range(len(held))):
-            return None
-        held = [held[index] for index in range(len(held))]
+        pairs = list(held.items())
+        if all(type(key) is str and type(index) is int for key, index in pairs):  # name -> index
+            pairs = [(index, key) for key, index in pairs]
+        if sorted(index for index, _ in pairs if type(index) is int) != list(range(len(pairs))):
+            return (), f"its numbers are not 0 to {len(pairs) - 1}, each once"
+        held = [name for _, name in sorted(pairs, key=lambda pair: pair[0])]
     if not isinstance(held, list | tuple) or not held:
-        return None
-    if not all(type(name) in (str, int) and len(str(name)) <= _LONGEST for name in held):
-        return None
-    return tuple(visible(str(name)) for name in held)
+        return (), ""
+    if len(held) != count:
+        return (), f"{len(held)} names for {count} outputs"
+    if not all(type(name) in (str, int) for name in held):
+        return (), "not all of them are text or whole numbers"
+    # the length before str(): a whole number of a stranger's may have more digits than Python turns into text
+    if any(len(name) > _LONGEST if type(name) is str else abs(name) >= 10**_LONGEST for name in held):
+        return (), f"one has more than {_LONGEST} characters"
+    names = tuple(visible(str(name)) for name in held)
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    return ((), f"{shown(twice[0])} is there more than once") if twice else (names, "")
 
 
 def accuracy(value: Any) -> float | None:

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from bdjax import registry
 from bdjax.errors import InputError
 from bdjax.models._generators import Generator, autoencoder, hider, reader, sampler, unet
-from bdjax.models._input import Input
+from bdjax.models._input import MEANS, STDS, Input
 from bdjax.models._norms import entering, followed
 from bdjax.models._variants import Variant, checked, variant
 from bdjax.types import Images, Key, Model, Variables
 
 __all__ = [
-    "Generator", "Input", "as_dtype", "autoencoder", "create", "entering", "followed", "head", "hider", "kernels",
-    "outputs", "penultimate", "reader", "sampler", "unet", "variant", "with_kernels",
+    "MEANS", "STDS", "Generator", "Input", "as_dtype", "autoencoder", "create", "entering", "followed", "head", "hider",
+    "kernels", "outputs", "penultimate", "reader", "sampler", "unet", "variant", "with_kernels",
 ]  # fmt: skip
 
 

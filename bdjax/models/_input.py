@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from bdjax.errors import InputError
 from bdjax.types import Images
 
-_BYTES = 10.0  # a standard deviation that only images of 0 to 255 have
+MEANS, STDS = (-10.0, 1.0), (1e-5, 10.0)
+"""Least and most for images in [0, 1]: networks that were given 0 to 65535 have a std of 1.5e-5, and one of 10 or more
+is for images of 0 to 255."""
 LAYOUTS = ("chw", "hwc", "cwh", "whc")
 
 
@@ -35,6 +37,12 @@ class Input:
                 raise InputError(f"--input-{name} must be finite, got {','.join(map(str, values))}.")
         if any(value <= 0 for value in self.std):
             raise InputError(f"--input-std must be positive, got {','.join(map(str, self.std))}.")
+        for name, (least, _) in (("mean", MEANS), ("std", STDS)):
+            if any(value < least for value in getattr(self, name)):
+                raise InputError(
+                    f"--input-{name} must be at least {least:g}, got {','.join(map(str, getattr(self, name)))}: it is "
+                    "for images in [0, 1]. Give the numbers that the owner of the network used."
+                )
         if self.channels not in ("rgb", "bgr"):
             raise InputError(f"--channels must be rgb or bgr, got {self.channels!r}.")
         if self.layout not in LAYOUTS:
@@ -48,7 +56,7 @@ class Input:
             given = getattr(self, name)
             if len(given) not in (0, 1, channels):
                 raise InputError(f"--input-{name} has {len(given)} numbers; the network takes {channels} channels.")
-        if any(value > 1 for value in self.mean) or any(value >= _BYTES for value in self.std):
+        if any(value > MEANS[1] for value in self.mean) or any(value >= STDS[1] for value in self.std):
             scaled = {"mean": self.mean, "std": self.std or (1.0,) * len(self.mean)}
             flags = " ".join(
                 f"--input-{name} {','.join(f'{value / 255:.6g}' for value in values)}"

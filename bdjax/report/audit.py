@@ -10,17 +10,19 @@ from bdjax.files import no_link
 
 def table(result: dict[str, Any]) -> str:
     """The verdict, then a line for each method."""
+    wide = max(16, *(len(name) for name in result["methods"]))
     lines = [
         f"{result['directory']}: {verdict(result)}",
         f"{result['model']} on {result['dataset']}, n = {result['n']} clean images, seed {result['seed']}",
-        f"{'method':16s}{'says':>10s}{'class':>14s}{'score':>9s}{'seconds':>9s}",
+        f"{'method':{wide}s}{'says':>10s}{'class':>14s}{'score':>9s}{'seconds':>9s}",
     ]
     for name, own in result["methods"].items():
         says = "poisoned" if own["poisoned"] else "clean"
         score = "-" if own["score"] is None else f"{own['score']:.2f}"
         label = class_of(result, own["target"])
-        lines.append(f"{name:16s}{says:>10s}{label:>14s}{score:>9s}{own['seconds']:>9.1f}")
+        lines.append(f"{name:{wide}s}{says:>10s}{label:>14s}{score:>9s}{own['seconds']:>9.1f}")
     lines.append("class: the one that the method finds most suspicious, whatever it says of the model.")
+    lines.append("score: of that class; each method has a scale of its own. seconds: without compiling.")
     return "\n".join(lines)
 
 

@@ -12,6 +12,8 @@ def notes(manifest: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     if source.get("classes"):
         found.append(f"classes: {_some(manifest['classes'])}, in the file under {source['classes']!r}")
+    if source.get("unnamed"):
+        found.append(f"classes: numbered; the names in the file are not used, {source['unnamed']}")
     if source.get("normalised"):
         found.append(f"normalisation layer: {_some(source['normalised'])}, done to images as said above")
     if source.get("ignored"):
