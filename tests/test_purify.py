@@ -149,6 +149,7 @@ def test_a_report_that_was_left_away_is_made_by_a_second_call(cleaned, file, cle
     assert (out / "report.html").read_bytes() == report
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on(cleaned, file, clean, capsys, tmp_path):
     out, result = cleaned
     half = shutil.copytree(out, tmp_path / "half")

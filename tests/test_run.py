@@ -62,7 +62,7 @@ def test_json_is_the_last_line_and_a_finished_run_is_not_repeated(finished, blob
 def test_a_defense_is_judged_by_images_kept_apart_and_its_success_is_estimated(tmp_path):
     """Digits: 100 images, 20 of them kept apart, and an estimate of what is left of the attack."""
     victim.train(demo(), tmp_path / "victim")
-    config, context = registry.load("defenses", "ibau").Config(rounds=3), victim.Context(estimate=True)
+    config, context = registry.load("defenses", "ibau").Config(rounds=1), victim.Context(estimate=True)
     split = SplitConfig(size=100, order="stratified")
     result = run.defend(tmp_path / "victim", "ibau", config, tmp_path / "run", split=split, context=context)
     assert (result["n_defender"], result["n_validation"]) == (100, 20)
