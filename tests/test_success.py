@@ -52,11 +52,11 @@ def test_the_estimate_is_high_for_the_victim_and_low_without_the_back_door(befor
 
 
 def test_the_most_suspicious_classes_are_the_nearest(view):
-    assert _success.suspicious(victim(True), view, KEY).tolist() == [1]
+    assert _success.suspicious(victim(True), view, KEY).tolist() == [1, _smallest.ANY]
     scores = SimpleNamespace(classes=np.array([0.5, np.nan, 3.0, 2.5, 2.9, 2.8], np.float32), poisoned=True)
-    assert _success.most_suspicious(scores).tolist() == [2, 4, 5]  # three at most
+    assert _success.most_suspicious(scores).tolist() == [2, 4, 5, _smallest.ANY]  # three at most
     scores.classes[3:] = 2.65, 2.55, 1.0
-    assert _success.most_suspicious(scores).tolist() == [2, 3]  # above 1 + 0.8 (3 - 1)
+    assert _success.most_suspicious(scores).tolist() == [2, 3, _smallest.ANY]  # above 1 + 0.8 (3 - 1)
     scores.poisoned = False
     assert _success.most_suspicious(scores).tolist() == [2, 3, 4, _smallest.ANY]
 

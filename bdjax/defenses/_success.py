@@ -5,10 +5,9 @@ the smallest additive perturbation (:mod:`bdjax.defenses._smallest`) and the sma
 Cleanse's: Wang et al., IEEE S&P 2019). They are put on clean images of other classes that the defense did not learn
 from, at several strengths, for an attacker's own trigger is stronger than the smallest one that works; the flip rate is
 the largest share that the model calls by the trigger's class. The same triggers are recovered from the cleaned model
-anew; one that is more than `LARGER` times as large as before is no sign of the old backdoor and counts as none. Where
-no class is suspicious, the one of the nearest classes is taken whose patch is the smallest, or any class, if the patch
-that sends images away from their own class is smaller still; the flip rate of that is the share of errors beyond the
-share on clean images.
+anew; one that is more than `LARGER` times as large as before is no sign of the old backdoor and counts as none. If a
+far smaller patch sends images to any class but their own than to one class, triggers of that kind are recovered
+instead; their flip rate is the share of errors beyond the share on clean images.
 
 The estimate is the largest flip rate that is left. It is a lower bound of what an attacker can do with triggers of
 these two forms, and says nothing of triggers that neither form expresses (experiments/foreign has how well it follows
@@ -126,26 +125,31 @@ def suspicious(victim: Victim, view: DefenderView, key: Key) -> np.ndarray:
 
 
 def most_suspicious(scores: Scores) -> np.ndarray:
-    """The classes of a verdict that triggers are recovered for, int32 [K]: the first, and those close to it; where the
-    model is not called poisoned, the first ones and `ANY`, of which :func:`recover` chooses."""
+    """The classes of a verdict that triggers are recovered for, and `ANY`, of which :func:`recover` chooses: int32 [K].
+
+    The first class and those close to it; where the model is not called poisoned, others are close to any.
+    """
     values = np.nan_to_num(scores.classes, nan=-np.inf)
     ranked = np.argsort(-values, kind="stable")[:CLASSES].astype(np.int32)
     ranked = ranked[: max(1, np.isfinite(values[ranked]).sum())]  # a class that could not be judged has no trigger
-    if not scores.poisoned:
-        return np.append(ranked, np.int32(ANY))
-    highest = values[ranked[0]]
-    return ranked[values[ranked] >= min(1 + NEAR * (highest - 1), highest)]
+    if scores.poisoned:
+        highest = values[ranked[0]]
+        ranked = ranked[values[ranked] >= min(1 + NEAR * (highest - 1), highest)]
+    return np.append(ranked, np.int32(ANY))
 
 
 def recover(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) -> Recovered:
     """The smallest additive perturbation and the smallest patch towards each of `labels` int32 [K].
 
-    Args: victim: the model; labels: classes; with `ANY` among them the one of the smallest patch alone is returned;
-      view: clean images and labels; key: draws batches.
+    Args: victim: the model; labels: classes; with `ANY` among them, it alone if its patch is far smaller than those of
+      the classes, else the classes whose patches are at most `LARGER` times as large as the smallest; view: clean
+      images and labels; key: draws batches.
     """
-    if ANY in labels:
-        patches = _patches_of(victim, labels, view, jax.random.fold_in(key, 2))
-        labels = labels[[np.argmin(patches.areas)]]
+    if ANY in labels and (labels != ANY).any():
+        areas = _patches_of(victim, labels, view, jax.random.fold_in(key, 2)).areas
+        smallest = areas[labels != ANY].min()
+        to_any = areas[labels == ANY].min() < _targeted_search.SMALLER * smallest
+        labels = labels[(labels == ANY) if to_any else (labels != ANY) & (areas <= LARGER * smallest)]
     return _recovered(victim, labels, view, key)
 
 

@@ -21,6 +21,9 @@ GROWTH = 3.0
 """Perturbations are unlearned at no more than so many times the radius that first led to their class."""
 NEAREST = 3
 """Classes that patches are searched for where none is suspicious."""
+SMALLER = 0.8
+"""A patch that sends images to any class but their own must have less than this share of the area that one to a class
+has, to be taken for an all-to-all backdoor's: what leads to one class leads away from the others, too."""
 KEPT = 0.15
 """Share of a batch that are clean images of the suspicious classes."""
 
@@ -160,21 +163,22 @@ class TargetedSearch:
     def _first_patches(
         self, variables: Variables, suspicious: np.ndarray, nearest: np.ndarray, key: Key
     ) -> tuple[Patches, int]:
-        """The patches that are unlearned and what the smallest leads to: a suspicious class; where there is none, one
-        of the nearest classes or any class, whichever has the smallest patch."""
+        """The patches that are unlearned and what they lead to: the suspicious classes, or where there is none the
+        nearest ones of the smallest patches; any class, if a far smaller patch sends images away from their own."""
         number = self._search.patches
         if not number:
             shape = self._model.shape
             nothing = Patches(np.zeros(0, np.int32), jnp.zeros((0, *shape[:2], 1)), jnp.zeros((0, *shape)), np.zeros(0))
             return nothing, int(suspicious[0] if len(suspicious) else nearest[0])
-        if len(suspicious):
-            return self._patches_of(variables, np.resize(suspicious, number), STEPS, key, None), int(suspicious[0])
-        goals = np.append(nearest, np.full(number, ANY, np.int32))
+        classes = np.resize(suspicious, number) if len(suspicious) else nearest
+        goals = np.append(classes, np.int32(ANY))
         patches = self._patches_of(variables, goals, STEPS, key, None)
-        goal = int(goals[np.argmin(patches.areas)])
-        some = np.lexsort((patches.areas, goals != goal))[:number]
+        if patches.areas[-1] < SMALLER * patches.areas[:-1].min():
+            goals = np.full(number, ANY, np.int32)
+            return self._patches_of(variables, goals, STEPS, jax.random.fold_in(key, 1), None), ANY
+        some = np.arange(number) if len(suspicious) else np.argsort(patches.areas[:-1], kind="stable")[:number]
         chosen = Patches(goals[some], patches.masks[some], patches.patterns[some], patches.areas[some])
-        return chosen, goal
+        return chosen, int(suspicious[0] if len(suspicious) else goals[some[0]])
 
     def _patches_of(
         self, variables: Variables, goals: np.ndarray, steps: int, key: Key, start: Patches | None
