@@ -38,12 +38,12 @@ def folders(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return []
-    found = [p for p in path.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in _SYSTEMS]
-    for one in found:
+    children = [p for p in path.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in _SYSTEMS]
+    for one in children:
         _checks.check_text(f"a folder in {ascii(str(path))[1:-1]}", one.name)
-    if all(one.name.isascii() and one.name.isdigit() for one in found):
-        return sorted(found, key=lambda one: (int(one.name), one.name))
-    return sorted(found)
+    if all(one.name.isascii() and one.name.isdigit() for one in children):
+        return sorted(children, key=lambda one: (int(one.name), one.name))
+    return sorted(children)
 
 
 def files(folder: Path) -> Iterator[Path]:

@@ -150,10 +150,10 @@ class Inversion:
             jax.random.fold_in(key, 2),
             f"{what}, G",
         )
-        found = self._called(variables, jax.random.fold_in(key, 3))
+        target = self._called(variables, jax.random.fold_in(key, 3))
         if self.target is None:
-            self.target = found
-        return found
+            self.target = target
+        return target
 
     def changed(self, images: Any) -> Images:
         """G(x) of images (stored or float [N, H, W, C]): float32 of the same shape, not clipped."""
@@ -199,12 +199,12 @@ def alternate(
     rates, shown = np.full((config.epochs, number), config.learning_rate), to_float(view.images[:4])
     for round_ in range(config.rounds):
         own, what = jax.random.fold_in(key, round_ + 1), f"{name} round {round_ + 1} of {config.rounds}"
-        found = inversion.refresh(model_of(state), jax.random.fold_in(own, 0), what)
-        if config.early_stop and found != inversion.target:
+        target = inversion.refresh(model_of(state), jax.random.fold_in(own, 0), what)
+        if config.early_stop and target != inversion.target:
             break
         after = shown_to(
             view.watch, round_ * config.epochs, perturbation=inversion.changed(shown) - shown,
-            suspected=np.array([found], np.int32),
+            suspected=np.array([target], np.int32),
         )  # fmt: skip
         state = passes(
             step, state, {**shared, "generator": inversion.generator}, rates, size, jax.random.fold_in(own, 1),
@@ -235,8 +235,8 @@ def features_of(
 def mixed(generator: Callable, params: Any, images: Images, chosen: jax.Array, most: int) -> Images:
     """The batch with G(x) at the `chosen` positions, bool [B], of which there are at most `most`."""
     at = jnp.nonzero(chosen, size=most, fill_value=len(images))[0]
-    made = jax.lax.stop_gradient(generator(params, images[jnp.minimum(at, len(images) - 1)]))
-    return images.at[at].set(made, mode="drop")
+    generated = jax.lax.stop_gradient(generator(params, images[jnp.minimum(at, len(images) - 1)]))
+    return images.at[at].set(generated, mode="drop")
 
 
 def chosen_of(share: float, number: int, size: int, key: Key) -> dict[str, jax.Array]:
@@ -279,11 +279,11 @@ def _copying(model: Model, generator: Callable, policy: str) -> Callable:
         given, was = model.apply(shared["model"], images)[:2]
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
-            made = generator(params, images)
-            logits, features, _ = model.apply(shared["model"], made)
+            generated = generator(params, images)
+            logits, features, _ = model.apply(shared["model"], generated)
             predicted = optax.softmax_cross_entropy(jax.nn.softmax(given), jax.nn.softmax(logits)).mean()
             moved = _mse(*(penultimate(f).astype(jnp.float32) for f in (was, features)))
-            image = _mse(images, made)
+            image = _mse(images, generated)
             weight = jnp.where(parallel.average(image, axis) > 0.1, 100.0, 0.01)
             value = predicted + moved + jax.lax.stop_gradient(weight) * image
             return value, {"loss": value, "image": image}
@@ -330,11 +330,11 @@ def _inverting(model: Model, generator: Callable, policy: str) -> Callable:
         was = features_of(model, shared["model"], images)[0]
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
-            made = generator(params, images)
-            logits, features, _ = model.apply(shared["model"], made)
+            generated = generator(params, images)
+            logits, features, _ = model.apply(shared["model"], generated)
             now = penultimate(features).astype(jnp.float32)
             benign, backdoor = _mse(mask * was, mask * now), _mse((1 - mask) * was, (1 - mask) * now)
-            image = _mse(images, made)
+            image = _mse(images, generated)
             far = parallel.average((image, benign), axis)
             copy = (far[0] > hyper["image_bound"]) | (far[1] > hyper["feature_bound"])
             value = jnp.where(copy, image, hyper["benign"] * benign - backdoor)

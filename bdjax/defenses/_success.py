@@ -102,8 +102,8 @@ def estimate(
     largest_sizes = _cap(victim.model), float(np.prod(victim.model.shape[:2]))
     rows = []
     for place, goal in enumerate(before.labels):
-        counted_ = judged.labels != goal
-        images, labels = np.asarray(to_float(judged.images[counted_])), judged.labels[counted_]
+        of_others = judged.labels != goal
+        images, labels = np.asarray(to_float(judged.images[of_others])), judged.labels[of_others]
         for form, name in enumerate(("additive", "patch")):
             rates = [
                 _flipped(victim.model, variables, name, recovered, place, images, labels)
@@ -120,8 +120,8 @@ def estimate(
 def suspicious(victim: Victim, view: DefenderView, key: Key) -> np.ndarray:
     """The classes that far smaller additive perturbations lead to than to others, int32 [K], K from 1 to `CLASSES`."""
     settings = _targeted_search.Search()
-    found = _targeted_search.all_classes(settings, victim, view, key, "the estimate of success")
-    return most_suspicious(_targeted_search.scores(settings, found))
+    perturbations = _targeted_search.all_classes(settings, victim, view, key, "the estimate of success")
+    return most_suspicious(_targeted_search.scores(settings, perturbations))
 
 
 def most_suspicious(scores: Scores) -> np.ndarray:
