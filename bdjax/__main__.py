@@ -1,11 +1,11 @@
 """`bdjax` and `python -m bdjax` are the command line."""
 
-from bdjax import large_pages
+from bdjax.cli import _large_pages
 
 
 def main() -> None:
     """Run one command in this process (:func:`bdjax.cli.main`)."""
-    large_pages.ask()
+    _large_pages.ask()
     from bdjax.cli import main as run  # noqa: PLC0415, after what may begin the process anew
 
     run()

@@ -10,7 +10,7 @@ with the same images; bdjax by the schedule that --ibau asks for, PyTorch by the
 round, outside the time.
 
 Each side is a process of its own, bound to the same cores, with as many threads and, unless --pages small, large pages
-of memory (bdjax/large_pages.py; `bdjax` asks for them itself). Both are started anew for every workload, prepare it and
+of memory (bdjax/cli/_large_pages.py; `bdjax` asks for them itself). Both are started anew for every workload, prepare it and
 run it once before anything counts. A side that takes longer than --limit is stopped and the comparison goes on; where
 that is PyTorch, and it compiled its networks (on a GPU), it is started once more without compiling, and the row says
 so: --compile-limit is how long compiling may take. The results so far are written after each workload, as compare.json
@@ -105,9 +105,9 @@ def _path() -> dict[str, str]:
 
 def _pages(asked: str) -> dict[str, str]:
     """What both sides' C library is told of transparent huge pages."""
-    from bdjax import large_pages
+    from bdjax.cli import _large_pages
 
-    return {"GLIBC_TUNABLES": f"{large_pages.TUNABLE}={int(asked == 'large')}"}
+    return {"GLIBC_TUNABLES": f"{_large_pages.TUNABLE}={int(asked == 'large')}"}
 
 
 # --- what a worker does
@@ -175,10 +175,10 @@ def _bdjax_until(request: dict[str, Any]) -> Any:
     import numpy as np
 
     from bdjax import interop
+    from bdjax.config import SplitConfig, stream
     from bdjax.defenses import ibau
     from bdjax.engine.clock import Clock
-    from bdjax.experiment import SplitConfig, stream
-    from bdjax.suspect import read_suspect
+    from bdjax.pipelines.artifact import read_suspect
     from bdjax.types import Watch
 
     directory, goal = Path(request["victim"]), request["goal"]

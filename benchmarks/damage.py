@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bdjax import checkpoint, files
 from bdjax.errors import InputError
+from bdjax.io import checkpoint, files
 
 
 @contextlib.contextmanager

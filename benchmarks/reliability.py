@@ -28,8 +28,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bdjax import checkpoint, datasets, registry, victim
-from bdjax.provenance import environment
+from bdjax import datasets, registry
+from bdjax.io import checkpoint
+from bdjax.pipelines import victim
+from bdjax.pipelines.environment import environment
 
 damage = registry.load_file(Path(__file__).with_name("damage.py"))
 
@@ -37,8 +39,8 @@ GRID = """
 from bdjax.attacks import badnets, blended
 from bdjax.defenses import finetune, ibau
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment
-from bdjax.sweep import Cell
+from bdjax.config import Experiment
+from bdjax.pipelines.sweep import Cell
 
 TITLE, SEEDS = "reliability", (0,)
 CELLS = tuple(

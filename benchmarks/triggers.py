@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from bdjax import attacks, registry
-from bdjax.experiment import config_of
+from bdjax.config import config_of
 from bdjax.types import Model, NeedsTraining, Task
 
 

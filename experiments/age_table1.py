@@ -24,10 +24,10 @@ import os
 from dataclasses import replace
 from typing import Any
 
+from bdjax.config import Experiment, SplitConfig, config_of
 from bdjax.defenses import age
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment, SplitConfig, config_of
-from bdjax.sweep import Cell
+from bdjax.pipelines.sweep import Cell
 
 EPOCHS = int(os.environ.get("EPOCHS", "50"))
 MODEL = os.environ.get("MODEL", "resnet18")

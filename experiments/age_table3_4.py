@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from bdjax.defenses import actft, age, finetune
+from bdjax.pipelines.sweep import Cell
 from bdjax.registry import load_file
-from bdjax.sweep import Cell
 
 table1: Any = load_file(Path(__file__).with_name("age_table1.py"))
 

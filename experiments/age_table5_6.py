@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from bdjax.defenses import actft, age
+from bdjax.pipelines.sweep import Cell
 from bdjax.registry import load_file
-from bdjax.sweep import Cell
 
 table3: Any = load_file(Path(__file__).with_name("age_table3_4.py"))
 table1 = table3.table1

@@ -24,11 +24,13 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bdjax import checkpoint, datasets, registry, victim
+from bdjax import datasets, registry
+from bdjax.config import Experiment, SplitConfig
 from bdjax.engine import FitConfig
-from bdjax.evaluation import Evaluation
-from bdjax.experiment import Experiment, SplitConfig
-from bdjax.victim import Context, load_model
+from bdjax.io import checkpoint
+from bdjax.pipelines import victim
+from bdjax.pipelines.evaluation import Evaluation
+from bdjax.pipelines.victim import Context, load_model
 
 OUT = Path(os.environ.get("OUT", "runs/attack_zoo"))
 EPOCHS = int(os.environ.get("EPOCHS", "50"))

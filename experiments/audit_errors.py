@@ -15,11 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bdjax import audit, checkpoint, datasets, registry, victim
+from bdjax import datasets, registry
+from bdjax.config import Experiment, SplitConfig
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment, SplitConfig
-from bdjax.suspect import read_recorded
-from bdjax.victim import Context
+from bdjax.io import checkpoint
+from bdjax.pipelines import audit, victim
+from bdjax.pipelines.artifact import read_recorded
+from bdjax.pipelines.victim import Context
 
 DATA, MODEL = os.environ.get("DATA", "digits"), os.environ.get("MODEL", "cnn")
 OUT = Path(os.environ.get("OUT", "runs/audit_errors"))

@@ -15,9 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bdjax import checkpoint
+from bdjax.io import checkpoint
 from bdjax.registry import load_file
-from bdjax.report import figure
+from bdjax.reports import figure
 
 table1: Any = load_file(Path(__file__).with_name("baeraser_table1.py"))
 

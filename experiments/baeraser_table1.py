@@ -22,10 +22,10 @@ nobody else reaches) 99.13 and 99.72 before, 98.44 and 1.22, 96.29 and 46.19 aft
 import os
 from typing import Any
 
+from bdjax.config import Experiment, SplitConfig, config_of
 from bdjax.defenses import baeraser, mesa_finetune
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment, SplitConfig, config_of
-from bdjax.sweep import Cell
+from bdjax.pipelines.sweep import Cell
 
 EPOCHS = int(os.environ.get("EPOCHS", "50"))
 MODEL = os.environ.get("MODEL", "resnet18")

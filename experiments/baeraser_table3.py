@@ -16,8 +16,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bdjax.pipelines.sweep import Cell
 from bdjax.registry import load_file
-from bdjax.sweep import Cell
 
 table1: Any = load_file(Path(__file__).with_name("baeraser_table1.py"))
 

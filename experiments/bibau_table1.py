@@ -18,10 +18,10 @@ ACC 89.91 and ASR 99.64 before; (T) 85.57 and 4.80, (U) 85.60 and 1.41 after.
 import os
 from typing import Any
 
+from bdjax.config import Experiment, SplitConfig, config_of
 from bdjax.defenses import bibau, ibau
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment, SplitConfig, config_of
-from bdjax.sweep import Cell
+from bdjax.pipelines.sweep import Cell
 
 DATA = os.environ.get("DATA", "cifar10")
 SOURCE = os.environ.get(f"BDJAX_{DATA.upper()}", f"tfds:{DATA}")

@@ -24,12 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from bdjax import checkpoint, datasets, reactivation, run
+from bdjax import datasets
 from bdjax.attacks import retuning
+from bdjax.config import Experiment, SplitConfig, config_of, to_json
 from bdjax.defenses import bibau
-from bdjax.experiment import Experiment, SplitConfig, config_of, to_json
+from bdjax.io import checkpoint
+from bdjax.pipelines import reactivation, run
+from bdjax.pipelines.victim import Context, train
 from bdjax.registry import load_file
-from bdjax.victim import Context, train
 
 table1: Any = load_file(Path(__file__).with_name("bibau_table1.py"))
 

@@ -18,10 +18,10 @@ images in the ASR, which alone gives about 10 %).
 
 import os
 
+from bdjax.config import Experiment, SplitConfig
 from bdjax.defenses import ibau
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment, SplitConfig
-from bdjax.sweep import Cell
+from bdjax.pipelines.sweep import Cell
 
 EPOCHS = int(os.environ.get("EPOCHS", "50"))
 

@@ -24,13 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import checkpoint, compare, hypergrad, run, victim
+from bdjax import hypergrad
+from bdjax.config import Experiment, stream
 from bdjax.defenses import ibau
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment, stream
-from bdjax.report import solvers as report
-from bdjax.suspect import read_suspect
-from bdjax.victim import Context
+from bdjax.io import checkpoint
+from bdjax.pipelines import run, solver_comparison, victim
+from bdjax.pipelines.artifact import read_suspect
+from bdjax.pipelines.victim import Context
+from bdjax.reports import solvers as report
 
 OUT = Path(os.environ.get("OUT", "runs/solver_comparison"))
 SEEDS = (0, 1, 2)
@@ -42,7 +44,7 @@ EPOCHS = {
     ("cifar10", "image_trigger"): 2,
 }
 SOLVERS = {
-    "mnist": compare.DEFAULT,
+    "mnist": solver_comparison.DEFAULT,
     "cifar10": ("none", "one_step", "fixed_point", "cg", "cg:10", "minres", "nystrom:10", "unrolled"),
 }
 
@@ -75,7 +77,7 @@ def one(dataset: str, attack: str, seed: int) -> None:
     if (directory / "solvers.json").exists():
         return
     spec = os.environ.get(f"BDJAX_{dataset.upper()}")
-    result = compare.compare(
+    result = solver_comparison.compare(
         victim_of(dataset, attack, seed), solvers=SOLVERS[dataset], iterations=(5, 20), config=CONFIG, rounds=(5,),
         test_size=2000, dataset=spec, context=Context(1),
     )  # fmt: skip

@@ -79,8 +79,8 @@ def relist(directory):
 
 def manifests(data, spec):
     """What the manifests of every kind hold before they are written: {kind: fields}."""
-    from bdjax.experiment import Experiment, SplitConfig, config_of, to_json
-    from bdjax.victim import describe
+    from bdjax.config import Experiment, SplitConfig, config_of, to_json
+    from bdjax.pipelines.victim import describe
 
     def method(kind, name):
         return {"name": name, "config": to_json(config_of(kind, name)()), "seed": 0}
@@ -116,8 +116,9 @@ def make(folder, spec):
     import jax
     import numpy as np
 
-    from bdjax import checkpoint, datasets, interop, models
-    from bdjax.victim import experiment_of, portraits
+    from bdjax import datasets, interop, models
+    from bdjax.io import checkpoint
+    from bdjax.pipelines.victim import experiment_of, portraits
 
     data = datasets.load(spec)
     found = manifests(data, spec)

@@ -5,7 +5,7 @@ import io
 import json
 from pathlib import Path
 
-from bdjax.report import table
+from bdjax.reports import table
 
 PAPERS = Path(__file__).parents[1] / "experiments" / "papers"
 BADNETS = {
@@ -15,7 +15,7 @@ BADNETS = {
 
 
 def write(directory, seed=0, acc=0.80, asr=0.10, cell=None, **changes):
-    """A result.json like the one bdjax.run.defend writes; before: ACC 90 %, ASR 100 %. Returns its path."""
+    """A result.json like the one bdjax.pipelines.run.defend writes; before: ACC 90 %, ASR 100 %. Returns its path."""
     result = {
         "attack": "badnets", "defense": "ibau", "dataset": "cifar10", "model": "small_vgg", "seed": seed,
         "n_test": 5000, "n_asr": 4500, "n_defender": 5000,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from bdjax import bench, models
-from bdjax.evaluation import clean_indices
+from bdjax.pipelines.evaluation import clean_indices
 from bdjax.types import Data
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,12 @@ from conftest import perceptron, untrained_task
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import map_coordinates
 
-from bdjax import attacks, checkpoint, registry, run, victim
+from bdjax import attacks, registry
 from bdjax.attacks import wanet
+from bdjax.config import Experiment
 from bdjax.errors import InputError
-from bdjax.experiment import Experiment
+from bdjax.io import checkpoint
+from bdjax.pipelines import run, victim
 from bdjax.types import Backdoor, NeedsTraining, Place, Task
 
 FIT = {"epochs": 1, "batch_size": 40}

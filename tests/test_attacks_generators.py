@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from conftest import trained_task
 
-from bdjax import attacks, checkpoint, registry, victim
+from bdjax import attacks, registry
 from bdjax.attacks import iad, issba
+from bdjax.config import Experiment
 from bdjax.engine import FitConfig, parallel
 from bdjax.errors import InputError
-from bdjax.experiment import Experiment
+from bdjax.io import checkpoint
+from bdjax.pipelines import victim
 from bdjax.types import Place, Watch
 
 KEY = jax.random.key(7)

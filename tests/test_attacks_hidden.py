@@ -11,9 +11,9 @@ from conftest import perceptron, untrained_task
 
 from bdjax import attacks, registry
 from bdjax.attacks import _optimise
+from bdjax.config import from_json, to_json
 from bdjax.engine import FitConfig, fit
 from bdjax.errors import InputError
-from bdjax.experiment import from_json, to_json
 from bdjax.types import Task, Watch, to_float
 
 NAMES = ("hidden_trigger", "l2_inv", "narcissus", "smooth", "trojan_sq", "trojan_wm")

@@ -10,12 +10,14 @@ import pytest
 from conftest import perceptron, untrained_task
 from PIL import Image
 
-from bdjax import attacks, checkpoint, cli, datasets, registry, run, victim
+from bdjax import attacks, cli, datasets, registry
 from bdjax.attacks import multi_target
+from bdjax.config import Experiment, attack_record, from_json, to_json
 from bdjax.errors import InputError
-from bdjax.evaluation import Evaluation
-from bdjax.experiment import Experiment, attack_record, from_json, to_json
-from bdjax.report import figure, table
+from bdjax.io import checkpoint
+from bdjax.pipelines import run, victim
+from bdjax.pipelines.evaluation import Evaluation
+from bdjax.reports import figure, table
 from bdjax.types import Data, Model
 
 KEY = jax.random.key(7)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from static_attacks import config_of, grey, planted, stamped, task_of
 
+from bdjax.config import from_json, to_json
 from bdjax.errors import InputError
-from bdjax.experiment import from_json, to_json
 
 NAMES = (
     "adaptive_blend", "adaptive_patch", "blended", "l0_inv", "lsb", "refool", "rgba_patch", "semantic_replacement",

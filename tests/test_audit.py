@@ -9,13 +9,14 @@ import pytest
 from commands import bdjax, refused
 from conftest import perceptron
 
-from bdjax import audit, registry
+from bdjax import registry
 from bdjax.defenses._pool import Pool
+from bdjax.engine.callbacks import Recorder
 from bdjax.errors import InputError
-from bdjax.recorder import Recorder
-from bdjax.report import audit as report
+from bdjax.pipelines import audit
+from bdjax.pipelines.victim import Context
+from bdjax.reports import audit as report
 from bdjax.types import DefenderView, Scores, Victim
-from bdjax.victim import Context
 
 
 @pytest.fixture(scope="module")

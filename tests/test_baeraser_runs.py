@@ -8,10 +8,10 @@ import pytest
 from commands import bdjax
 from PIL import Image
 
-from bdjax import checkpoint
-from bdjax.experiment import config_of
+from bdjax.config import config_of
+from bdjax.io import checkpoint
 from bdjax.registry import load_file
-from bdjax.report import figure, papers, table
+from bdjax.reports import figure, papers, table
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SMALL = [

@@ -15,7 +15,7 @@ from conftest import perceptron
 from bdjax import bench
 from bdjax.bench import _measure, workloads
 from bdjax.engine import FitConfig, fit
-from bdjax.report import bench as report
+from bdjax.reports import bench as report
 
 SMALL = workloads.SMALL
 

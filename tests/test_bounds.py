@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from commands import refused
 
-from bdjax import arrays, datasets, files, models
+from bdjax import datasets, models
 from bdjax.datasets._files import read_array
 from bdjax.errors import InputError
 from bdjax.interop import matching, names, reader, writer
 from bdjax.interop._tensors import Tensor
+from bdjax.io import arrays, files
 
 
 def says(read, *given):

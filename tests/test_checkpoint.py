@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax import checkpoint, models
-from bdjax.checkpoint import EpochSaver, read_arrays, read_manifest, read_variables, write_model
+from bdjax import models
 from bdjax.engine import FitConfig, fit, parallel
 from bdjax.errors import InputError
+from bdjax.io import checkpoint
+from bdjax.io.checkpoint import EpochSaver, read_arrays, read_manifest, read_variables, write_model
 
 ARRAYS = {"trigger": {"mask": np.eye(3, dtype=np.float32)}, "poison": {"indices": np.arange(5, dtype=np.int32)}}
 
@@ -144,7 +145,7 @@ def test_arrays_are_never_unpickled(tmp_path):
         read_arrays(tmp_path, "evil")
 
 
-@pytest.mark.parametrize("culprit", ["numpy.savez", "bdjax.checkpoint.ocp.save", "bdjax.checkpoint.write_text"])
+@pytest.mark.parametrize("culprit", ["numpy.savez", "bdjax.io.checkpoint.ocp.save", "bdjax.io.checkpoint.write_text"])
 def test_a_write_that_fails_midway_leaves_nothing(culprit, tmp_path, monkeypatch):
     def fail(*_args, **_named):
         raise OSError(28, "No space left on device")

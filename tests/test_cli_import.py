@@ -8,8 +8,8 @@ import pytest
 from commands import bdjax, refused
 from PIL import Image
 
-from bdjax import checkpoint
 from bdjax.interop import reader, writer
+from bdjax.io import checkpoint
 
 HERE = Path(__file__).parent / "fixtures" / "torch"
 SMALL = HERE / "small_vgg_bgr.pt"
@@ -222,8 +222,8 @@ def test_of_a_part_that_is_chosen_the_options_are_measured(data, tmp_path, capsy
 
 
 def test_a_defense_has_its_own_place_by_what_it_is_measured_with(model, data, picture):
-    from bdjax import run
-    from bdjax.experiment import SplitConfig, config_of
+    from bdjax.config import SplitConfig, config_of
+    from bdjax.pipelines import run
 
     def place(**options):
         config, split = config_of("defenses", "ibau")(), SplitConfig()

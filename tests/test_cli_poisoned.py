@@ -8,10 +8,12 @@ import pytest
 from commands import bdjax, refused
 from numpy.testing import assert_array_equal
 
-from bdjax import checkpoint, datasets, victim
+from bdjax import datasets
 from bdjax.attacks import badnets, clean
+from bdjax.config import Experiment
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment
+from bdjax.io import checkpoint
+from bdjax.pipelines import victim
 
 
 def planted(directory, dataset, attack, config):

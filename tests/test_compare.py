@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax import cli, compare, victim
+from bdjax import cli
 from bdjax.attacks import badnets
+from bdjax.config import Experiment, SplitConfig
 from bdjax.defenses import ibau
 from bdjax.engine import FitConfig
 from bdjax.errors import InputError
-from bdjax.experiment import Experiment, SplitConfig
-from bdjax.report import solvers as report
+from bdjax.pipelines import solver_comparison, victim
+from bdjax.reports import solvers as report
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ def planted(blobs_npz, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(planted):
-    return compare.compare(
+    return solver_comparison.compare(
         planted,
         solvers=("none", "fixed_point", "minres", "lu"),
         iterations=(3, 12),
@@ -77,7 +78,7 @@ def test_products_and_rounds(result):
 
 def test_a_round_is_the_defense_itself(result, planted):
     """ACC and ASR of a row are those of `bdjax defend` with that solver and one round."""
-    from bdjax import run
+    from bdjax.pipelines import run
 
     config = dataclasses.replace(CONFIG, rounds=1, solver="minres", solver_iterations=3)
     found = run.defend(planted, "ibau", config, planted.parent / "defended", split=SPLIT)
@@ -110,7 +111,7 @@ def test_problem_is_that_of_the_first_step(blobs):
 
 def test_a_solver_in_a_file_is_run_and_hashed(planted, tmp_path):
     """The release's fixed point, written in a file, gives what the named one gives; other content, another hash."""
-    from bdjax import run
+    from bdjax.pipelines import run
 
     own = tmp_path / "mine.py"
     own.write_text(
@@ -140,7 +141,7 @@ def test_a_solver_in_a_file_is_run_and_hashed(planted, tmp_path):
 )
 def test_bad_plans_are_refused_before_anything_is_computed(solvers, iterations, words, tmp_path):
     with pytest.raises(InputError, match=words):  # the directory does not even exist
-        compare.compare(tmp_path / "none", solvers=solvers, iterations=iterations)
+        solver_comparison.compare(tmp_path / "none", solvers=solvers, iterations=iterations)
 
 
 def test_command_writes_table_picture_and_json(planted, tmp_path, capsys):

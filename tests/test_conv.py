@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from convolutions import LAX, equal_to_second_order, equal_to_third_order, gradient, same
 
-from bdjax.models import _conv, _layers
+from bdjax.models import _layers
+from bdjax.models.cpu import convolution
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
@@ -26,18 +27,18 @@ def arrays(side=3, batch=4, dtype=jnp.float32, seed=0):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_equals_lax_to_second_order(double, side, batch):
-    equal_to_second_order(_conv.conv, LAX, arrays(side, batch, jnp.float64))
+    equal_to_second_order(convolution.conv, LAX, arrays(side, batch, jnp.float64))
 
 
 def test_third_order(double):
-    equal_to_third_order(_conv.conv, LAX, arrays(dtype=jnp.float64))
+    equal_to_third_order(convolution.conv, LAX, arrays(dtype=jnp.float64))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-12), (jnp.bfloat16, 0.04)])
 @pytest.mark.parametrize("batch", [4, 45])
 def test_dtype_is_kept(double, dtype, tolerance, batch):
     x, w, *_ = arrays(3, batch, dtype)
-    ours, theirs = ((conv(x, w), gradient(conv, x, w)) for conv in (_conv.conv, LAX))
+    ours, theirs = ((conv(x, w), gradient(conv, x, w)) for conv in (convolution.conv, LAX))
     assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {jnp.dtype(dtype)}
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
     same(ours, theirs, 0, tolerance * largest)
@@ -54,14 +55,14 @@ def test_vmap(double, axes):
 
     x, w = several(x, axes[0]), several(w, axes[1])
     for function in (lambda conv: conv, lambda conv: partial(gradient, conv)):
-        same(*(jax.vmap(function(conv), axes)(x, w) for conv in (_conv.conv, LAX)))
+        same(*(jax.vmap(function(conv), axes)(x, w) for conv in (convolution.conv, LAX)))
 
 
 def test_vmap_of_the_kernel_gradient_with_one_argument_mapped(double):
     """A gradient for each of three cotangents of the same images, as jax.jacrev takes them."""
     x, w, *_ = arrays(dtype=jnp.float64)
     cotangents = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4, 6, 5, 2)))
-    same(*(jax.vmap(jax.vjp(conv, x, w)[1])(cotangents) for conv in (_conv.conv, LAX)))
+    same(*(jax.vmap(jax.vjp(conv, x, w)[1])(cotangents) for conv in (convolution.conv, LAX)))
 
 
 def test_pmap_over_four_devices(double):
@@ -71,7 +72,7 @@ def test_pmap_over_four_devices(double):
     def share(conv, x, w):
         return jax.lax.psum(gradient(conv, x, w)[1], "data")
 
-    mapped = jax.pmap(partial(share, _conv.conv), "data", in_axes=(0, None))(x.reshape(4, 11, 6, 5, 3), w)
+    mapped = jax.pmap(partial(share, convolution.conv), "data", in_axes=(0, None))(x.reshape(4, 11, 6, 5, 3), w)
     for device in range(4):
         np.testing.assert_allclose(mapped[device], gradient(LAX, x, w)[1], rtol=1e-9, atol=1e-9)
 
@@ -84,7 +85,7 @@ def test_a_gradient_inside_scan_is_the_loop(double):
         return jax.tree.map(lambda v, g: v - 0.05 * g, state, gradient(conv, *state))
 
     def scanned(w):
-        (x_last, w_last), _ = jax.lax.scan(lambda s, _: (step(_conv.conv, s), None), (x, w), None, length=5)
+        (x_last, w_last), _ = jax.lax.scan(lambda s, _: (step(convolution.conv, s), None), (x, w), None, length=5)
         return (x_last**2).sum() + (w_last**2).sum()
 
     def looped(w):
@@ -98,7 +99,7 @@ def test_a_gradient_inside_scan_is_the_loop(double):
 
 def test_eager_is_jit():
     x, w, *_ = arrays()
-    same(_conv.conv(x, w), jax.jit(_conv.conv)(x, w), 1e-6, 1e-6)
+    same(convolution.conv(x, w), jax.jit(convolution.conv)(x, w), 1e-6, 1e-6)
 
 
 def primitives(function, *args):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from convolutions import LAX, equal_to_second_order, equal_to_third_order, equal_under_vmap, gradient
 
-from bdjax.models import _conv, _layers, _strided, _winograd
+from bdjax.models import _layers
+from bdjax.models.cpu import convolution, strided, winograd
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
@@ -31,29 +32,29 @@ def arrays(dtype=jnp.float64, shape=(5, 6, 4, 3), outputs=2, seed=0):
 def way(request, monkeypatch):
     """Ways to the strided convolution: of few and many channels; five images at once, one, two or three at a time."""
     for name, value in zip(("_MANY", "_PIXELS"), request.param, strict=True):
-        monkeypatch.setattr(_strided, name, value)
+        monkeypatch.setattr(strided, name, value)
     jax.clear_caches()
     yield
     jax.clear_caches()
 
 
 def test_stride_2_to_second_order(double, way):
-    equal_to_second_order(_strided.strided, LAX_STRIDED, arrays())
+    equal_to_second_order(strided.strided, LAX_STRIDED, arrays())
 
 
 def test_stride_2_to_third_order(double):
-    equal_to_third_order(_strided.strided, LAX_STRIDED, arrays())
+    equal_to_third_order(strided.strided, LAX_STRIDED, arrays())
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 4)])
 def test_stride_2_under_vmap(double, axes):
-    equal_under_vmap(_strided.strided, LAX_STRIDED, arrays()[:2], axes)
+    equal_under_vmap(strided.strided, LAX_STRIDED, arrays()[:2], axes)
 
 
 def test_a_mapped_strided_convolution_keeps_its_derivatives(double):
     """With one kernel for all it is the primitive still, so what is differentiated after vmap is not lax's either."""
     x, w, *_ = arrays()
-    mapped = lambda w: jnp.tanh(jax.vmap(_strided.strided, (0, None))(jnp.stack([x, -2 * x]), w)).sum()  # noqa: E731
+    mapped = lambda w: jnp.tanh(jax.vmap(strided.strided, (0, None))(jnp.stack([x, -2 * x]), w)).sum()  # noqa: E731
     assert "strided_conv_kernel_gradient" in str(jax.make_jaxpr(jax.grad(mapped))(w))
 
 
@@ -73,8 +74,8 @@ def test_the_layer_takes_stride_2_where_it_fits(kernel, size, ours):
 @pytest.fixture
 def winograd(request, monkeypatch):
     """Everything that it can do goes by Winograd's filtering, in pieces of so many tiles."""
-    monkeypatch.setattr(_winograd, "pays", lambda x, shape, **_: shape[0] == 3)
-    monkeypatch.setattr(_winograd, "_TILES", request.param)
+    monkeypatch.setattr(winograd, "pays", lambda x, shape, **_: shape[0] == 3)
+    monkeypatch.setattr(winograd, "_TILES", request.param)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -83,22 +84,22 @@ def winograd(request, monkeypatch):
 @pytest.mark.parametrize("winograd", [6, 12, 18, 1024], indirect=True)
 def test_winograd_to_second_order(double, winograd):
     """Five images of 6 tiles: pieces of one, two with one left, three with two left, and all at once."""
-    equal_to_second_order(_conv.conv, LAX, arrays())
+    equal_to_second_order(convolution.conv, LAX, arrays())
 
 
 @pytest.mark.parametrize("winograd", [12], indirect=True)
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
 def test_winograd_under_vmap(double, winograd, axes):
-    equal_under_vmap(_conv.conv, LAX, arrays()[:2], axes)
+    equal_under_vmap(convolution.conv, LAX, arrays()[:2], axes)
 
 
 def test_winograd_by_hand():
     """An image of 2x2 pixels is one tile; a kernel that is 1 in its centre gives it back, one at a side shifts it."""
     image = jnp.arange(1.0, 5.0).reshape(1, 2, 2, 1)
     centre, left = (jnp.zeros((3, 3, 1, 1)).at[1, b].set(1.0) for b in (1, 0))
-    assert _winograd.convolved(image, centre).ravel().tolist() == [1, 2, 3, 4]
-    assert _winograd.convolved(image, left).ravel().tolist() == [0, 1, 0, 3]
-    assert _winograd.kernel_gradient(image, image).squeeze().tolist() == [[4, 11, 6], [14, 30, 14], [6, 11, 4]]
+    assert winograd.convolved(image, centre).ravel().tolist() == [1, 2, 3, 4]
+    assert winograd.convolved(image, left).ravel().tolist() == [0, 1, 0, 3]
+    assert winograd.kernel_gradient(image, image).squeeze().tolist() == [[4, 11, 6], [14, 30, 14], [6, 11, 4]]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +116,9 @@ def test_winograd_by_hand():
 def test_deep_layers_are_convolved_by_winograd(shape, outputs, dtype, wanted):
     """By the program that is compiled; as exact as lax's convolution, in value and gradient."""
     x, w, *_ = arrays(dtype, shape, outputs)
-    program = jax.jit(partial(gradient, _conv.conv)).lower(x, w).as_text()
+    program = jax.jit(partial(gradient, convolution.conv)).lower(x, w).as_text()
     assert ("stablehlo.convolution" not in program) == wanted
     if wanted:
         w = w / 30  # tanh stays curved
-        for ours, theirs in zip(gradient(_conv.conv, x, w), gradient(LAX, x, w), strict=True):
+        for ours, theirs in zip(gradient(convolution.conv, x, w), gradient(LAX, x, w), strict=True):
             assert float(jnp.abs(ours - theirs).max()) < 1e-5 * float(jnp.abs(theirs).max())

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bdjax import registry
 from bdjax.datasets import _checks, load
-from bdjax.datasets._spread import spread
+from bdjax.datasets._stratify import spread
 
 # --- the specification
 

@@ -13,8 +13,9 @@ import pytest
 from commands import bdjax, refused
 from conftest import perceptron
 
-from bdjax import checkpoint, datasets
+from bdjax import datasets
 from bdjax.engine import FitConfig, fit
+from bdjax.io import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,8 @@ cli.main([*given["train"], *given["join"]])
 
 import jax
 from conftest import perceptron
-from bdjax import checkpoint, datasets
+from bdjax import datasets
+from bdjax.io import checkpoint
 from bdjax.engine import FitConfig, fit, parallel
 
 assert jax.process_count() == 2 and parallel.count() == 4, (jax.process_count(), parallel.count())
@@ -133,7 +135,7 @@ def test_slurm_says_who_is_who(monkeypatch):
     asked = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: asked.append(given))
     from bdjax.cli._common import join
-    from bdjax.options import Cluster
+    from bdjax.cli._options import Cluster
 
     monkeypatch.setattr(jax.config, "update", lambda *given: asked.append(given))
     join(Cluster(slurm=True))

@@ -6,7 +6,7 @@ import pytest
 from synthetic_results import PAPERS
 
 from bdjax import registry
-from bdjax.report import papers
+from bdjax.reports import papers
 
 FILES = sorted(PAPERS.parent.glob("*.py"))
 

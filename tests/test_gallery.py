@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax import checkpoint, cli, gallery, registry, victim
+from bdjax import cli, registry
 from bdjax.attacks import badnets
+from bdjax.config import Experiment
 from bdjax.engine import FitConfig
 from bdjax.errors import InputError
-from bdjax.experiment import Experiment
+from bdjax.io import checkpoint
+from bdjax.pipelines import gallery, victim
 
 HEAD = '''"""An attack of one's own."""
 from bdjax.attacks import PoisonConfig as Config

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from commands import refused
 
-from bdjax import checkpoint, datasets, records, registry
+from bdjax import datasets, registry
 from bdjax.errors import InputError
-from bdjax.files import MOST_TEXT
+from bdjax.io import checkpoint, records
+from bdjax.io.files import MOST_TEXT
 from bdjax.text import visible
 
 NAMES = ("model", "attack.name", "defense.name", "reactivation.name", "dataset.spec")
@@ -282,7 +283,7 @@ def test_nothing_is_written_or_removed_through_a_link(tmp_path):
 )  # fmt: skip
 def test_controls_and_overrides_are_shown_as_their_numbers(name, shown, tmp_path, capsys):
     from bdjax.cli._common import say
-    from bdjax.report._html import el
+    from bdjax.reports._html import el
 
     assert visible(name) == shown == visible(shown) and shown.isprintable()
     say(name)

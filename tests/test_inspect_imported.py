@@ -56,7 +56,7 @@ def test_what_does_not_belong_together_is_refused(models, finished, blobs_npz, c
 
 
 def test_another_models_purified_one_is_refused(models, blobs_npz, capsys, tmp_path):
-    from bdjax import checkpoint
+    from bdjax.io import checkpoint
 
     other = shutil.copytree(models[0], tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
@@ -67,8 +67,8 @@ def test_another_models_purified_one_is_refused(models, blobs_npz, capsys, tmp_p
 
 
 def test_the_images_that_the_defense_saw_are_left_out_with_a_trigger_too(models, blobs_npz):
+    from bdjax.pipelines.artifact import read_recorded
     from bdjax.registry import load
-    from bdjax.suspect import read_recorded
 
     config = load("attacks", "badnets").Config(target=1)
     tried = read_recorded(models[1] / "purified", attack="badnets", attack_config=config)

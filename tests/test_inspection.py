@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from commands import bdjax, refused
 
-from bdjax import checkpoint, run, victim
 from bdjax.attacks import badnets
+from bdjax.config import Experiment
 from bdjax.engine import FitConfig
 from bdjax.errors import InputError
-from bdjax.experiment import Experiment
-from bdjax.inspection import inspect
-from bdjax.report import inspection as report
-from bdjax.suspect import read_recorded
+from bdjax.io import checkpoint
+from bdjax.pipelines import run, victim
+from bdjax.pipelines.artifact import read_recorded
+from bdjax.pipelines.inspection import inspect
+from bdjax.reports import inspection as report
 
 
 def trained(directory, dataset, attack, config=None, seed=1, **options):

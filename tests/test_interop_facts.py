@@ -7,7 +7,7 @@ from bdjax.errors import InputError
 from bdjax.interop import _beside
 from bdjax.interop._tensors import Tensor
 from bdjax.models import Input
-from bdjax.report.imported import notes
+from bdjax.reports.imported import notes
 
 
 def held(array):

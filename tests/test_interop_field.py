@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from commands import bdjax, refused
 
-from bdjax import checkpoint, interop, models
+from bdjax import interop, models
 from bdjax.errors import InputError
 from bdjax.interop import names, reader, writer
+from bdjax.io import checkpoint
 from bdjax.models import Input
 
 HERE = Path(__file__).parent / "fixtures" / "torch"

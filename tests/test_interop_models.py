@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import large_are_slow
 
-from bdjax import checkpoint, interop, models
+from bdjax import interop, models
 from bdjax.errors import InputError
 from bdjax.interop import names, reader, writer
 from bdjax.interop._tensors import DTYPES
+from bdjax.io import checkpoint
 from bdjax.models import Input
 
 HERE = Path(__file__).parent / "fixtures" / "torch"

@@ -13,8 +13,8 @@ from commands import bdjax, refused
 from hostile import GOOD, zipped
 from hostile_pickles import call, number, text, tuple_
 
-from bdjax import checkpoint
 from bdjax.interop import import_model, reader
+from bdjax.io import checkpoint
 
 BESIDE = {
     "args": argparse.Namespace(lr=0.1), "config": collections.Counter("a"), "features.0._extra_state": {1, 2},

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import large_are_slow
 
-from bdjax import augment, models, registry
+from bdjax import models, registry
+from bdjax.engine import augment
 from bdjax.errors import InputError
 from bdjax.types import Model
 

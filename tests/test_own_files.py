@@ -7,7 +7,7 @@ import numpy as np
 from commands import FAST, bdjax, refused
 from PIL import Image
 
-from bdjax import checkpoint
+from bdjax.io import checkpoint
 
 
 def test_image_trigger_from_files(blobs_npz, capsys, tmp_path):

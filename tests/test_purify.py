@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from commands import bdjax, refused
 
-from bdjax import checkpoint, cli, datasets, registry
+from bdjax import cli, datasets, registry
 from bdjax.interop import reader
+from bdjax.io import checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures" / "torch"
 CNN = ["--model", "cnn", "--size", "8"]

@@ -7,7 +7,7 @@ import pytest
 from commands import bdjax, refused
 from test_purify import CNN, QUICK
 
-from bdjax import checkpoint
+from bdjax.io import checkpoint
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from bdjax.report import page
+from bdjax.reports import page
 
 EVIL = "<script>document.title='owned'</script>"
 VOID = {"meta", "link", "img", "br"}
@@ -160,7 +160,7 @@ def contrast(one, two):
 
 
 def test_text_stands_out_in_light_and_in_dark():
-    from bdjax.report._style import CSS
+    from bdjax.reports._style import CSS
 
     for block in re.findall(r":root \{(.*?)\}", CSS, re.S):
         colours = dict(re.findall(r"--(\w+): (#\w+)", block))

@@ -10,11 +10,13 @@ import pytest
 from conftest import perceptron, untrained_task
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bdjax import attacks, checkpoint, reactivation, registry, run, victim
+from bdjax import attacks, registry
 from bdjax.attacks import query_reactivation, retuning
+from bdjax.config import Experiment
 from bdjax.engine import FitConfig, fit
 from bdjax.errors import InputError
-from bdjax.experiment import Experiment
+from bdjax.io import checkpoint
+from bdjax.pipelines import reactivation, run, victim
 from bdjax.types import Backdoor, Defended, Poison
 
 KEY = jax.random.key(0)

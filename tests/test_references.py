@@ -52,7 +52,7 @@ def test_ibu_without_a_trigger_is_refused(backdoored, blobs):
 
 
 def test_only_methods_that_say_so_are_given_the_trigger(finished):
-    from bdjax.suspect import read_suspect
+    from bdjax.pipelines.artifact import read_suspect
 
     directory, _ = finished
     suspect = read_suspect(directory / "victim", "ibau", registry.load("defenses", "ibau").Config())

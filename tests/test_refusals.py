@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import DEFEND, PLANT, refused
 
-from bdjax import checkpoint
+from bdjax.io import checkpoint
 
 
 @pytest.mark.parametrize(

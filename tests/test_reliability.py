@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from bdjax import checkpoint, registry, sweep
+from bdjax import registry
 from bdjax.errors import InputError
+from bdjax.io import checkpoint
+from bdjax.pipelines import sweep
 
 bench = registry.load_file(Path(__file__).parent.parent / "benchmarks" / "reliability.py")
 
@@ -53,7 +55,7 @@ def test_a_training_that_goes_on_has_its_whole_curve(tmp_path):
     from conftest import perceptron
 
     from bdjax.engine import FitConfig, fit
-    from bdjax.recorder import Recorder
+    from bdjax.engine.callbacks import Recorder
 
     class Killed(Recorder):
         def observe(self, step, variables, **arrays):
@@ -103,8 +105,8 @@ def test_two_processes_that_make_the_same_run_leave_one(undisturbed, tmp_path):
 
 
 def test_a_run_that_another_process_makes_is_waited_for(finished_run, monkeypatch):
-    from bdjax import run
-    from bdjax.victim import Context
+    from bdjax.pipelines import run
+    from bdjax.pipelines.victim import Context
 
     directory, result = finished_run
     told = []
@@ -140,7 +142,7 @@ def test_a_command_says_that_the_disk_is_full(undisturbed, tmp_path, capsys, mon
     def full(*_):
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write [os_error_code='28']")
 
-    monkeypatch.setattr("bdjax.checkpoint.ocp.save", full)
+    monkeypatch.setattr("bdjax.io.checkpoint.ocp.save", full)
     data = f"npz:{undisturbed[0].parent / 'b.npz'}"
     argv = ["train", "clean", "--dataset", data, "--fit.epochs", "1", "--devices", "1", "--out", tmp_path / "v"]
     said = refused(capsys, *argv)

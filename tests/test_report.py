@@ -6,7 +6,7 @@ import pytest
 from synthetic_results import BADNETS, cell, parsed, plan, write
 
 from bdjax.errors import InputError
-from bdjax.report import table
+from bdjax.reports import table
 
 
 def test_mean_and_sample_std_over_seeds(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from synthetic_results import BADNETS, PAPERS, cell, parsed, plan, write
 
 from bdjax.errors import InputError
-from bdjax.report import table
+from bdjax.reports import table
 
 
 @pytest.mark.parametrize("papers", [PAPERS, None])

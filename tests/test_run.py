@@ -13,12 +13,14 @@ import pytest
 from commands import DEFEND, PLANT, bdjax
 from PIL import Image
 
-from bdjax import checkpoint, datasets, registry, run, victim
+from bdjax import datasets, registry
+from bdjax.config import Experiment, SplitConfig, demo, to_json
+from bdjax.engine.callbacks import Recorder
 from bdjax.engine.clock import compiled_programs
-from bdjax.evaluation import Evaluation
-from bdjax.experiment import Experiment, SplitConfig, demo, to_json
-from bdjax.recorder import Recorder
-from bdjax.report import table
+from bdjax.io import checkpoint
+from bdjax.pipelines import run, victim
+from bdjax.pipelines.evaluation import Evaluation
+from bdjax.reports import table
 
 KEYS = {
     "attack", "defense", "dataset", "model", "seed", "n_test", "before", "after", "seconds", "peak_memory_bytes",
@@ -216,8 +218,8 @@ def test_table_of_one_run_shows_what_matters(finished):
 
 
 def test_config_survives_json():
+    from bdjax.config import from_json
     from bdjax.defenses import ibau
-    from bdjax.experiment import from_json
 
     config = ibau.Config(norm_bound=float("inf"), rounds=3)
     assert from_json(ibau.Config, json.loads(json.dumps(to_json(config), allow_nan=False))) == config

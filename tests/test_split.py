@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from bdjax.evaluation import _quotas, clean_indices, pool
-from bdjax.experiment import SplitConfig
+from bdjax.config import SplitConfig
+from bdjax.pipelines.evaluation import _quotas, clean_indices, pool
 from bdjax.types import Data
 
 
@@ -57,8 +57,8 @@ def test_images_are_drawn_by_class_and_seed():
 def test_all_is_both_splits_and_what_is_not_drawn_is_evaluated_on():
     from conftest import perceptron
 
-    from bdjax.evaluation import Evaluation
-    from bdjax.experiment import Experiment
+    from bdjax.config import Experiment
+    from bdjax.pipelines.evaluation import Evaluation
 
     given = data(30, 30, train=40)
     images, labels = pool("all", given)

@@ -6,15 +6,15 @@ import pytest
 from commands import bdjax
 
 from bdjax import cli
+from bdjax.config import Experiment
 from bdjax.errors import InputError
-from bdjax.experiment import Experiment
 
 pytestmark = pytest.mark.slow
 
 GRID = """
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment
-from bdjax.sweep import Cell
+from bdjax.config import Experiment
+from bdjax.pipelines.sweep import Cell
 from bdjax.attacks import badnets
 from bdjax.defenses import ibau
 
@@ -48,7 +48,7 @@ def test_sweep_shares_victims_lists_failures_and_does_nothing_twice(blobs_npz, c
 
 
 def test_sweep_starts_a_killed_worker_again(blobs_npz, tmp_path, monkeypatch):
-    from bdjax import sweep
+    from bdjax.pipelines import sweep
 
     (tmp_path / "grid.py").write_text(GRID.format(data=blobs_npz).replace('cell("bad"', 'cell("third"').replace(
         ', "npz:nowhere.npz"', ""))  # fmt: skip
@@ -68,7 +68,7 @@ def test_sweep_starts_a_killed_worker_again(blobs_npz, tmp_path, monkeypatch):
 
 
 def test_shards_part_the_grid_by_victims():
-    from bdjax import sweep
+    from bdjax.pipelines import sweep
 
     cells = [sweep.Cell(f"d{d}", Experiment("badnets", "ibau")) for d in range(3)]
     jobs = [sweep._Job(i, seed, cell) for seed in range(4) for i, cell in enumerate(cells)]
@@ -78,7 +78,7 @@ def test_shards_part_the_grid_by_victims():
 
 
 def test_seeds_that_are_no_numbers_are_named(tmp_path):
-    from bdjax import sweep
+    from bdjax.pipelines import sweep
 
     (tmp_path / "grid.py").write_text('TITLE, SEEDS, CELLS = "nothing", (0,), ()\n')
     with pytest.raises(InputError, match="--seeds must be whole numbers.*such as 0,1,2; got '0;1'"):

@@ -6,9 +6,9 @@ import pytest
 from commands import FAST, bdjax, refused
 from synthetic_results import cell, parsed, plan, write
 
-from bdjax import checkpoint
 from bdjax.defenses import neural_cleanse
-from bdjax.report import table
+from bdjax.io import checkpoint
+from bdjax.reports import table
 
 FLAGS = ["--attack.target", "1", "--attack.ratio", "0.2", *FAST]
 
@@ -27,7 +27,7 @@ def seen(blobs_npz, tmp_path_factory):
 
 def guesses(directory, blobs_npz):
     """Predictions of the clean held-out images and their labels, the long way."""
-    from bdjax.suspect import read_recorded
+    from bdjax.pipelines.artifact import read_recorded
 
     suspect = read_recorded(directory)
     evaluation = suspect.evaluation
@@ -114,12 +114,12 @@ def test_a_clean_suspect_is_truly_clean(blobs_npz, capsys, tmp_path):
 
 
 def test_a_cell_may_ask_for_the_clean_model(blobs_npz, tmp_path):
-    from bdjax import sweep
+    from bdjax.pipelines import sweep
 
     (tmp_path / "grid.py").write_text(f"""
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment
-from bdjax.sweep import Cell
+from bdjax.config import Experiment
+from bdjax.pipelines.sweep import Cell
 
 TITLE, SEEDS, FIT = "a grid", (0,), FitConfig(epochs=1, batch_size=40)
 CELLS = (Cell("one", Experiment("blended", "age", {blobs_npz!r}, fit=FIT), clean=True),)

@@ -16,8 +16,8 @@ from fnmatch import fnmatchcase
 from statistics import median
 from typing import Any
 
+from bdjax.cli._options import names
 from bdjax.errors import InputError
-from bdjax.options import names
 
 STARTUP = "startup"
 SUITES = ("cpu", "gpu")

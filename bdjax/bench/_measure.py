@@ -16,7 +16,7 @@ from bdjax.bench.workloads import job as prepared
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.clock import Clock
 from bdjax.engine.epoch import carried
-from bdjax.provenance import environment
+from bdjax.pipelines.environment import environment
 
 _LARGEST = {"cpu": (2048, 1 << 26), "small": (256, 1 << 20)}  # side of a matrix, numbers in an array; by platform
 

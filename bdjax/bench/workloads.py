@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import attacks, models
+from bdjax.config import config_of
 from bdjax.datasets._files import read_array
 from bdjax.defenses import age, bibau, ibau, neural_cleanse
 from bdjax.engine import FitConfig, fit, fit_controlled, many, predict, run_epoch
 from bdjax.engine.epoch import carried
-from bdjax.experiment import config_of
 from bdjax.types import DefenderView, Task, Victim
 
 CLASSES = 10

@@ -1,8 +1,9 @@
 """The command line: a command is a module of this folder. Help and lists import no jax; a command does when it runs.
 
 A module holds ORDER (its place in the help), USAGE (what follows its name), SUMMARY (one line), `main(argv)`, and
-the dataclass of its flags unless `bdjax.options` has it. `_common` is the helpers; another name that begins with `_`
-is a command that the help leaves out. A command that is a word of Python's has a `_` behind its module's name.
+the dataclass of its flags unless `bdjax.cli._options` has it. Modules in HELPERS are no commands; another name that
+begins with `_` is a command that the help leaves out. A command that is a word of Python's has a `_` behind its
+module's name.
 
 Method names come first (`bdjax run ATTACK DEFENSE`), because they decide which flags there are: the fields
 of the methods' own Config classes, as `--attack.FIELD` and `--defense.FIELD`.
@@ -18,6 +19,9 @@ from bdjax import __version__
 from bdjax.cli._common import command, fail, no_device, say, tell
 from bdjax.errors import InputError
 from bdjax.text import visible
+
+
+HELPERS = {"_common", "_large_pages", "_options"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,7 +70,7 @@ def _check_text(argv: Sequence[str]) -> None:
 
 
 def _names() -> set[str]:
-    return {module.name.removesuffix("_") for module in pkgutil.iter_modules(__path__)} - {"_common"}
+    return {module.name.removesuffix("_") for module in pkgutil.iter_modules(__path__)} - HELPERS
 
 
 def _place(name: str) -> tuple[bool, int, str]:

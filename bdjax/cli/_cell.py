@@ -11,7 +11,7 @@ SUMMARY = ""
 
 def main(argv: list[str]) -> None:
     """FILE INDEX SEED OUT DEVICES."""
-    from bdjax import sweep
+    from bdjax.pipelines import sweep
 
     file, index, seed, out, devices = argv
     prepare_jax()

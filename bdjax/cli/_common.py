@@ -17,9 +17,9 @@ from typing import Any
 import tyro
 
 from bdjax import registry
+from bdjax.cli._options import Cluster, Foreign, numbers, whole_numbers
+from bdjax.cli._options import names as split_names
 from bdjax.errors import InputError
-from bdjax.options import Cluster, Foreign, numbers, whole_numbers
-from bdjax.options import names as split_names
 from bdjax.text import visible
 
 
@@ -78,7 +78,7 @@ def parse(name: str, names: tuple[str, ...], rest: list[str], base: type, **part
     """The flags in `rest` as an instance of `base`, with the Configs of the methods in `parts` added to it."""
     extra: list[tuple[str, type, Any]] = []
     if parts:
-        from bdjax.experiment import FitConfig, SplitConfig, config_of
+        from bdjax.config import FitConfig, SplitConfig, config_of
 
         kinds = {"attack": "attacks", "defense": "defenses"}
         for part, value in parts.items():
@@ -115,8 +115,8 @@ def ready(options: Any) -> Iterator[Any]:
     _configure()
     join(options)
     _check_devices()
-    from bdjax.report.progress import bar
-    from bdjax.victim import Context
+    from bdjax.pipelines.victim import Context
+    from bdjax.reports.progress import bar
 
     with bar() as tick, traced(getattr(options, "profile", None)):
         yield Context(getattr(options, "devices", 0), tick, getattr(options, "estimate", True), say=say)
@@ -177,7 +177,7 @@ def traced(directory: Path | None) -> Iterator[None]:
 
 
 def join(options: Any) -> None:
-    """Make this process one of those that train together, where the flags of `bdjax.options.Cluster` say so."""
+    """Make this process one of those that train together, where the flags of `bdjax.cli._options.Cluster` say so."""
     if not isinstance(options, Cluster):
         return
     coordinator, processes, process, slurm = options.coordinator, options.processes, options.process, options.slurm
@@ -257,8 +257,8 @@ def remarks(result: dict[str, Any]) -> None:
 
 def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
     """The table, the picture and the places of a finished run."""
-    from bdjax import checkpoint, records
-    from bdjax.report import figure, table
+    from bdjax.io import checkpoint, records
+    from bdjax.reports import figure, table
 
     if not checkpoint.first():
         return
@@ -277,7 +277,7 @@ def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
 
 def remove_run(directory: Path) -> None:
     """Remove a run or model directory of ours; anything else is refused."""
-    from bdjax import checkpoint
+    from bdjax.io import checkpoint
 
     if checkpoint.first():
         _remove(directory)

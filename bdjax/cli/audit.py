@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import first, parse, ready, remarks, say
-from bdjax.options import Device, names
+from bdjax.cli._options import Device, names
 
 ORDER = 41
 USAGE = "DIR [--clean DATA] [--methods A,B] [--size N] [--seed S] [--out DIR]"
@@ -33,8 +33,9 @@ def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     directory = Path(first("audit", argv))
     options = parse("audit", (str(directory),), argv[1:], Flags)
-    from bdjax import audit, checkpoint
-    from bdjax.report import audit as report
+    from bdjax.io import checkpoint
+    from bdjax.pipelines import audit
+    from bdjax.reports import audit as report
 
     with ready(options) as context:
         result, arrays = audit.audit(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from bdjax.cli._common import check_file, parse, say
-from bdjax.options import Common
+from bdjax.cli._options import Common
 
 ORDER = 65
 USAGE = "[--suite cpu|gpu] [--only A,B] [--repeats N] [--small] [--no-cold] [--markdown] [--out FILE.json]"
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     if options.out:
         check_file(options.out, ".json", ".json")
     from bdjax import bench
-    from bdjax.report import bench as report
+    from bdjax.reports import bench as report
 
     bench.chosen(options.only)  # a name that matches nothing is refused before the heading
     rows: list[dict] = []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bdjax import registry
 from bdjax.cli._common import chosen, finish, first, methods, parse, ready, remove_run, say
-from bdjax.options import Place
+from bdjax.cli._options import Place
 
 ORDER = 40
 USAGE = "VICTIM_DIR DEFENSE [--defense.FIELD ..] [--split.FIELD ..] [--clean DIR] [--seed S] [--out DIR]"
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     attack, rest = chosen("attack", rest)
     parts = {"attack": attack} if attack else {}
     options = parse("defend", (str(victim), defense), rest, Flags, defense=defense, split=True, **parts)
-    from bdjax import run
+    from bdjax.pipelines import run
 
     own = {"dataset": options.dataset, "attack": attack, "attack_config": getattr(options, "attack", None)}
     with ready(options) as context:

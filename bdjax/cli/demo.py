@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import finish, parse, ready, remove_run
-from bdjax.options import Traced
+from bdjax.cli._options import Traced
 
 ORDER = 10
 USAGE = "[--seed S] [--out DIR]"
@@ -24,8 +24,8 @@ class Flags(Traced):
 def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     options = parse("demo", (), argv, Flags)
-    from bdjax import run
-    from bdjax.experiment import demo
+    from bdjax.config import demo
+    from bdjax.pipelines import run
 
     with ready(options) as context:
         remove_run(options.out)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import chosen, first, parse, ready, remarks, say
-from bdjax.options import UNMEASURED, Common
+from bdjax.cli._options import UNMEASURED, Common
 
 ORDER = 50
 USAGE = "DIR [--data D] [--attack ATTACK --attack.FIELD ..]"
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     directory = Path(first("evaluate", argv))
     attack, rest = chosen("attack", argv[1:])
     options = parse("evaluate", (argv[0],), rest, Flags, **({"attack": attack} if attack else {}))
-    from bdjax import run
+    from bdjax.pipelines import run
 
     with ready(options):
         found = run.evaluate(directory, options.data, attack, getattr(options, "attack", None))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from bdjax.cli._common import check_file, first, parse, prepare_jax, say
-from bdjax.options import Common
+from bdjax.cli._options import Common
 
 ORDER = 43
 USAGE = "DIR --format safetensors|torch --out FILE"
@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
     options = parse("export", (argv[0],), argv[1:], Flags)
     check_file(options.out, _ENDS[options.format], f"{options.format} weight")
     prepare_jax()
-    from bdjax import checkpoint, interop
+    from bdjax import interop
+    from bdjax.io import checkpoint
 
     directory = checkpoint.model_directory(given)
     found = interop.export_model(directory, options.format, options.out)

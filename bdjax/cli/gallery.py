@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from bdjax.cli._common import check_file, parse, ready, say
-from bdjax.options import Common, whole_numbers
+from bdjax.cli._options import Common, whole_numbers
 
 ORDER = 90
 USAGE = "[ATTACK | VICTIM_DIR ...] [--dataset D] [--seed S] [--image I,J] --out FILE.png"
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> None:
     options = parse("gallery", (), argv, Flags)
     check_file(options.out, ".png", "PNG")
     images = whole_numbers("--image", options.image, "0,1,2") if options.image else None
-    from bdjax import gallery
-    from bdjax.report import gallery as report
+    from bdjax.pipelines import gallery
+    from bdjax.reports import gallery as report
 
     with ready(options) as context:
         result, pictures = gallery.gallery(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import first, import_options, parse, remove_run, say
-from bdjax.options import Common, Foreign
+from bdjax.cli._options import Common, Foreign
 
 ORDER = 42
 USAGE = "FILE [--model M] [--classes C] [--size S] [--input-mean ..] [--input-std ..] [--clean-data D] --out DIR"
@@ -33,13 +33,13 @@ def main(argv: list[str]) -> None:
     given = import_options(options)
     from bdjax import interop
     from bdjax.interop import assumptions
-    from bdjax.provenance import environment
-    from bdjax.report.imported import notes
+    from bdjax.pipelines.environment import environment
+    from bdjax.reports.imported import notes
 
     measure = None
     if options.clean_data:
         from bdjax import datasets
-        from bdjax.evaluation import measure_on
+        from bdjax.pipelines.evaluation import measure_on
 
         data = datasets.load(options.clean_data)
         measure = measure_on(data)

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from bdjax.cli._common import chosen, parse, ready, say
-from bdjax.options import Common
+from bdjax.cli._options import Common
 
 ORDER = 47
 USAGE = "VICTIM_DIR PURIFIED_DIR [CLEAN_DIR] [--dataset D] [--attack ATTACK --attack.FIELD ..] [--out DIR]"
@@ -43,8 +43,8 @@ def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     attack, rest = chosen("attack", argv)
     options = parse("inspect", (), rest, Flags, **({"attack": attack} if attack else {}))
-    from bdjax import inspection
-    from bdjax.report import inspection as report
+    from bdjax.pipelines import inspection
+    from bdjax.reports import inspection as report
 
     out = options.out or options.purified.with_name(f"{options.purified.name}-inspection")
     report.check_directory(out)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import check_file, first, parse, ready, say
+from bdjax.cli._options import Common
 from bdjax.errors import InputError
-from bdjax.options import Common
 
 ORDER = 95
 USAGE = "VICTIM_DIR [--dataset D] [--force] --out FILE.npz"
@@ -35,14 +35,16 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--out {options.out} is there already. Choose another --out, or --force to replace it.")
     import numpy as np
 
-    from bdjax import checkpoint, victim
+    from bdjax.io import checkpoint
+    from bdjax.pipelines import victim
 
     with ready(options):
         data, images, labels, positions = victim.poisoned_set(directory, options.dataset)
     if images.dtype != np.uint8:
         raise InputError(
             f"the poisoned images of {directory} are {images.dtype} (attack.quantise=False keeps them so), and a data "
-            "set file holds uint8. Train a victim without --attack.no-quantise, or call bdjax.victim.poisoned_set."
+            "set file holds uint8. Train a victim without --attack.no-quantise, or call "
+            "bdjax.pipelines.victim.poisoned_set."
         )
     arrays = {
         "x_train": images, "y_train": labels, "x_test": data.x_test, "y_test": data.y_test,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from bdjax.cli._common import chosen, first, import_options, parse, ready, say
-from bdjax.options import Device, Foreign, names
+from bdjax.cli._options import Device, Foreign, names
 
 ORDER = 44
 USAGE = "FILE|DIR [--model M] --clean DATA [--defense D --defense.FIELD ..] [--input-mean ..] --out DIR"
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
     defense = defense or "auto"
     options = parse("purify", (argv[0],), rest, Flags, defense=defense)
     imported = import_options(options)
-    from bdjax import purification
-    from bdjax.report.purification import summary
+    from bdjax.pipelines import purification
+    from bdjax.reports.purification import summary
 
     with ready(options) as context:
         result = purification.purify(

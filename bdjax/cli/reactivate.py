@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bdjax import registry
 from bdjax.cli._common import first, methods, parse, ready, remove_run, say
-from bdjax.options import Device
+from bdjax.cli._options import Device
 
 ORDER = 45
 USAGE = "PURIFIED_DIR ATTACK [--clean DIR] [--attack.FIELD ..] [--retuning.FIELD ..] [--seed S] [--out DIR]"
@@ -35,7 +35,7 @@ class Flags(Device):
 
 def _needs(attack: str) -> dict[str, type]:
     """The Configs of the re-activations that `attack` begins with."""
-    from bdjax.experiment import config_of
+    from bdjax.config import config_of
 
     return {name: config_of("attacks", name) for name in getattr(registry.load("attacks", attack), "NEEDS", ())}
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in needs.items()]
     flags = dataclasses.make_dataclass("Flags", fields, bases=(Flags,))
     options = parse("reactivate", (str(directory), attack), rest, flags, attack=attack)
-    from bdjax import reactivation
+    from bdjax.pipelines import reactivation
 
     out = options.out or directory.with_name(f"{directory.name}-{attack}")
     with ready(options) as context:

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     directory = Path(first("report", argv))
     options = parse("report", (argv[0],), argv[1:], Flags)
-    from bdjax.report import table
+    from bdjax.reports import table
 
     form: Literal["text", "csv", "markdown"] = "csv" if options.csv else "markdown" if options.markdown else "text"
     say(table.report(directory, form, options.papers))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from bdjax.cli._common import finish, methods, parse, ready, remove_run
-from bdjax.options import Plant
+from bdjax.cli._options import Plant
 
 ORDER = 20
 USAGE = (
@@ -28,8 +28,8 @@ def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     (attack, defense), rest = methods(argv, "run", ("attacks", "defenses"))
     options = parse("run", (attack, defense), rest, Flags, attack=attack, defense=defense, fit=True, split=True)
-    from bdjax import run
-    from bdjax.experiment import Experiment
+    from bdjax.config import Experiment
+    from bdjax.pipelines import run
 
     experiment = Experiment(
         attack, defense, options.dataset, options.model, options.seed, options.attack, options.defense,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import first, parse, ready, say
+from bdjax.cli._options import Device, whole_numbers
 from bdjax.errors import InputError
-from bdjax.options import Device, whole_numbers
 
 ORDER = 60
 USAGE = (
@@ -47,16 +47,17 @@ def main(argv: list[str]) -> None:
     if not any(word.split("=")[0] == "--defense.schedule" for word in rest):
         rest = ["--defense.schedule", "release", *rest]  # solvers are compared on one perturbation
     options = parse("solvers", (argv[0],), rest, Flags, defense="ibau", split=True)
-    from bdjax import checkpoint, compare
-    from bdjax.report import solvers
+    from bdjax.io import checkpoint
+    from bdjax.pipelines import solver_comparison
+    from bdjax.reports import solvers
 
     out = options.out or Path("runs") / f"solvers-{checkpoint.read_record(victim)['hash'][:16]}"
     if (out / "solvers.json").exists() and not options.force:
         raise InputError(f"{out} holds a comparison already. Choose another --out, or --force to replace it.")
-    chosen = tuple(options.solvers.split(",")) if options.solvers else compare.DEFAULT
+    chosen = tuple(options.solvers.split(",")) if options.solvers else solver_comparison.DEFAULT
     iterations = whole_numbers("--iterations", options.iterations, "5,20")
     with ready(options) as context:
-        result = compare.compare(
+        result = solver_comparison.compare(
             victim, solvers=chosen, iterations=iterations, config=options.defense,
             split=options.split, seed=options.seed, dataset=options.dataset, rounds=None if options.rounds else (),
             test_size=options.test_size, repeats=options.repeats, context=context,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import first, parse, say
-from bdjax.options import Device
+from bdjax.cli._options import Device
 
 ORDER = 70
 USAGE = "experiments/FILE.py [--seeds 0,1,2] [--shard i/n] [--workers k] [--out DIR]"
@@ -30,8 +30,8 @@ def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     file = Path(first("sweep", argv))
     options = parse("sweep", (argv[0],), argv[1:], Flags)
-    from bdjax import sweep
-    from bdjax.report.progress import bar
+    from bdjax.pipelines import sweep
+    from bdjax.reports.progress import bar
 
     with bar() as tick:
         failed = sweep.sweep(

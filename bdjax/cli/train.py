@@ -3,7 +3,7 @@
 import json
 
 from bdjax.cli._common import methods, parse, ready, remove_run, say
-from bdjax.options import Plant
+from bdjax.cli._options import Plant
 
 ORDER = 30
 USAGE = "ATTACK [--dataset D] [--model M] [--seed S] [--attack.FIELD ..] [--fit.FIELD ..] [--out DIR]"
@@ -14,8 +14,9 @@ def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     (attack,), rest = methods(argv, "train", ("attacks",))
     options = parse("train", (attack,), rest, Plant, attack=attack, fit=True)
-    from bdjax import checkpoint, run, victim
-    from bdjax.experiment import Experiment
+    from bdjax.config import Experiment
+    from bdjax.io import checkpoint
+    from bdjax.pipelines import run, victim
 
     experiment = Experiment(attack, None, options.dataset, options.model, options.seed, options.attack, fit=options.fit)
     with ready(options) as context:

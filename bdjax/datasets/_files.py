@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bdjax.arrays import open_picture, read_npy
+from bdjax.io.arrays import open_picture, read_npy
 from bdjax.types import ArrayFile
 
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")

@@ -7,7 +7,7 @@ and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (the test half).
 import numpy as np
 
 from bdjax.datasets import _checks
-from bdjax.datasets._spread import spread
+from bdjax.datasets._stratify import spread
 from bdjax.errors import InputError
 from bdjax.types import Data
 

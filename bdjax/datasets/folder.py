@@ -13,11 +13,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from bdjax.arrays import open_picture
 from bdjax.datasets import _checks, _layout
-from bdjax.datasets._spread import spread
+from bdjax.datasets._stratify import spread
 from bdjax.errors import InputError
-from bdjax.files import shown_size
+from bdjax.io.arrays import open_picture
+from bdjax.io.files import shown_size
 from bdjax.types import Data
 
 USUAL = (".png", ".jpg", ".jpeg")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bdjax.arrays import MOST_FILE, open_npz
 from bdjax.datasets import _checks
 from bdjax.errors import InputError
-from bdjax.files import open_regular
+from bdjax.io.arrays import MOST_FILE, open_npz
+from bdjax.io.files import open_regular
 from bdjax.types import Data
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")

@@ -14,7 +14,7 @@ import numpy as np
 
 from bdjax.datasets import _checks
 from bdjax.errors import InputError
-from bdjax.files import read_record
+from bdjax.io.files import read_record
 from bdjax.text import visible
 from bdjax.types import Data
 

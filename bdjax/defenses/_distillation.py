@@ -8,7 +8,7 @@ arXiv:1503.02531). They carry no trigger, so that the given model can be followe
 import jax
 import optax
 
-from bdjax import augment
+from bdjax.engine import augment
 from bdjax.types import Images, Key, Model, Variables
 
 

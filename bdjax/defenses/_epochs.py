@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax import augment
 from bdjax.defenses._batch import batch_of
 from bdjax.defenses._tuning import begin, descend, each_pass, model_of
-from bdjax.engine import FitConfig, parallel
+from bdjax.engine import FitConfig, augment, parallel
 from bdjax.engine.optimizer import learning_rates
 from bdjax.types import Key, Model, Variables, Victim, Watch, to_float
 

@@ -34,9 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax import augment
 from bdjax.defenses._tuning import begin, descend, equal_batches, model_of, passes, shown_to
-from bdjax.engine import parallel, predict
+from bdjax.engine import augment, parallel, predict
 from bdjax.errors import check_fields
 from bdjax.models import head, penultimate, unet
 from bdjax.types import DefenderView, Images, Key, Model, Variables, Victim, to_float

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax import augment, models
+from bdjax import models
 from bdjax.defenses._guard import accuracy, split_off
-from bdjax.engine import parallel, run_epoch
+from bdjax.engine import augment, parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError, check_fields

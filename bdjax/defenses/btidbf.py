@@ -32,11 +32,10 @@ from typing import Any
 import jax
 import optax
 
-from bdjax import augment
 from bdjax.defenses import _inversion
 from bdjax.defenses._inversion import InversionConfig, alternate, mixed, most_of
 from bdjax.defenses._tuning import begin, descend
-from bdjax.engine import parallel
+from bdjax.engine import augment, parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 

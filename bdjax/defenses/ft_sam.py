@@ -36,9 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax import augment
 from bdjax.defenses._tuning import begin, equal_batches, model_of, passes, shown_to
-from bdjax.engine import parallel
+from bdjax.engine import augment, parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 

@@ -32,10 +32,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bdjax import augment
 from bdjax.defenses._inversion import InversionConfig, alternate, mixed, most_of
 from bdjax.defenses._tuning import begin, descend
-from bdjax.engine import parallel
+from bdjax.engine import augment, parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax import augment
-from bdjax.engine import parallel
+from bdjax.engine import augment, parallel
 from bdjax.engine.optimizer import direction
 from bdjax.types import Batch, Control, Key, Model, Place, to_float
 

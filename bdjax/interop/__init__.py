@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from bdjax import checkpoint, models, records
+from bdjax import models
 from bdjax.errors import InputError
 from bdjax.interop import _beside, _crc, assumptions, matching, names, reader, writer
 from bdjax.interop._tensors import DTYPES, Refused, shown
+from bdjax.io import checkpoint, records
 from bdjax.models import Input
 
 __all__ = ["export_model", "import_model", "model_of", "plain"]

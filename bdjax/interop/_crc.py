@@ -4,8 +4,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from bdjax.files import MOST_WEIGHTS, open_regular
 from bdjax.interop._tensors import Refused, shown
+from bdjax.io.files import MOST_WEIGHTS, open_regular
 
 _PART = 1 << 20
 

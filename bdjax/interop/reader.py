@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bdjax.errors import InputError
-from bdjax.files import MOST_WEIGHTS, open_regular
 from bdjax.interop import _files, _globals
 from bdjax.interop._arrays import Array
 from bdjax.interop._globals import Global, Skipped
 from bdjax.interop._tensors import Refused, Tensor
+from bdjax.io.files import MOST_WEIGHTS, open_regular
 
 _DEPTH, _MOST_VISITED = 8, 10_000
 _MOST_TENSORS, _MOST_IN_ALL = 20_000, 100_000  # by name: in one dictionary, and in all of them

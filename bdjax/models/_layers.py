@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.errors import InputError
-from bdjax.models import _conv, _strided
+from bdjax.models.cpu import convolution, strided
 from bdjax.types import Key
 
 
@@ -43,9 +43,9 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **othe
     stride, side = max(strides), len(kernel)
     if jax.default_backend() == "cpu" and stride <= 2:
         if stride == 1 or side == 1:
-            return _conv.conv(x[:, ::stride, ::stride], kernel)
-        if _strided.fits(x, kernel):
-            return _strided.strided(x, kernel)
+            return convolution.conv(x[:, ::stride, ::stride], kernel)
+        if strided.fits(x, kernel):
+            return strided.strided(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **others)
 
 

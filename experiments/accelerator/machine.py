@@ -14,7 +14,7 @@ import numpy as np
 
 from accelerator.records import Run
 from bdjax.cli._common import prepare_jax
-from bdjax.provenance import environment
+from bdjax.pipelines.environment import environment
 
 _CALLS = 20  # of a program between two readings of the clock
 _REPEATS = 5

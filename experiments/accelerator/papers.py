@@ -12,17 +12,19 @@ from typing import Any
 import jax
 
 from accelerator.records import Run, SkipStep
-from bdjax import checkpoint, datasets, interop, reactivation
+from bdjax import datasets, interop
 from bdjax.attacks import badnets, retuning
 from bdjax.cli._common import prepare_jax
+from bdjax.config import Experiment, SplitConfig
 from bdjax.defenses import age as age_
 from bdjax.defenses import baeraser as baeraser_
 from bdjax.defenses import bibau as bibau_
 from bdjax.defenses import ibau as ibau_
 from bdjax.engine import FitConfig
-from bdjax.experiment import Experiment, SplitConfig
-from bdjax.run import defend
-from bdjax.victim import Context, train
+from bdjax.io import checkpoint
+from bdjax.pipelines import reactivation
+from bdjax.pipelines.run import defend
+from bdjax.pipelines.victim import Context, train
 
 SEEDS = (0, 1, 2)
 SMALL = FitConfig(epochs=2, batch_size=40)

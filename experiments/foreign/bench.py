@@ -17,9 +17,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bdjax import checkpoint, datasets, interop, registry, run
-from bdjax.experiment import SplitConfig
-from bdjax.victim import Context
+from bdjax import datasets, interop, registry
+from bdjax.config import SplitConfig
+from bdjax.io import checkpoint
+from bdjax.pipelines import run
+from bdjax.pipelines.victim import Context
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""What the commands do: train, defend, evaluate, audit, reactivate, inspect, purify."""

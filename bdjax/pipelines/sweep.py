@@ -1,0 +1,197 @@
+"""A grid of experiments: what is not finished yet, each cell in a process of its own, failures told at the end.
+
+A file of experiments defines TITLE, SEEDS and CELLS. Cells that share a victim train it once; a killed worker's
+cell is started again and goes on from the last epoch.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bdjax import datasets, registry
+from bdjax.cli._options import whole_numbers
+from bdjax.config import Experiment, attack_record, digest
+from bdjax.errors import InputError
+from bdjax.io import checkpoint
+from bdjax.pipelines import run
+from bdjax.pipelines.victim import Context
+
+_ATTEMPTS = 2  # a worker that dies without a word (out of memory, killed) is tried once more
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: an experiment (its seed is replaced), and the published cell beside it."""
+
+    label: str
+    """What the row is called."""
+    experiment: Experiment
+    """What is run; its seed is replaced by each of the sweep's."""
+    paper: dict[str, str] | None = None
+    """Column values that pick the published row from experiments/papers/*.csv."""
+    scale: str = ""
+    """How the run is smaller than the paper's ("6 of 50 epochs"); empty when it is not."""
+    clean: bool = False
+    """Train the model without poison, too, for AGE's score; cells that share it train it once."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    index: int
+    seed: int
+    cell: Cell
+    attempt: int = 1
+
+    @property
+    def experiment(self) -> Experiment:
+        return replace(self.cell.experiment, seed=self.seed)
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.label}, seed {self.seed}"
+
+
+def sweep(
+    file: Path,
+    out: Path | None = None,
+    *,
+    seeds: str = "",
+    shard: str = "0/1",
+    workers: int = 1,
+    devices: int = 0,
+    tick: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[str]:
+    """Run the cells of `file` that have no result in `out` yet.
+
+    Args:
+      out: default runs/NAME of the file. Gets cells.json, victims/, HASH/ for each run and logs/.
+      seeds: comma-separated; default the file's SEEDS.
+      shard: "i/n", the i-th of n parts; cells of one victim stay in one part.
+      workers: processes at a time. say: is given a line for each cell that ends.
+
+    Returns: a line for each failed cell, with its error.
+    """
+    module, out = _module(file), Path(out) if out else Path("runs") / Path(file).stem
+    chosen = whole_numbers("--seeds", seeds, "0,1,2") if seeds else tuple(module.SEEDS)
+    if workers < 1:
+        raise InputError(f"--workers must be at least 1, got {workers}.")
+    jobs = _shard([_Job(i, s, cell) for s in chosen for i, cell in enumerate(module.CELLS)], shard)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_plan(module, Path(file), out, chosen)
+    (out / "logs").mkdir(exist_ok=True)
+    failures: list[str] = []
+    waiting: deque[_Job] = deque()
+    for job in jobs:
+        try:
+            finished = run.read_result(_directory(job, out)) is not None
+        except InputError as error:
+            failures.append(f"{job.name}: {error}")
+            continue
+        waiting.extend([] if finished else [job])
+    done = len(jobs) - len(waiting)
+    say(f"{module.TITLE}: {len(jobs)} cells, {done - len(failures)} finished before, {len(waiting)} to do")
+    tick("grid", done, len(jobs))
+    running: dict[subprocess.Popen[bytes], tuple[_Job, Path, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.popleft()
+                log = out / "logs" / f"cell-{job.index}-seed-{job.seed}.log"
+                running[_start(Path(file), job, out, devices, log)] = (job, log, time.monotonic())
+            time.sleep(0.1)
+            for process in [p for p in running if p.poll() is not None]:
+                job, log, began = running.pop(process)
+                if process.returncode < 0 and job.attempt < _ATTEMPTS:
+                    say(f"{job.name}: the worker was killed (signal {-process.returncode}); starting it again")
+                    waiting.append(replace(job, attempt=job.attempt + 1))
+                    continue
+                done += 1
+                if process.returncode:
+                    failures.append(f"{job.name}: {_last_line(log, process.returncode)}")
+                state = "failed" if process.returncode else "finished"
+                say(f"[{done}/{len(jobs)}] {job.name}: {state} after {time.monotonic() - began:.0f} s")
+                tick("grid", done, len(jobs))
+    finally:
+        for process in running:
+            process.terminate()
+    if failures:
+        say(f"{len(failures)} of {len(jobs)} cells failed:\n" + "\n".join(f"  {line}" for line in failures))
+    return failures
+
+
+def run_cell(file: Path, index: int, seed: int, out: Path, devices: int = 0) -> dict[str, Any]:
+    """Run one cell of `file` in this process and return its result."""
+    cell: Cell = _module(file).CELLS[index]
+    extra = {"cell": {"index": index, "label": cell.label, "scale": cell.scale, "paper": cell.paper}}
+    return run.run(replace(cell.experiment, seed=seed), out, None, Context(devices), extra, cell.clean)[0]
+
+
+def _module(file: Path) -> ModuleType:
+    module = registry.load_file(Path(file))
+    for name in ("TITLE", "SEEDS", "CELLS"):
+        if not hasattr(module, name):
+            raise InputError(f"{file} defines no {name}. A file of experiments defines TITLE, SEEDS and CELLS.")
+    return module
+
+
+def _shard(jobs: list[_Job], shard: str) -> list[_Job]:
+    try:
+        part, parts = (int(value) for value in shard.split("/"))
+        if not 0 <= part < parts:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--shard must be i/n with 0 <= i < n, such as 0/4; got {shard!r}.") from None
+    victims = {victim: number for number, victim in enumerate(dict.fromkeys(_victim(job) for job in jobs))}
+    return [job for job in jobs if victims[_victim(job)] % parts == part]
+
+
+def _victim(job: _Job) -> str:
+    return digest(attack_record(job.experiment, job.experiment.dataset))
+
+
+@lru_cache
+def _fingerprint(dataset: str) -> str:
+    return datasets.load(dataset).fingerprint
+
+
+def _directory(job: _Job, out: Path) -> Path:
+    return run.directory_of(job.experiment, out, _fingerprint(job.experiment.dataset))
+
+
+def _write_plan(module: ModuleType, file: Path, out: Path, seeds: tuple[int, ...]) -> None:
+    cells = [
+        {
+            "index": index,
+            "label": cell.label,
+            "attack": cell.experiment.attack,
+            "defense": cell.experiment.defense,
+            "dataset": cell.experiment.dataset,
+            "model": cell.experiment.model,
+            "scale": cell.scale,
+            "paper": cell.paper,
+            "seeds": seeds,
+        }
+        for index, cell in enumerate(module.CELLS)
+    ]
+    plan = {"file": f"experiments/{file.name}", "title": module.TITLE, "cells": cells}
+    checkpoint.write_text(out / "cells.json", json.dumps(plan, indent=1) + "\n")
+
+
+def _start(file: Path, job: _Job, out: Path, devices: int, log: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "bdjax", "_cell", str(file), str(job.index), str(job.seed), str(out), str(devices)]
+    with open(log, "wb") as sink:
+        return subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+
+
+def _last_line(log: Path, code: int) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1].strip() if lines else f'exit code {code}'} (log: {log})"
