@@ -10,13 +10,53 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from bdjax import registry
-from bdjax.engine import FitConfig
-from bdjax.errors import check_fields
+from bdjax.errors import InputError, check_fields
 from bdjax.io import records
 from bdjax.io.files import sha256
 from bdjax.types import ArrayFile
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The recipe by which a model is trained."""
+
+    epochs: int = 20
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Images a step, over all devices together; a last, smaller batch is dropped."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Adam (default betas) or SGD with `momentum`."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 0.0
+    """L2 term added to the gradient before momentum, as PyTorch does; biases and BN are decayed too."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """Cosine to zero, or times 0.1 at 50 % and 75 % of the epochs."""
+    augment: Literal["none", "crop", "crop_flip", "crop_flip_cutout"] = "none"
+    """Random crop (zero padding 4), horizontal flip, cut-out of 16 pixels."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What activations are computed in; parameters and the loss stay float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"fit.{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"fit.learning_rate must be positive and finite, got {self.learning_rate}.")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"fit.momentum must be in [0, 1), got {self.momentum}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"fit.weight_decay must be zero or more and finite, got {self.weight_decay}.")
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype to create the model with."""
+        return jnp.dtype(self.precision)
 
 
 @dataclass(frozen=True)
@@ -114,10 +154,10 @@ def run_record(experiment: Experiment, victim_hash: str) -> dict[str, Any]:
     }
 
 
-def stream(seed: int, name: Literal["attack", "defense", "split", "evaluate"]) -> jax.Array:
-    """The random key of one purpose of a run; purposes do not share numbers."""
-    place = ("attack", "defense", "split", "evaluate").index(name)
-    return jax.random.fold_in(jax.random.key(seed), place)
+def stage_key(seed: int, stage: Literal["attack", "defense", "split", "evaluate"]) -> jax.Array:
+    """The random key of one stage of a run; stages do not share random numbers."""
+    number = ("attack", "defense", "split", "evaluate").index(stage)
+    return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def digest(record: Any) -> str:

@@ -25,9 +25,9 @@ _LOG = logging.getLogger("bdjax")
 
 
 def names(kind: str) -> list[str]:
-    """Names of all methods of `kind` (one of KINDS), sorted; modules that begin with `_` are helpers."""
+    """Names of all methods of `kind` (one of KINDS), sorted; modules that begin with `_` and packages are helpers."""
     folder = Path(__file__).parent / kind
-    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not (m.ispkg or m.name.startswith("_")))
 
 
 def check(kind: str, name: str) -> None:

@@ -104,38 +104,43 @@ class Model:
         return self.apply(variables, images)[0]
 
 
-class Watch:
-    """What a run may see of a method at work. Calls return nothing, so nothing measured flows back."""
+class Callback:
+    """Hooks that a method calls while it runs. They return nothing, so nothing measured flows back into the method."""
 
-    def tick(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` steps of `stage` are over."""
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` steps of `stage` are finished."""
 
-    def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
-        """`variables` as they are after round or epoch `step`, with any arrays worth showing.
+    def on_round_end(self, step: int, variables: Variables, **arrays: Any) -> None:
+        """A round or an epoch has ended.
 
-        Some names are known. To the picture of a run: `perturbation` [n, H, W, C], which is added to images, and
-        `recovered` [n, h, w, C], triggers that were found (patches in [0, 1], or added where h x w is H x W), with
-        `recovered_labels` int32 [n]. To its table: `suspected` int32 [k], labels that the method takes for targets.
-        They are donated to the next step when the call returns: copy what is to be kept.
+        Some array names have a meaning. In a run's figure: `perturbation` [n, H, W, C], which is added to images, and
+        `recovered` [n, h, w, C], recovered triggers (patches in [0, 1], or added where h x w is H x W), with
+        `recovered_labels` int32 [n]. In its table: `suspected` int32 [k], labels that the method takes for targets.
+
+        Args:
+          step: number of the round, from 0.
+          variables: the model after the round. Its buffers are donated to the next step when the call returns: copy
+            what is to be kept.
+          arrays: scalars and arrays to record.
         """
 
-    def recall(self, step: int, **values: Any) -> None:
-        """The scalars that were observed after `step` before a run was killed; its variables are gone."""
+    def on_round_restored(self, step: int, **values: Any) -> None:
+        """A round ended before the run was killed and resumed: its recorded scalars, without its variables."""
 
-    def judge(self, scores: "Scores") -> None:
-        """What a defense that audits found out on its way: it is not asked again."""
+    def on_detection(self, scores: "Scores") -> None:
+        """A defense has also detected: its :class:`Scores`. Its `detect` is then not called again."""
 
-    def estimate(self, left: Any) -> None:
-        """What a defense that estimates its own success found of the model that it returns; None takes it back."""
+    def on_estimate(self, estimated: Any) -> None:
+        """A defense has estimated its own success for the model that it returns; None withdraws the estimate."""
 
 
-class Place(NamedTuple):
+class SampleInfo(NamedTuple):
     """Where the images of a batch (of this device's share of it) stand, for an attacker who controls training."""
 
     position: jax.Array
     """int32 [B], of each image in the training set."""
     role: Any
-    """int8 [B]: 1, 2, ... for the shares of the :class:`Control`, spread evenly over the batch; 0 for the rest."""
+    """int8 [B]: 1, 2, ... for the shares of the :class:`TrainingHook`, spread evenly over the batch; 0 for the rest."""
     key: Any
     """[B], a random key each."""
     axis: str | None
@@ -154,7 +159,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Control:
+class TrainingHook:
     """What an attacker who runs the training does to it, inside the jitted step, before augmentation.
 
     `attacker` is {"fixed": arrays, "params": trained with the model, "state": carried from step to step}, each
@@ -167,9 +172,9 @@ class Control:
     shares: tuple[float, ...] = ()
     """Of the images of an epoch, which get role 1, 2, ..."""
     transform: Callable[..., Batch] | None = None
-    """`transform(config, attacker, images, labels, place) -> Batch`, images float32 [B, H, W, C] in [0, 1]."""
+    """`transform(config, attacker, images, labels, info) -> Batch`, images float32 [B, H, W, C] in [0, 1]."""
     penalty: Callable[..., jax.Array] | None = None
-    """`penalty(config, attacker, features, labels, place) -> scalar`, added to the loss; labels are the batch's own."""
+    """`penalty(config, attacker, features, labels, info) -> scalar`, added to the loss; labels are the batch's own."""
     optimizer: Callable[[Any], Any] | None = None
     """`optimizer(config) -> optax.GradientTransformation`, of attacker["params"]."""
     refresh: Callable[..., Any] | None = None
@@ -210,13 +215,13 @@ class Task:
     model: Model
     read_array: Callable[[ArrayFile], np.ndarray]
     """`read_array(path) -> array`: pictures uint8 [H, W, C], .npy as stored."""
-    watch: Watch = field(default_factory=Watch)
+    callback: Callback = field(default_factory=Callback)
     fit: Callable[..., Variables] = _cannot_train
     """`fit(images, labels, key, *, stage="training", start=None, recipe={}, model=None) -> variables`: train by the
     user's recipe. `stage` names it, so that a killed run resumes there (each name once); `start`: variables to go on
     from; `recipe`: fields of the recipe that differ; `model`: another than the task's."""
-    fit_controlled: Callable[..., tuple[Variables, Any]] = _cannot_train
-    """`fit_controlled(images, labels, key, control, attacker, **as fit) -> (variables, attacker)`."""
+    fit_with_hook: Callable[..., tuple[Variables, Any]] = _cannot_train
+    """`fit_with_hook(images, labels, key, control, attacker, **as fit) -> (variables, attacker)`."""
     clean: Callable[[], Variables] = _cannot_train
     """`clean() -> variables`: the task's model trained without any attack by the user's recipe."""
 
@@ -238,8 +243,8 @@ class Backdoor:
 
 
 @dataclass(frozen=True)
-class Defended:
-    """What a re-activation attack is let loose on."""
+class ReactivationInputs:
+    """The inputs of a re-activation attack."""
 
     purified: Variables
     """The model that a defense gave back."""
@@ -290,7 +295,7 @@ class DefenderView:
     """Stored uint8 [n, H, W, C]."""
     labels: np.ndarray
     """int32 [n]."""
-    watch: Watch = field(default_factory=Watch)
+    callback: Callback = field(default_factory=Callback)
     trigger: Trigger | None = None
     """The true trigger, only for a method that asks for it (:func:`bdjax.defenses.needs_trigger`)."""
     validation: "DefenderView | None" = None

@@ -10,11 +10,11 @@ with the same images; bdjax by the schedule that --ibau asks for, PyTorch by the
 round, outside the time.
 
 Each side is a process of its own, bound to the same cores, with as many threads and, unless --pages small, large pages
-of memory (bdjax/cli/_large_pages.py; `bdjax` asks for them itself). Both are started anew for every workload, prepare it and
-run it once before anything counts. A side that takes longer than --limit is stopped and the comparison goes on; where
-that is PyTorch, and it compiled its networks (on a GPU), it is started once more without compiling, and the row says
-so: --compile-limit is how long compiling may take. The results so far are written after each workload, as compare.json
-and README.md in --out.
+of memory (bdjax/cli/_large_pages.py; `bdjax` asks for them itself). Both are started anew for every workload, prepare
+it and run it once before anything counts. A side that takes longer than --limit is stopped and the comparison goes on;
+where that is PyTorch, and it compiled its networks (on a GPU), it is started once more without compiling, and the row
+says so: --compile-limit is how long compiling may take. The results so far are written after each workload, as
+compare.json and README.md in --out.
 """
 
 import argparse
@@ -175,36 +175,36 @@ def _bdjax_until(request: dict[str, Any]) -> Any:
     import numpy as np
 
     from bdjax import interop
-    from bdjax.config import SplitConfig, stream
+    from bdjax.config import SplitConfig, stage_key
     from bdjax.defenses import ibau
     from bdjax.engine.clock import Clock
-    from bdjax.pipelines.artifact import read_suspect
-    from bdjax.types import Watch
+    from bdjax.pipelines.artifact import open_artifact
+    from bdjax.types import Callback
 
     directory, goal = Path(request["victim"]), request["goal"]
     config = ibau.Config(
         **{"schedule": "release", "rounds": request["rounds"], "batch_size": 100, "norm_bound": 10.0, **request["ibau"]}
     )
     split = SplitConfig(size=request["clean"], validation=0.0)
-    suspect = read_suspect(directory, "ibau", config, split=split, dataset=request["dataset"] or None)
-    own = suspect.evaluation
+    artifact = open_artifact(directory, "ibau", config, split=split, dataset=request["dataset"] or None)
+    own = artifact.evaluation
     if request["test"]:
         own.shorten(request["test"])
     problem = Path(request["problem"])
     interop.export_model(directory, "safetensors", problem.with_suffix(".safetensors"))
     np.savez(
-        problem, model=suspect.victim.model.name, shape=suspect.victim.model.shape,
-        classes=suspect.victim.model.classes, images=own.images,
+        problem, model=artifact.victim.model.name, shape=artifact.victim.model.shape,
+        classes=artifact.victim.model.classes, images=own.images,
         labels=own.labels, triggered=own.triggered, wanted=own.wanted, eligible=own.eligible,
         clean_images=own.clean_images, clean_labels=own.clean_labels,
     )  # fmt: skip
-    before = own.measure(suspect.victim.variables)
+    before = own.measure(artifact.victim.variables)
 
-    class Until(Watch):
+    class Until(Callback):
         def __init__(self) -> None:
             self.clock, self.rounds, self.after = Clock(), 0, before
 
-        def observe(self, step: int, variables: Any, **arrays: Any) -> None:
+        def on_round_end(self, step: int, variables: Any, **arrays: Any) -> None:
             jax.block_until_ready(variables)
             with self.clock:
                 self.after, self.rounds = own.measure(variables), step
@@ -212,11 +212,20 @@ def _bdjax_until(request: dict[str, Any]) -> Any:
                 raise _Reached
 
     def run() -> dict[str, Any]:
-        watch = Until()
+        callback = Until()
         with contextlib.suppress(_Reached):
-            ibau.purify(config, suspect.victim, suspect.view(watch), stream(suspect.experiment.seed, "defense"))
-        found = {"seconds": watch.clock.read()[0], "rounds": watch.rounds, "reached": watch.after["asr"] < goal}
-        return found | {"before": (before["acc"], before["asr"]), "after": (watch.after["acc"], watch.after["asr"])}
+            ibau.purify(
+                config, artifact.victim, artifact.view(callback), stage_key(artifact.experiment.seed, "defense")
+            )
+        found = {
+            "seconds": callback.clock.read()[0],
+            "rounds": callback.rounds,
+            "reached": callback.after["asr"] < goal,
+        }
+        return found | {
+            "before": (before["acc"], before["asr"]),
+            "after": (callback.after["acc"], callback.after["asr"]),
+        }
 
     return run
 

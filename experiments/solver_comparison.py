@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import hypergrad
-from bdjax.config import Experiment, stream
+from bdjax.config import Experiment, stage_key
 from bdjax.defenses import ibau
 from bdjax.engine import FitConfig
 from bdjax.io import checkpoint
 from bdjax.pipelines import run, solver_comparison, victim
-from bdjax.pipelines.artifact import read_suspect
+from bdjax.pipelines.artifact import open_artifact
 from bdjax.pipelines.victim import Context
 from bdjax.reports import solvers as report
 
@@ -90,9 +90,9 @@ def one(dataset: str, attack: str, seed: int) -> None:
 
 def theorem(directory: Path) -> None:
     """Relative error of the hypergradient after T inner and K fixed-point steps, for two penalties."""
-    suspect = read_suspect(directory, "ibau", CONFIG, dataset=os.environ.get("BDJAX_MNIST"))
-    model, params = suspect.victim.model, suspect.victim.variables["params"]
-    problem = ibau.problem(CONFIG, suspect.victim, suspect.view(), stream(0, "defense"))
+    artifact = open_artifact(directory, "ibau", CONFIG, dataset=os.environ.get("BDJAX_MNIST"))
+    model, params = artifact.victim.model, artifact.victim.variables["params"]
+    problem = ibau.problem(CONFIG, artifact.victim, artifact.view(), stage_key(0, "defense"))
     rows = []
     for penalty, step in ((20.0, 1 / 60), (0.001, 0.1)):
         hyper = {**problem.arrays["shared"]["hyper"], "penalty": jnp.float32(penalty)}

@@ -115,27 +115,27 @@ def untrained_task(images, labels, model, file=None):
         model,
         lambda path: np.zeros((16, 16, 3), np.uint8) if file is None else file,
         fit=fit,
-        fit_controlled=lambda images, labels, key, control, attacker, **_: (model.init(key), attacker),
+        fit_with_hook=lambda images, labels, key, hook, attacker, **_: (model.init(key), attacker),
         clean=lambda: model.init(jax.random.key(0)),
     )
 
 
-def trained_task(images, labels, watch=None):
+def trained_task(images, labels, callback=None):
     """A Task that trains the perceptron (4 classes) by the engine: an epoch of SGD in batches of 40, unless told."""
-    from bdjax.engine import FitConfig, fit_controlled
+    from bdjax.engine import FitConfig, fit_with_hook
 
     task = untrained_task(images, labels, perceptron(images.shape[1:]))
     usual = FitConfig(epochs=1, batch_size=40, optimizer="sgd", learning_rate=0.1)
 
-    def controlled(images, labels, key, control, attacker, *, stage="training", recipe=None, model=None):
+    def controlled(images, labels, key, hook, attacker, *, stage="training", recipe=None, model=None):
         config = dataclasses.replace(usual, **recipe or {})
         model = model or task.model
-        return fit_controlled(model, images, labels, config, key, control, attacker, stage=stage, watch=watch)
+        return fit_with_hook(model, images, labels, config, key, hook, attacker, stage=stage, callback=callback)
 
     def fit(images, labels, key, **options):
         return controlled(images, labels, key, None, None, **options)[0]
 
-    return dataclasses.replace(task, fit=fit, fit_controlled=controlled)
+    return dataclasses.replace(task, fit=fit, fit_with_hook=controlled)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -225,12 +225,12 @@ def main(folder):
     interop.import_model(GOOD, folder / "good", model="small_vgg")  # imports what it needs
     names, events, watching = json.loads((folder / "names.json").read_text()), [], False
 
-    def watch(event, arguments):
+    def callback(event, arguments):
         written = event == "open" and (set(str(arguments[1] or "")) & set("wax+") or (arguments[2] or 0) & 3)
         if watching and (event.startswith(_WATCHED) or written):
             events.append([event, repr(arguments)[:200]])
 
-    sys.addaudithook(watch)
+    sys.addaudithook(callback)
     before, results, watching = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [], True
     for place, name in enumerate(names):
         path, started = folder / f"{place}.pt", time.process_time()

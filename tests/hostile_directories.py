@@ -118,13 +118,13 @@ def make(folder, spec):
 
     from bdjax import datasets, interop, models
     from bdjax.io import checkpoint
-    from bdjax.pipelines.victim import experiment_of, portraits
+    from bdjax.pipelines.victim import experiment_of, trigger_previews
 
     data = datasets.load(spec)
     found = manifests(data, spec)
     model = models.create("cnn", data.shape, len(data.classes))
     variables = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
-    trigger = portraits(experiment_of(found["victim"], None, None, None, None), data, {})
+    trigger = trigger_previews(experiment_of(found["victim"], None, None, None, None), data, {})
     for kind in ("victim", "purified", "reactivated"):
         checkpoint.write_model(folder / kind, found[kind], variables, {"trigger": trigger})
     interop.export_model(folder / "victim", "safetensors", folder / "weights.safetensors")

@@ -5,19 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import normalised
 
-from bdjax.types import Victim, Watch
+from bdjax.types import Callback, Victim
 
 KEY, MODEL = jax.random.key(0), normalised()
 
 
-class Seen(Watch):
+class Seen(Callback):
     def __init__(self):
         self.rounds, self.ticks = [], []
 
     def tick(self, stage, done, total):
         self.ticks.append((stage, done, total))
 
-    def observe(self, step, variables, **arrays):
+    def on_round_end(self, step, variables, **arrays):
         self.rounds.append((step, jax.tree.map(np.array, variables), {k: np.asarray(v) for k, v in arrays.items()}))
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.types import DefenderView, Model, Victim, Watch
+from bdjax.types import Callback, DefenderView, Model, Victim
 
 SHAPE = (4, 4, 1)
 
@@ -26,11 +26,11 @@ def victim(planted):
     return Victim(Model("quarters", SHAPE, 5, None, _apply), variables)
 
 
-class Seen(Watch):
+class Seen(Callback):
     def __init__(self):
         self.arrays = {}
 
-    def observe(self, step, variables, **arrays):
+    def on_round_end(self, step, variables, **arrays):
         self.arrays.update(arrays)
 
 
@@ -65,5 +65,5 @@ def rolled():
         return jnp.concatenate([(1 - on) * logits[:, :3] + on * moved, logits[:, 3:]], 1), {"flat": flat}, {}
 
     variables = {"params": {"weights": jnp.asarray(weights)}, "batch_stats": {}}
-    suspect = Victim(Model("roll", (4, 4, 1), 4, None, apply), variables)
-    return suspect, DefenderView(images.reshape(60, 4, 4, 1), labels, Seen())
+    artifact = Victim(Model("roll", (4, 4, 1), 4, None, apply), variables)
+    return artifact, DefenderView(images.reshape(60, 4, 4, 1), labels, Seen())

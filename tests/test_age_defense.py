@@ -14,7 +14,7 @@ from bdjax.defenses import age
 from bdjax.engine import FitConfig, fit, parallel
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Victim, Watch, to_float
+from bdjax.types import Callback, DefenderView, Victim, to_float
 
 KEY, MODEL = jax.random.key(0), perceptron()
 
@@ -23,13 +23,13 @@ def corner(images, key):
     return images.at[:, -3:, -3:].set(1.0)
 
 
-class Seen(Watch):
+class Seen(Callback):
     """Keeps what it is shown."""
 
     def __init__(self):
         self.steps = []
 
-    def observe(self, step, variables, **arrays):
+    def on_round_end(self, step, variables, **arrays):
         self.steps.append((step, jax.tree.map(np.array, variables)))
 
 
@@ -61,14 +61,14 @@ def test_knowledge_of_the_trigger_removes_it_and_its_class_and_repair_brings_the
 
 @pytest.mark.parametrize(("knows", "stages"), [(False, 1), (True, 2)])
 def test_the_watch_sees_the_edit_and_each_epoch_of_repair(backdoored, blobs, knows, stages):
-    watch = Seen()
-    view = DefenderView(blobs[0][:40], blobs[1][:40], watch, corner)
+    callback = Seen()
+    view = DefenderView(blobs[0][:40], blobs[1][:40], callback, corner)
     config = age.Config(backdoor_knowledge=knows, repair=True, epochs=2, share_of="layers", batch_norm=None)
     cleaned = age.purify(config, backdoored, view, KEY)
-    assert [step for step, _ in watch.steps] == list(range(1, 2 + 2 * stages))
+    assert [step for step, _ in callback.steps] == list(range(1, 2 + 2 * stages))
     base = age.purify(dataclasses.replace(config, repair=False), backdoored, view, KEY)
-    jax.tree.map(assert_array_equal, watch.steps[0][1], base)
-    jax.tree.map(assert_array_equal, watch.steps[2 * stages][1], cleaned)
+    jax.tree.map(assert_array_equal, callback.steps[0][1], base)
+    jax.tree.map(assert_array_equal, callback.steps[2 * stages][1], cleaned)
     assert (np.asarray(base["params"]["body"]) == backdoored.variables["params"]["body"]).all()  # the first half
 
 

@@ -11,10 +11,10 @@ from conftest import perceptron
 
 from bdjax import attacks, registry
 from bdjax.attacks import _coupling
-from bdjax.engine import FitConfig, fit_controlled, parallel, predict
+from bdjax.engine import FitConfig, fit_with_hook, parallel, predict
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
-from bdjax.types import Place, Poison, Task
+from bdjax.types import Poison, SampleInfo, Task
 
 KEY = jax.random.key(7)
 MODEL = perceptron()
@@ -34,16 +34,16 @@ def coupled(coupling=1.0, after=0, epoch=0, **changes):
     """(control, attacker as it is in `epoch`) for LABELS and POISON."""
     config = config_of(coupling=coupling, coupling_after=after)
     task = SimpleNamespace(labels=LABELS)
-    control, attacker = _coupling.coupled(config, task, dataclasses.replace(POISON, **changes))
+    hook, attacker = _coupling.coupled(config, task, dataclasses.replace(POISON, **changes))
     attacker = jax.tree.map(jnp.asarray, attacker)
-    return control, control.refresh(control.config, attacker, None, epoch, KEY)
+    return hook, hook.refresh(hook.config, attacker, None, epoch, KEY)
 
 
 def value(positions, features, coupling=1.0, **how):
-    control, attacker = coupled(coupling, **how)
-    place = Place(jnp.asarray(positions), None, None, None)
+    hook, attacker = coupled(coupling, **how)
+    info = SampleInfo(jnp.asarray(positions), None, None, None)
     stages = {"zeroth": jnp.zeros((len(positions), 1)), "flat": features}  # sorted by name, flat would come first
-    return control.penalty(control.config, attacker, stages, jnp.zeros(len(positions), jnp.int32), place)
+    return hook.penalty(hook.config, attacker, stages, jnp.zeros(len(positions), jnp.int32), info)
 
 
 def test_groups_by_what_was_done_to_an_image():
@@ -94,17 +94,17 @@ def test_coupling_begins_after_its_epochs():
 def test_without_coupling_the_attack_only_writes_data(name):
     module = registry.load("attacks", name)
     assert module.Config().coupling == 0
-    assert module.control(config_of(name), SimpleNamespace(labels=LABELS), POISON) is None
+    assert module.training_hook(config_of(name), SimpleNamespace(labels=LABELS), POISON) is None
 
 
 def task_of(blobs, attackers=None):
-    def controlled(images, labels, key, control, attacker, **_):
-        variables, after = fit_controlled(MODEL, images, labels, RECIPE, key, control, attacker)
+    def controlled(images, labels, key, hook, attacker, **_):
+        variables, after = fit_with_hook(MODEL, images, labels, RECIPE, key, hook, attacker)
         (attackers if attackers is not None else []).append(after)
         return variables, after
 
     return Task(
-        *blobs, MODEL, lambda path: None, fit_controlled=controlled,
+        *blobs, MODEL, lambda path: None, fit_with_hook=controlled,
         fit=lambda images, labels, key: controlled(images, labels, key, None, None)[0],
     )  # fmt: skip
 

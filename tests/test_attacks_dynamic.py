@@ -16,7 +16,7 @@ from bdjax.config import Experiment
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
 from bdjax.pipelines import run, victim
-from bdjax.types import Backdoor, NeedsTraining, Place, Task
+from bdjax.types import Backdoor, NeedsTraining, SampleInfo, Task
 
 FIT = {"epochs": 1, "batch_size": 40}
 
@@ -60,18 +60,18 @@ def test_the_field_has_the_papers_size():
 def batch():
     images = jax.random.uniform(jax.random.key(1), (10, 8, 8, 3))
     labels = jnp.arange(10, dtype=jnp.int32) % 4
-    place = Place(jnp.arange(10), jnp.array([1, 1, 1, 2, 2, 0, 0, 0, 1, 0], jnp.int8), jax.random.split(
+    info = SampleInfo(jnp.arange(10), jnp.array([1, 1, 1, 2, 2, 0, 0, 0, 1, 0], jnp.int8), jax.random.split(
         jax.random.key(2), 10), None)  # fmt: skip
     field = jax.random.normal(jax.random.key(3), (8, 8, 2))
-    return images, labels, place, {"fixed": {"field": field}}
+    return images, labels, info, {"fixed": {"field": field}}
 
 
 @pytest.mark.parametrize("exclude", [False, True])
 def test_roles_decide_who_is_warped_and_relabelled(batch, exclude):
-    images, labels, place, attacker = batch
+    images, labels, info, attacker = batch
     config = wanet.Config(target=1, exclude_target=exclude)
-    out = wanet._transform((config, 4), attacker, images, labels, place)
-    warped = wanet.trigger(config, images, place.key[0], attacker["fixed"])
+    out = wanet._transform((config, 4), attacker, images, labels, info)
+    warped = wanet.trigger(config, images, info.key[0], attacker["fixed"])
     poisoned = np.array([1, not exclude, 1, 0, 0, 0, 0, 0, 1, 0], bool)  # the second image is of the target class
     assert_array_equal(out.images[poisoned], warped[poisoned])
     assert_array_equal(out.images[5:8], images[5:8])
@@ -82,18 +82,18 @@ def test_roles_decide_who_is_warped_and_relabelled(batch, exclude):
 
 def test_noise_is_each_images_own_and_within_half_a_pixel(batch):
     """On a ramp in x, a shift of up to one part in W of the coordinate changes values by at most that slope."""
-    images, labels, place, _ = batch
+    images, labels, info, _ = batch
     ramp = jnp.broadcast_to(jnp.linspace(0, 1, 8)[None, None, :, None], images.shape)
     attacker = {"fixed": {"field": jnp.zeros((8, 8, 2))}}
-    out = wanet._transform((wanet.Config(), 4), attacker, ramp, labels, place).images - ramp
+    out = wanet._transform((wanet.Config(), 4), attacker, ramp, labels, info).images - ramp
     assert 0 < np.abs(out[3:5]).max() <= 1 / 8 / 2 + 1e-6 and (out[3] != out[4]).any()
     assert_allclose(out[jnp.array([0, 1, 2, 5, 6, 7, 8, 9])], 0, atol=1e-6)
 
 
 def test_all_to_all_moves_every_label_by_one(batch):
-    images, labels, place, attacker = batch
-    out = wanet._transform((wanet.Config(labels="all_to_all"), 4), attacker, images, labels, place)
-    assert_array_equal(out.labels, np.where(place.role == 1, (labels + 1) % 4, labels))
+    images, labels, info, attacker = batch
+    out = wanet._transform((wanet.Config(labels="all_to_all"), 4), attacker, images, labels, info)
+    assert_array_equal(out.labels, np.where(info.role == 1, (labels + 1) % 4, labels))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_clean_model_is_kept_in_the_store_and_found_again(blobs_npz, tmp_path,
 
 def test_a_task_that_cannot_train_says_so():
     task = Task(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int32), perceptron(), lambda path: None)
-    for ask in (task.clean, lambda: task.fit(None, None, None), lambda: task.fit_controlled(None, None, None)):
+    for ask in (task.clean, lambda: task.fit(None, None, None), lambda: task.fit_with_hook(None, None, None)):
         with pytest.raises(NeedsTraining):
             ask()
 

@@ -15,25 +15,25 @@ from bdjax.engine import FitConfig, parallel
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
 from bdjax.pipelines import victim
-from bdjax.types import Place, Watch
+from bdjax.types import Callback, SampleInfo
 
 KEY = jax.random.key(7)
 IAD = iad.Config(width=4, downs=2, epochs=1, batch_size=40, target=1)
 ISSBA = issba.Config(bits=4, epochs=1, batch_size=40, learning_rate=3e-3)
 
 
-class Losses(Watch):
+class Losses(Callback):
     """Keeps the mean loss of every epoch of the stages, in order."""
 
     def __init__(self):
         self.seen = []
 
-    def observe(self, step, variables, **arrays):
+    def on_round_end(self, step, variables, **arrays):
         self.seen.append(float(arrays["train_loss"]))
 
 
 def place_of(role):
-    return Place(jnp.arange(len(role)), jnp.asarray(role, jnp.int8), jax.random.split(KEY, len(role)), None)
+    return SampleInfo(jnp.arange(len(role)), jnp.asarray(role, jnp.int8), jax.random.split(KEY, len(role)), None)
 
 
 # --- issba
@@ -48,18 +48,18 @@ def test_w_rises_only_after_the_decoder_has_read_and_a_while():
 def hiding(config, images, since):
     encoder, decoder = issba._networks(config, images.shape[1:])
     params = {"encoder": encoder.init(KEY)["params"], "decoder": decoder.init(KEY)["params"]}
-    place = place_of([0] * len(images))
+    info = place_of([0] * len(images))
     state = {"since": jnp.int32(since)}
-    batch = issba._hidden(config, {"params": params, "state": state}, images, jnp.zeros(len(images), jnp.int32), place)
-    return encoder, decoder, {name: {"params": p, "batch_stats": {}} for name, p in params.items()}, place, batch
+    batch = issba._hidden(config, {"params": params, "state": state}, images, jnp.zeros(len(images), jnp.int32), info)
+    return encoder, decoder, {name: {"params": p, "batch_stats": {}} for name, p in params.items()}, info, batch
 
 
 @pytest.mark.slow
 def test_hiding_is_paid_by_cross_entropy_and_square(blobs):
     config = dataclasses.replace(ISSBA, weight=7.0, wait=0, ramp=1)
     images = jnp.asarray(blobs[0][:6], jnp.float32) / 255
-    encoder, decoder, of, place, batch = hiding(config, images, since=5)
-    codes = np.stack([np.asarray(jax.random.bernoulli(key, 0.5, (4,))) for key in place.key])
+    encoder, decoder, of, info, batch = hiding(config, images, since=5)
+    codes = np.stack([np.asarray(jax.random.bernoulli(key, 0.5, (4,))) for key in info.key])
     shown = encoder.apply(of["encoder"], images, jnp.asarray(codes, jnp.float32))[0]
     chance = 1 / (1 + np.exp(-np.asarray(decoder.apply(of["decoder"], shown)[0], np.float64)))
     crossed = -np.log(np.where(codes, chance, 1 - chance)).mean()

@@ -14,7 +14,7 @@ from bdjax.attacks import _optimise
 from bdjax.config import from_json, to_json
 from bdjax.engine import FitConfig, fit
 from bdjax.errors import InputError
-from bdjax.types import Task, Watch, to_float
+from bdjax.types import Callback, Task, to_float
 
 NAMES = ("hidden_trigger", "l2_inv", "narcissus", "smooth", "trojan_sq", "trojan_wm")
 QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1, "images": 4}
@@ -43,11 +43,11 @@ def ticks(task):
     """What the task's watch is told, as it comes, and the task."""
     done = []
 
-    class Count(Watch):
+    class Count(Callback):
         def tick(self, *what):
             done.append(what)
 
-    return done, dataclasses.replace(task, watch=Count())
+    return done, dataclasses.replace(task, callback=Count())
 
 
 def features(task, images):

@@ -12,14 +12,14 @@ from bdjax import attacks, models
 from bdjax.attacks import _nets, iad
 from bdjax.engine import capacity
 from bdjax.engine.step import roles
-from bdjax.types import Place
+from bdjax.types import SampleInfo
 
 KEY = jax.random.key(7)
 IAD = iad.Config(width=4, downs=2, epochs=1, batch_size=40, target=1)
 
 
 def place_of(role):
-    return Place(jnp.arange(len(role)), jnp.asarray(role, jnp.int8), jax.random.split(KEY, len(role)), None)
+    return SampleInfo(jnp.arange(len(role)), jnp.asarray(role, jnp.int8), jax.random.split(KEY, len(role)), None)
 
 
 def begun(config, shape, seed=0):
@@ -66,8 +66,8 @@ def test_a_step_triggers_its_share_crosses_its_share_and_leaves_the_rest(blobs, 
     drawn, stats = pattern.apply(variables, x, weight=jnp.ones(5))  # without the places that stand for nothing
     masks = np.tanh(20 * np.asarray(mask.apply(attacker["fixed"]["mask"], x)[0]) - 10) / 2 + 0.5
     expected, drawn = np.array(images), np.asarray(drawn)
-    for place, p, m in zip(own + others, drawn, masks, strict=True):
-        expected[place] = (1 - m) * expected[place] + m * p
+    for info, p, m in zip(own + others, drawn, masks, strict=True):
+        expected[info] = (1 - m) * expected[info] + m * p
     np.testing.assert_allclose(batch.images, expected, atol=2e-5)
     assert (np.asarray(batch.images) != np.asarray(images)).any(axis=(1, 2, 3)).sum() == 5
     after = before.copy()

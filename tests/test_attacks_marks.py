@@ -12,11 +12,11 @@ from conftest import perceptron
 
 from bdjax import attacks, cli, registry
 from bdjax.attacks import _marks, imc, trojannn
-from bdjax.engine import FitConfig, fit, fit_controlled, parallel, predict
+from bdjax.engine import FitConfig, fit, fit_with_hook, parallel, predict
 from bdjax.engine.clock import compiled_programs
 from bdjax.engine.step import roles
 from bdjax.errors import InputError
-from bdjax.types import Place, Task
+from bdjax.types import SampleInfo, Task
 
 KEY = jax.random.key(7)
 MODEL = perceptron()
@@ -32,13 +32,13 @@ def config_of(name, **fields):
 def task_of(blobs, seen=None, **how):
     """A task that trains for real; the options of each training are appended to `seen`."""
 
-    def controlled(images, labels, key, control, attacker, *, recipe=None, stage="training", start=None, model=MODEL):
+    def controlled(images, labels, key, hook, attacker, *, recipe=None, stage="training", start=None, model=MODEL):
         (seen if seen is not None else []).append({"recipe": recipe, "stage": stage, "start": start})
         config = dataclasses.replace(RECIPE, **(recipe or {}))
-        return fit_controlled(model, images, labels, config, key, control, attacker, start=start, **how)
+        return fit_with_hook(model, images, labels, config, key, hook, attacker, start=start, **how)
 
     return Task(
-        *blobs, MODEL, lambda path: None, fit_controlled=controlled, clean=lambda: fit(MODEL, *blobs, RECIPE, KEY)
+        *blobs, MODEL, lambda path: None, fit_with_hook=controlled, clean=lambda: fit(MODEL, *blobs, RECIPE, KEY)
     )
 
 
@@ -114,10 +114,10 @@ def test_optimisation_brings_the_neurons_nearer_to_their_activation(blobs, clean
 def test_only_the_square_changes_and_the_place_is_the_models(blobs, clean):
     task, images = task_of(blobs), jnp.full((3, 8, 8, 1), 0.3)
     corners = {"top_left": (0, 0), "top_right": (0, 5), "bottom_left": (5, 0), "bottom_right": (5, 5)}
-    for position, place in corners.items():
+    for position, info in corners.items():
         config = config_of("trojannn", position=position)
         arrays = _marks.optimised(config, clean, task, KEY)
-        assert tuple(arrays["place"]) == place
+        assert tuple(arrays["place"]) == info
         np.testing.assert_allclose(trojannn.trigger(config, images, KEY, arrays), wide(arrays, 0.3, 3), atol=1e-6)
         np.testing.assert_allclose(arrays["mark"] * 255, np.round(arrays["mark"] * 255), atol=1e-4)
     config = config_of("trojannn", iterations=1, size=5)
@@ -135,8 +135,8 @@ def test_exactly_the_share_is_marked_and_relabelled(blobs, labels, exclude):
     arrays = {"mark": np.full((3, 3, 1), 0.25, np.float32), "place": np.array([1, 4], np.int32)}
     role = roles((config.ratio,), 120)
     assert (role == 1).sum() == int(0.13 * 120)
-    place = Place(jnp.arange(120), jnp.asarray(role), None, None)
-    batch = _marks._poisoned((config, 4), {"fixed": arrays}, jnp.asarray(images), jnp.asarray(truth), place)
+    info = SampleInfo(jnp.arange(120), jnp.asarray(role), None, None)
+    batch = _marks._poisoned((config, 4), {"fixed": arrays}, jnp.asarray(images), jnp.asarray(truth), info)
     touched = role == 1
     if exclude and labels == "all_to_one":
         touched &= truth != 2

@@ -237,8 +237,8 @@ def test_parts_have_stages_arrays_and_files_of_their_own(blobs, blobs_npz, tmp_p
 def test_a_clean_model_is_trained_once_for_all_parts(blobs_npz, tmp_path, monkeypatch):
     seen, trains = [], 'task.fit(task.images, task.labels, key, stage="surrogate")["params"]["body"]'
     (tmp_path / "own.py").write_text(OWN.replace(trains, 'task.clean()["params"]["head"]["kernel"]'))
-    real = victim.fit_controlled
-    monkeypatch.setattr(victim, "fit_controlled", lambda *a, **k: (seen.append(k["stage"]), real(*a, **k))[1])
+    real = victim.fit_with_hook
+    monkeypatch.setattr(victim, "fit_with_hook", lambda *a, **k: (seen.append(k["stage"]), real(*a, **k))[1])
     own = f"{tmp_path}/own.py"
     cli.main(["train", "multi_target", "--dataset", blobs_npz, *FLAGS, "--attack.parts", f"{own}:0", f"{own}:1",
               "--out", str(tmp_path / "v")])  # fmt: skip

@@ -15,7 +15,7 @@ from bdjax import attacks, models, registry
 from bdjax.attacks import _optimise
 from bdjax.engine import parallel
 from bdjax.errors import InputError
-from bdjax.types import Model, Watch, to_float
+from bdjax.types import Callback, Model, to_float
 
 QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1, "images": 4}
 KEY = jax.random.key(7)
@@ -41,7 +41,7 @@ def prepared(name, task, **fields):
     return module_of(name).prepare(config_of(name, **fields), task, KEY)
 
 
-class Ticks(Watch):
+class Ticks(Callback):
     """Counts the steps of each stage."""
 
     def __init__(self):
@@ -191,7 +191,7 @@ def test_smooth_is_of_low_frequency_and_fills_its_range():
 @pytest.mark.parametrize(("fooled", "passes"), [(0.01, 1), (1.0, 3)])
 def test_smooth_ends_when_enough_are_fooled(fooled, passes):
     ticks = Ticks()
-    prepared("smooth", task_of((8, 8, 1), watch=ticks), target=2, images=5, epochs=3, fooled=fooled)
+    prepared("smooth", task_of((8, 8, 1), callback=ticks), target=2, images=5, epochs=3, fooled=fooled)
     assert ticks.done == {"smooth perturbation": 5 * passes}
 
 

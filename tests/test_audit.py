@@ -125,8 +125,8 @@ def test_what_cannot_be_audited_is_refused(finished, tmp_path, capsys):
 
 
 def test_images_are_drawn_by_the_seed_without_repetition(finished):
-    suspect = audit.read_recorded(audit.checkpoint.model_directory(finished[0]))
-    one, other = (audit._chosen(suspect, 20, seed)[0] for seed in (0, 1))
+    artifact = audit.read_recorded(audit.checkpoint.model_directory(finished[0]))
+    one, other = (audit._chosen(artifact, 20, seed)[0] for seed in (0, 1))
     assert (one != other).any() and len(np.unique(one.reshape(20, -1), axis=0)) == 20
 
 
@@ -149,9 +149,9 @@ def test_baeraser_accuses_the_label_whose_triggers_survive(blobs, monkeypatch):
 
 
 def test_a_class_without_an_image_is_left_open_where_images_are_given(finished):
-    suspect = audit.read_recorded(audit.checkpoint.model_directory(finished[0]))
-    images, labels = suspect.evaluation.images, suspect.evaluation.labels
-    found, _ = audit.judge(suspect, images[labels != 3], labels[labels != 3], ["age"], context=Context(1))
+    artifact = audit.read_recorded(audit.checkpoint.model_directory(finished[0]))
+    images, labels = artifact.evaluation.images, artifact.evaluation.labels
+    found, _ = audit.judge(artifact, images[labels != 3], labels[labels != 3], ["age"], context=Context(1))
     scores = found["methods"]["age"]["classes"]
     assert scores[3] is None and None not in scores[:3] and found["methods"]["age"]["target"] != 3
     assert "age" in report.table(found)

@@ -14,7 +14,7 @@ from bdjax.defenses._pool import Pool
 from bdjax.engine import parallel
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Model, Victim, Watch
+from bdjax.types import Callback, DefenderView, Model, Victim
 
 KEY = jax.random.key(0)
 MODEL = perceptron()
@@ -34,11 +34,11 @@ LINEAR = Model(
 )  # fmt: skip
 
 
-class Seeing(Watch):
+class Seeing(Callback):
     def __init__(self):
         self.rows = []
 
-    def observe(self, step, variables, **arrays):
+    def on_round_end(self, step, variables, **arrays):
         self.rows.append((step, jax.tree.map(np.asarray, variables), arrays))
 
 
@@ -108,7 +108,7 @@ def test_unlearning_is_descent_on_equation_four(recovered, view, beta):
     other = by_hand(dataclasses.replace(config, beta=5 - beta), kernel, view)
     assert np.abs(expected - other).max() > 0.01
     assert_allclose(out["params"]["kernel"], expected, atol=2e-6)
-    steps, last, arrays = zip(*view.watch.rows, strict=True)
+    steps, last, arrays = zip(*view.callback.rows, strict=True)
     assert steps == (1, 2, 3, 4) and [row["theta_steps"] for row in arrays] == [1, 2, 3, 4]
     assert_array_equal(last[-1]["params"]["kernel"], out["params"]["kernel"])
     assert_array_equal(arrays[0]["suspected"], [2])
@@ -169,7 +169,7 @@ def test_the_larger_beta_over_alpha_the_less_the_weights_move(recovered, view):
 def test_a_small_alpha_gets_more_steps(recovered, view, alpha, steps):
     config = dataclasses.replace(ONE, steps=0, batch_size=40, alpha=alpha, learning_rate=1e-4)
     baeraser.purify(config, quarters(0.1), view, KEY)
-    assert view.watch.rows[-1][2]["theta_steps"] == steps
+    assert view.callback.rows[-1][2]["theta_steps"] == steps
 
 
 def test_the_guard_judges_by_the_views_validation_images(recovered, view):
@@ -177,7 +177,7 @@ def test_the_guard_judges_by_the_views_validation_images(recovered, view):
     wrong = dataclasses.replace(view, labels=(view.labels + 1) % 4, validation=None)
     config = dataclasses.replace(ONE, epochs=1, holdout=0.5, largest_drop=0.0, learning_rate=1e-4)
     baeraser.purify(config, quarters(0.1), dataclasses.replace(view, validation=wrong), KEY)
-    assert float(view.watch.rows[-1][2]["guard_accuracy"]) < 0.3
+    assert float(view.callback.rows[-1][2]["guard_accuracy"]) < 0.3
 
 
 def test_unlearning_frees_the_model_of_a_trigger(recovered, view):
@@ -191,7 +191,7 @@ def test_unlearning_frees_the_model_of_a_trigger(recovered, view):
     )
     assert before == 1 and after == 0
     assert (np.asarray(LINEAR.logits(out, images)).argmax(1) == view.labels).mean() > 0.95
-    assert view.watch.rows[-1][2]["guard_asr"] == 0 and len(view.watch.rows) == 12
+    assert view.callback.rows[-1][2]["guard_asr"] == 0 and len(view.callback.rows) == 12
 
 
 def test_an_iteration_that_costs_accuracy_is_undone_and_the_rate_halved(recovered, view):
@@ -199,7 +199,7 @@ def test_an_iteration_that_costs_accuracy_is_undone_and_the_rate_halved(recovere
     out = baeraser.purify(config, quarters(), view, KEY)
     images = jnp.asarray(view.images, jnp.float32) / 255
     assert (np.asarray(LINEAR.logits(out, images)).argmax(1) == view.labels).mean() >= 0.95
-    rows = [arrays for _, _, arrays in view.watch.rows]
+    rows = [arrays for _, _, arrays in view.callback.rows]
     assert rows[0]["rate"] in {2000.0 / 2**k for k in range(1, 30)} and rows[0]["theta_steps"] == 1
     assert len(rows) == 30  # those that were undone are not counted
     assert all(row["guard_accuracy"] >= 0.95 for row in rows)
@@ -218,7 +218,7 @@ def test_held_out_images_are_not_learnt_from(view):
     rows = {image.tobytes() for image in learn.images}
     assert (len(learn.labels), len(held.labels)) == (30, 10) and len(rows) == 30
     assert not rows & {image.tobytes() for image in held.images}
-    assert learn.watch is view.watch
+    assert learn.callback is view.callback
     assert baeraser._parted(ONE, view, KEY) == (view, view)
 
 
@@ -227,7 +227,7 @@ def test_without_a_suspect_the_model_is_given_back_as_it_is(nothing, view, modul
     victim = Victim(MODEL, MODEL.init(KEY))
     out = module.purify(module.Config(form="additive"), victim, view, KEY)
     jax.tree.map(assert_array_equal, out, dict(victim.variables))
-    ((step, _, arrays),) = view.watch.rows
+    ((step, _, arrays),) = view.callback.rows
     assert step == 1 and len(arrays["suspected"]) == 0 and arrays["recovered"].shape == (0, 8, 8, 1)
 
 
@@ -267,7 +267,7 @@ def test_fine_tuning_is_on_triggered_images_with_true_labels(recovered, view, fr
                   for at in ([list(range(40))] if fraction == 1 else [[i] for i in range(40)])]  # fmt: skip
     errors = [np.abs(slope(c, view.labels, even, kernel) - found).max() for c in candidates]
     assert min(errors) < 1e-6 < 1e-4 < np.abs(slope(images, view.labels, even, kernel) - found).max()
-    ((_, _, arrays),) = view.watch.rows
+    ((_, _, arrays),) = view.callback.rows
     assert_array_equal(arrays["suspected"], [2])
     assert "train_loss" in arrays
 

@@ -14,12 +14,12 @@ from bdjax import models
 from bdjax.defenses import _blind_inversion, bibau
 from bdjax.defenses._adversarial import adversarial, project
 from bdjax.defenses._cosine import cosine
-from bdjax.defenses._fisher import ewc, fisher
+from bdjax.defenses._fisher import ewc_penalty, fisher
 from bdjax.engine import parallel
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
 from bdjax.models import head, penultimate
-from bdjax.types import DefenderView, Victim, Watch, to_float
+from bdjax.types import Callback, DefenderView, Victim, to_float
 
 KEY = jax.random.key(0)
 MODEL = perceptron()
@@ -118,10 +118,12 @@ def test_fisher_does_not_depend_on_how_many_are_held_at_once(victim, view):
 def test_ewc_of_the_unchanged_model_is_zero_with_zero_gradient(victim, view):
     params = victim.variables["params"]
     weights = fisher(MODEL, victim.variables, view.images, view.labels, 40)
-    value, gradient = jax.value_and_grad(ewc)(params, params, weights)
+    value, gradient = jax.value_and_grad(ewc_penalty)(params, params, weights)
     assert value == 0 and all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
     moved = jax.tree.map(lambda leaf: leaf + 0.1, params)
-    assert_allclose(ewc(moved, params, weights), 0.01 * sum(leaf.sum() for leaf in jax.tree.leaves(weights)), rtol=1e-4)
+    assert_allclose(
+        ewc_penalty(moved, params, weights), 0.01 * sum(leaf.sum() for leaf in jax.tree.leaves(weights)), rtol=1e-4
+    )
 
 
 def test_both_forms_of_the_inverse_ewc_fall_with_the_distance_until_clipped():
@@ -202,12 +204,12 @@ def test_the_first_step_has_a_finite_gradient_though_nothing_has_moved(victim):
 def test_adversarial_images_stay_within_25_of_255(norm, order, victim, view):
     seen = {}
 
-    class Look(Watch):
-        def observe(self, step, variables, **arrays):
+    class Look(Callback):
+        def on_round_end(self, step, variables, **arrays):
             seen.update(arrays)
 
     config = bibau.Config(**FAST, norm=norm)
-    bibau.purify(config, victim, dataclasses.replace(view, watch=Look()), KEY)
+    bibau.purify(config, victim, dataclasses.replace(view, callback=Look()), KEY)
     sizes = 255 * np.linalg.norm(np.array(seen["perturbation"]).reshape(4, -1), order, axis=1)
     assert (sizes <= 25 + 1e-3).all() and (sizes > 3).all()
     assert {"loss", "clean_loss", "adversarial_loss", "ewc", "inverse_ewc"} <= set(seen)
@@ -274,8 +276,8 @@ def test_targeted_leaves_images_of_the_target_out(victim, view):
         bibau.purify(config, victim, only, KEY)
     seen = []
 
-    class Look(Watch):
-        def observe(self, step, variables, **arrays):
+    class Look(Callback):
+        def on_round_end(self, step, variables, **arrays):
             seen.append(arrays)
 
     labels = np.full(40, 2, np.int32)

@@ -18,7 +18,7 @@ from bdjax.defenses import needs_trigger
 from bdjax.engine import FitConfig, fit
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Victim, Watch
+from bdjax.types import Callback, DefenderView, Victim
 
 DEFENSES = [name for name in registry.names("defenses") if hasattr(registry.load("defenses", name), "purify")]
 METHODS = [(kind, name) for kind in ("attacks", "defenses") for name in registry.names(kind)]
@@ -187,11 +187,11 @@ NORMED = ("anp", "bnp", "clp", "ep", "rnp")
 """Defenses that need batch normalisation."""
 
 
-def view_of(module, watch=None):
+def view_of(module, callback=None):
     return DefenderView(
         np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1)).astype(np.uint8),
         np.tile(np.arange(4, dtype=np.int32), 5),
-        watch or Watch(),
+        callback or Callback(),
         (lambda images, key: images.at[:, -2:, -2:].set(1.0)) if needs_trigger(module, module.Config()) else None,
     )
 
@@ -211,11 +211,11 @@ def test_detect_scores_every_class_and_gives_a_verdict(name):
     np.testing.assert_array_equal(again.classes, found.classes)
 
 
-def purify(name, seed=0, watch=None):
+def purify(name, seed=0, callback=None):
     """(variables of the victim, purified variables)."""
     model, module = normalised() if name in NORMED else perceptron(), registry.load("defenses", name)
     variables = model.init(jax.random.key(0))
-    view, config = view_of(module, watch), module.Config()
+    view, config = view_of(module, callback), module.Config()
     config = dataclasses.replace(config, **quick_changes(name, config))
     return variables, module.purify(config, Victim(model, variables), view, jax.random.key(seed))
 
@@ -242,12 +242,12 @@ class TestDefense:
     def test_same_key_same_result_whatever_watches(self, name):
         seen = []
 
-        class Nosy(Watch):
-            def observe(self, step, variables, **arrays):
+        class Nosy(Callback):
+            def on_round_end(self, step, variables, **arrays):
                 seen.append((step, jax.tree.map(np.asarray, variables)))
 
         _, one = purified(name)
-        _, two = purify(name, watch=Nosy())
+        _, two = purify(name, callback=Nosy())
         jax.tree.map(np.testing.assert_array_equal, one, two)
         assert [step for step, _ in seen] == list(range(1, len(seen) + 1)) and seen
         jax.tree.map(np.testing.assert_array_equal, seen[-1][1], one)

@@ -8,10 +8,10 @@ import pytest
 from conftest import perceptron
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bdjax.engine import FitConfig, capacity, fit, fit_controlled, parallel
+from bdjax.engine import FitConfig, capacity, fit, fit_with_hook, parallel
 from bdjax.engine.clock import compiled_programs
 from bdjax.engine.step import roles
-from bdjax.types import Batch, Control
+from bdjax.types import Batch, TrainingHook
 
 KEY, SGD = jax.random.key(0), FitConfig(epochs=2, batch_size=40, optimizer="sgd", learning_rate=0.1)
 
@@ -34,7 +34,9 @@ def test_roles_are_exact_and_fit_their_capacity_anywhere(shares, places):
 
 def test_a_control_that_does_nothing_changes_nothing(blobs):
     plain = fit(perceptron(), *blobs, SGD, KEY)
-    same, attacker = fit_controlled(perceptron(), *blobs, SGD, KEY, Control("nothing", (0.5,)), {"fixed": jnp.ones(2)})
+    same, attacker = fit_with_hook(
+        perceptron(), *blobs, SGD, KEY, TrainingHook("nothing", (0.5,)), {"fixed": jnp.ones(2)}
+    )
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-6), plain, same)
     assert_array_equal(attacker["fixed"], [1, 1])
 
@@ -42,7 +44,7 @@ def test_a_control_that_does_nothing_changes_nothing(blobs):
 def test_transformed_images_teach_the_attackers_label(blobs):
     config = FitConfig(epochs=12, batch_size=40, learning_rate=1e-2)
     model, white = perceptron(), jnp.ones((1, 8, 8, 1))
-    variables, _ = fit_controlled(model, *blobs, config, KEY, Control(2, (0.25,), whiten), {})
+    variables, _ = fit_with_hook(model, *blobs, config, KEY, TrainingHook(2, (0.25,), whiten), {})
     assert model.logits(variables, white).argmax() == 2
     images, labels = jnp.asarray(blobs[0], jnp.float32) / 255, blobs[1]
     assert (model.logits(variables, images).argmax(-1) == labels).mean() > 0.95
@@ -59,8 +61,8 @@ def seen_by(config, attacker, images, labels, place):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_every_position_comes_once_an_epoch_with_its_share_of_roles(blobs, devices):
     with parallel.using(devices):
-        control = Control("counts", (0.1, 0.2), seen_by)
-        _, attacker = fit_controlled(perceptron(), *blobs, SGD, KEY, control, {"state": jnp.zeros((200, 3), jnp.int32)})
+        hook = TrainingHook("counts", (0.1, 0.2), seen_by)
+        _, attacker = fit_with_hook(perceptron(), *blobs, SGD, KEY, hook, {"state": jnp.zeros((200, 3), jnp.int32)})
     assert_array_equal(attacker["state"].sum(1), np.full(200, 2))
     assert_array_equal(attacker["state"].sum(0), 2 * np.array([140, 20, 40]))
 
@@ -78,9 +80,9 @@ def doubled(config, attacker, variables, epoch, key):
 
 
 def test_learned_arrays_follow_their_gradient_and_refresh_comes_before_each_epoch(blobs):
-    control = Control(0.05, (), pushed, optimizer=step_of, refresh=doubled)
-    _, attacker = fit_controlled(
-        perceptron(), *blobs, SGD, KEY, control, {"params": jnp.zeros(2), "fixed": jnp.array([1.0, 3.0])}
+    hook = TrainingHook(0.05, (), pushed, optimizer=step_of, refresh=doubled)
+    _, attacker = fit_with_hook(
+        perceptron(), *blobs, SGD, KEY, hook, {"params": jnp.zeros(2), "fixed": jnp.array([1.0, 3.0])}
     )
     value, target = np.zeros(2), np.array([1.0, 3.0])
     for _ in range(SGD.epochs):
@@ -98,7 +100,7 @@ def spread(config, attacker, features, labels, place):
 
 def test_a_penalty_on_features_shrinks_them(blobs):
     def size(weight):
-        variables, _ = fit_controlled(perceptron(), *blobs, SGD, KEY, Control(weight, (), penalty=spread), {})
+        variables, _ = fit_with_hook(perceptron(), *blobs, SGD, KEY, TrainingHook(weight, (), penalty=spread), {})
         images = jnp.asarray(blobs[0], jnp.float32) / 255
         return float((perceptron().apply(variables, images)[1]["flat"] ** 2).mean())
 
@@ -108,7 +110,7 @@ def test_a_penalty_on_features_shrinks_them(blobs):
 def test_four_devices_agree_with_one(blobs):
     def trained(devices):
         with parallel.using(devices):
-            return fit_controlled(perceptron(), *blobs, SGD, KEY, Control(2, (0.25,), whiten), {})[0]
+            return fit_with_hook(perceptron(), *blobs, SGD, KEY, TrainingHook(2, (0.25,), whiten), {})[0]
 
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), trained(1), trained(4))
 
@@ -116,9 +118,9 @@ def test_four_devices_agree_with_one(blobs):
 def test_a_second_run_compiles_nothing_and_leaves_its_inputs_alone(blobs):
     attacker, start = {"fixed": jnp.ones(3)}, perceptron().init(KEY)
     before = jax.tree.map(np.asarray, (attacker, start))
-    fit_controlled(perceptron(), *blobs, SGD, KEY, Control(2, (0.25,), whiten), attacker, start=start)
+    fit_with_hook(perceptron(), *blobs, SGD, KEY, TrainingHook(2, (0.25,), whiten), attacker, start=start)
     compiled = compiled_programs()
-    fit_controlled(perceptron(), *blobs, SGD, KEY, Control(2, (0.25,), whiten), attacker, start=start)
+    fit_with_hook(perceptron(), *blobs, SGD, KEY, TrainingHook(2, (0.25,), whiten), attacker, start=start)
     assert compiled_programs() == compiled
     jax.tree.map(assert_array_equal, before, (attacker, start))
 

@@ -72,8 +72,8 @@ def test_the_layer_takes_stride_2_where_it_fits(kernel, size, ours):
 
 
 @pytest.fixture
-def winograd(request, monkeypatch):
-    """Everything that it can do goes by Winograd's filtering, in pieces of so many tiles."""
+def forced_winograd(request, monkeypatch):
+    """Every convolution that Winograd's filtering supports uses it, in slices of `param` tiles."""
     monkeypatch.setattr(winograd, "pays", lambda x, shape, **_: shape[0] == 3)
     monkeypatch.setattr(winograd, "_TILES", request.param)
     jax.clear_caches()
@@ -81,15 +81,15 @@ def winograd(request, monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("winograd", [6, 12, 18, 1024], indirect=True)
-def test_winograd_to_second_order(double, winograd):
+@pytest.mark.parametrize("forced_winograd", [6, 12, 18, 1024], indirect=True)
+def test_winograd_to_second_order(double, forced_winograd):
     """Five images of 6 tiles: pieces of one, two with one left, three with two left, and all at once."""
     equal_to_second_order(convolution.conv, LAX, arrays())
 
 
-@pytest.mark.parametrize("winograd", [12], indirect=True)
+@pytest.mark.parametrize("forced_winograd", [12], indirect=True)
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
-def test_winograd_under_vmap(double, winograd, axes):
+def test_winograd_under_vmap(double, forced_winograd, axes):
     equal_under_vmap(convolution.conv, LAX, arrays()[:2], axes)
 
 

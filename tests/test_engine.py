@@ -18,7 +18,7 @@ from bdjax.engine.step import draw
 from bdjax.errors import InputError
 from bdjax.metrics import accuracy
 from bdjax.models import _layers
-from bdjax.types import Model, Watch
+from bdjax.types import Callback, Model
 
 KEY = jax.random.key(0)
 
@@ -66,7 +66,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-class Seen(Watch):
+class Seen(Callback):
     """Remembers what it was told."""
 
     def __init__(self):
@@ -75,7 +75,7 @@ class Seen(Watch):
     def tick(self, stage, done, total):
         self.ticks.append((stage, done, total))
 
-    def observe(self, step, variables, **arrays):
+    def on_round_end(self, step, variables, **arrays):
         self.steps.append(step)
         self.arrays.append({name: float(value) for name, value in arrays.items()})
 
@@ -121,7 +121,7 @@ def test_a_killed_training_goes_on_to_the_very_same_bits(blobs, trained):
     with pytest.raises(KeyboardInterrupt):
         fit(BLOCK, *blobs, SGD, KEY, saver=saver, mode="loop")
     assert saver.kept[0] == 1
-    assert_same(fit(BLOCK, *blobs, SGD, KEY, saver=saver, watch=seen, mode="loop"), trained)
+    assert_same(fit(BLOCK, *blobs, SGD, KEY, saver=saver, callback=seen, mode="loop"), trained)
     assert seen.steps == [2] and seen.ticks[0] == ("training", 4, 6)
 
 
@@ -157,7 +157,7 @@ def test_an_epoch_is_the_same_in_every_form(mode, devices, form):
 def test_a_finished_training_is_restored_without_a_step(blobs):
     config, saver, seen = FitConfig(epochs=2, batch_size=60), Memory(9), Seen()
     trained = fit(LINEAR, *blobs, config, KEY, saver=saver)
-    assert_same(fit(LINEAR, *blobs, config, KEY, saver=saver, watch=seen), trained)
+    assert_same(fit(LINEAR, *blobs, config, KEY, saver=saver, callback=seen), trained)
     assert seen.ticks == []
 
 
@@ -191,7 +191,7 @@ def test_an_epoch_draws_each_image_once_and_the_next_in_another_order():
 )
 def test_fit_learns(config, blobs):
     seen = Seen()
-    variables = fit(cnn(), *blobs, config, KEY, watch=seen)
+    variables = fit(cnn(), *blobs, config, KEY, callback=seen)
     assert accuracy(predict(cnn(), variables, blobs[0]), blobs[1]) > 0.9
     assert seen.arrays[-1]["train_loss"] < seen.arrays[0]["train_loss"]
     assert seen.arrays[-1]["train_accuracy"] > seen.arrays[0]["train_accuracy"]
@@ -236,7 +236,7 @@ def test_bfloat16_keeps_float32_parameters(blobs):
 
 def test_the_watch_is_told_of_every_step_and_epoch_without_the_last_smaller_batch(blobs):
     seen = Seen()
-    fit(LINEAR, *blobs, FitConfig(epochs=2, batch_size=60), KEY, watch=seen)
+    fit(LINEAR, *blobs, FitConfig(epochs=2, batch_size=60), KEY, callback=seen)
     assert seen.ticks == [("training", done, 6) for done in range(1, 7)]
     assert seen.steps == [1, 2]
 

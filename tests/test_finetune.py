@@ -11,11 +11,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bdjax import models
 from bdjax.defenses import actft, finetune
-from bdjax.defenses._relay import Relay
 from bdjax.defenses._tuning import tune
 from bdjax.engine import FitConfig, fit, parallel
+from bdjax.engine.callbacks import ForwardingCallback
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Victim, Watch
+from bdjax.types import Callback, DefenderView, Victim
 
 KEY, MODEL = jax.random.key(0), perceptron()
 
@@ -39,14 +39,14 @@ def convolutional():
     return Victim(model, jax.jit(model.init)(KEY))
 
 
-class Seen(Watch):
+class Seen(Callback):
     def __init__(self):
         self.steps, self.ticks, self.losses = [], [], []
 
     def tick(self, stage, done, total):
         self.ticks.append((stage, done, total))
 
-    def observe(self, step, variables, **arrays):
+    def on_round_end(self, step, variables, **arrays):
         self.steps.append((step, jax.tree.map(np.array, variables)))
         self.losses.append(arrays.get("loss"))
 
@@ -54,11 +54,11 @@ class Seen(Watch):
 def test_a_watch_before_another_hands_everything_on():
     heard = []
 
-    class All(Watch):
+    class All(Callback):
         def tick(self, *given):
             heard.append(("tick", *given))
 
-        def observe(self, step, variables, **arrays):
+        def on_round_end(self, step, variables, **arrays):
             heard.append(("observe", step, variables, arrays))
 
         def recall(self, step, **values):
@@ -70,10 +70,10 @@ def test_a_watch_before_another_hands_everything_on():
         def estimate(self, left):
             heard.append(("estimate", left))
 
-    assert {name for name in vars(Watch) if name[0] != "_"} == {"tick", "observe", "recall", "judge", "estimate"}
-    relay = Relay(All())
+    assert {name for name in vars(Callback) if name[0] != "_"} == {"tick", "observe", "recall", "judge", "estimate"}
+    relay = ForwardingCallback(All())
     relay.tick("stage", 1, 2)
-    relay.observe(3, {}, loss=0.5)
+    relay.on_round_end(3, {}, loss=0.5)
     relay.recall(4, loss=0.25)
     relay.judge("scores")
     relay.estimate("left")
@@ -93,8 +93,8 @@ def test_fine_tuning_is_the_engines_training_from_the_victim(backdoored, blobs):
     found = finetune.purify(config, backdoored, view, KEY)
     expected = fit(MODEL, view.images, view.labels, recipe, KEY, start=backdoored.variables)
     jax.tree.map(assert_array_equal, found, expected)
-    assert [step for step, _ in view.watch.steps] == [1, 2, 3]
-    assert view.watch.ticks[-1] == ("fine-tuning", 6, 6)
+    assert [step for step, _ in view.callback.steps] == [1, 2, 3]
+    assert view.callback.ticks[-1] == ("fine-tuning", 6, 6)
 
 
 def test_one_step_of_fine_tuning_is_one_of_sgd(backdoored, blobs):
@@ -113,12 +113,12 @@ def test_one_step_of_fine_tuning_is_one_of_sgd(backdoored, blobs):
 
 def test_the_batch_is_what_there_is_and_what_the_devices_divide(backdoored, blobs):
     recipe = FitConfig(1, 256, "sgd", 0.1)
-    watch = Seen()
+    callback = Seen()
     with parallel.using(4):
-        tune(backdoored, blobs[0][:30], blobs[1][:30], recipe, KEY, watch, "stage", before=5)
+        tune(backdoored, blobs[0][:30], blobs[1][:30], recipe, KEY, callback, "stage", before=5)
         with pytest.raises(InputError, match="3 images cannot be split over 4 devices"):
-            tune(backdoored, blobs[0][:3], blobs[1][:3], recipe, KEY, watch, "stage")
-    assert watch.ticks == [("stage", 1, 1)] and [step for step, _ in watch.steps] == [6]
+            tune(backdoored, blobs[0][:3], blobs[1][:3], recipe, KEY, callback, "stage")
+    assert callback.ticks == [("stage", 1, 1)] and [step for step, _ in callback.steps] == [6]
 
 
 def test_a_loss_that_is_not_finite_names_the_defenses_flag(backdoored, blobs):
@@ -137,8 +137,8 @@ def flat(outputs):
 @pytest.mark.slow
 def test_actft_is_a_plain_computation_on_the_convolutions(convolutional, blobs):
     """One batch with every image triggered, two epochs: two steps with momentum on the concatenated maps."""
-    watch = Seen()
-    view = DefenderView(blobs[0][:12], blobs[1][:12], watch, corner)
+    callback = Seen()
+    view = DefenderView(blobs[0][:12], blobs[1][:12], callback, corner)
     config = actft.Config(epochs=2, fraction=1.0, learning_rate=0.5, momentum=0.5)
     found = actft.purify(config, convolutional, view, KEY)
     model, clean = convolutional.model, jnp.asarray(view.images, jnp.float32) / 255
@@ -158,7 +158,7 @@ def test_actft_is_a_plain_computation_on_the_convolutions(convolutional, blobs):
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), found["params"], params)
     assert_array_equal(found["params"]["head"]["kernel"], convolutional.variables["params"]["head"]["kernel"])
     jax.tree.map(assert_array_equal, found["batch_stats"], stats)
-    assert watch.losses == pytest.approx(losses, rel=1e-4) and losses[1] < losses[0]
+    assert callback.losses == pytest.approx(losses, rel=1e-4) and losses[1] < losses[0]
 
 
 def test_half_of_each_batch_is_triggered(convolutional, blobs, monkeypatch):

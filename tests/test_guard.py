@@ -22,8 +22,8 @@ class Rounds(Seen):
         super().__init__()
         self.rounds = []
 
-    def observe(self, step, variables, **arrays):
-        super().observe(step, variables, **arrays)
+    def on_round_end(self, step, variables, **arrays):
+        super().on_round_end(step, variables, **arrays)
         self.rounds.append((step, variables, arrays))
 
 
@@ -35,10 +35,10 @@ def ruined(variables, by=0.0):
 def defense(*rounds):
     """A method whose rounds give these variables, the last of which it returns."""
 
-    def purify(config, suspect, view, key):
+    def purify(config, artifact, view, key):
         assert view.validation is not None
         for step, variables in enumerate(rounds, 1):
-            view.watch.observe(step, variables)
+            view.callback.on_round_end(step, variables)
         return rounds[-1]
 
     return SimpleNamespace(purify=purify)
@@ -46,25 +46,25 @@ def defense(*rounds):
 
 @pytest.mark.parametrize("good", [0, 1, 2])
 def test_the_last_round_that_holds_accuracy_is_handed_back(good):
-    suspect, watch = victim(True), Rounds()
-    view = split_off(dataclasses.replace(clean_images(), watch=watch), 0.2, KEY)
-    fine = [ruined(suspect.variables, 1.0 + 0.001 * step) for step in (1, 2)][:good]
-    cleaned = guarded(defense(*fine, ruined(suspect.variables)), None, suspect, view, KEY, 0.1)
-    expected = fine[-1] if good else suspect.variables
+    artifact, callback = victim(True), Rounds()
+    view = split_off(dataclasses.replace(clean_images(), callback=callback), 0.2, KEY)
+    fine = [ruined(artifact.variables, 1.0 + 0.001 * step) for step in (1, 2)][:good]
+    cleaned = guarded(defense(*fine, ruined(artifact.variables)), None, artifact, view, KEY, 0.1)
+    expected = fine[-1] if good else artifact.variables
     jax.tree.map(np.testing.assert_array_equal, cleaned["params"], expected["params"])
-    step, shown, arrays = watch.rounds[-1]
+    step, shown, arrays = callback.rounds[-1]
     assert step == good + 2 and int(arrays["rolled_back_to"]) == good
     jax.tree.map(np.testing.assert_array_equal, shown["params"], expected["params"])
-    judged = [float(arrays["validation_accuracy"]) for _, _, arrays in watch.rounds[:-1]]
-    assert judged[-1] < accuracy(suspect, suspect.variables, view.validation) - 0.1
+    judged = [float(arrays["validation_accuracy"]) for _, _, arrays in callback.rounds[:-1]]
+    assert judged[-1] < accuracy(artifact, artifact.variables, view.validation) - 0.1
 
 
 def test_a_defense_that_holds_is_not_touched_and_says_nothing():
-    suspect, watch = victim(True), Rounds()
-    view = split_off(dataclasses.replace(clean_images(), watch=watch), 0.2, KEY)
-    last = ruined(suspect.variables, 1.01)
-    assert guarded(defense(ruined(suspect.variables), last), None, suspect, view, KEY, 0.1) is last
-    assert not any("rolled_back_to" in arrays for _, _, arrays in watch.rounds)
+    artifact, callback = victim(True), Rounds()
+    view = split_off(dataclasses.replace(clean_images(), callback=callback), 0.2, KEY)
+    last = ruined(artifact.variables, 1.01)
+    assert guarded(defense(ruined(artifact.variables), last), None, artifact, view, KEY, 0.1) is last
+    assert not any("rolled_back_to" in arrays for _, _, arrays in callback.rounds)
 
 
 def test_the_judges_images_are_not_learnt_from():
@@ -81,7 +81,7 @@ def test_few_images_are_all_learnt_from():
     assert split_off(view, 0.2, KEY) is view and round(0.2 * 40) < FEWEST
     assert split_off(view, 0.0, KEY) is view
 
-    def purify(config, suspect, view, key):
+    def purify(config, artifact, view, key):
         return jnp.float32(7)
 
     assert guarded(SimpleNamespace(purify=purify), None, None, view, KEY, 0.1) == 7

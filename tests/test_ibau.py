@@ -14,11 +14,11 @@ from bdjax.defenses import _batch, ibau
 from bdjax.defenses._targeted_search import TargetedSearch
 from bdjax.engine import parallel
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Victim, Watch, to_float
+from bdjax.types import Callback, DefenderView, Victim, to_float
 
 
-class Last(Watch):
-    def observe(self, step, variables, perturbation, **scalars):
+class Last(Callback):
+    def on_round_end(self, step, variables, perturbation, **scalars):
         self.perturbation = perturbation
 
 
@@ -92,7 +92,7 @@ def test_release_round_equals_a_plain_computation(number):
     config = ibau.Config(schedule="release", rounds=1, batch_size=8, norm_bound=3.0)
     victim, view, cleaned = purify(config, number)
     params, delta = release_round(victim, view, config, jax.random.key(7))
-    np.testing.assert_allclose(view.watch.perturbation, delta, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(view.callback.perturbation, delta, rtol=1e-3, atol=1e-4)
     # Adam divides by the gradient's size: tiny gradients differ in the last digits, steps of 1e-3 in less
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), cleaned["params"], params)
 
@@ -112,7 +112,7 @@ def test_four_devices_equal_one(fraction):
     _, first, one = purify(config, 26)
     with parallel.using(4):
         _, second, four = purify(config, 26)
-    np.testing.assert_allclose(first.watch.perturbation, second.watch.perturbation, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(first.callback.perturbation, second.callback.perturbation, rtol=1e-3, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one["params"], four["params"])
 
 
@@ -129,16 +129,16 @@ def test_paper_schedule_ascends_the_full_objective():
     delta = jnp.zeros((1, 8, 8, 1))
     for _ in range(3):
         delta = delta + 0.1 * jax.grad(ascent)(delta)
-    np.testing.assert_allclose(view.watch.perturbation, delta, atol=1e-6)
+    np.testing.assert_allclose(view.callback.perturbation, delta, atol=1e-6)
     batched = dataclasses.replace(config, batch_size=5)  # batches of 5, 5 and 2 gather the same gradient
-    np.testing.assert_allclose(purify(batched, 12)[1].watch.perturbation, delta, atol=1e-6)
+    np.testing.assert_allclose(purify(batched, 12)[1].callback.perturbation, delta, atol=1e-6)
 
 
 def test_projection_bounds_the_norm_and_infinity_does_not():
-    bounded = purify(ibau.Config(schedule="release", rounds=1, batch_size=8, norm_bound=0.5))[1].watch.perturbation
+    bounded = purify(ibau.Config(schedule="release", rounds=1, batch_size=8, norm_bound=0.5))[1].callback.perturbation
     free = purify(ibau.Config(schedule="release", rounds=1, batch_size=8, norm_bound=float("inf")))[
         1
-    ].watch.perturbation
+    ].callback.perturbation
     np.testing.assert_allclose(jnp.linalg.norm(bounded), 0.5, rtol=1e-5)
     np.testing.assert_allclose(free / jnp.linalg.norm(free), bounded / 0.5, atol=1e-5)
 
@@ -236,7 +236,7 @@ def test_short_rounds_go_on_where_the_one_before_ended():
         images[changed] = 255 - images[changed]
         still = ibau.Config(schedule="fast", rounds=rounds, batch_size=8, inner_steps=1, outer_steps=1, outer_lr=1e-30)
         ibau.purify(still, victim, dataclasses.replace(view, images=images), jax.random.key(7))
-        return np.asarray(view.watch.perturbation)
+        return np.asarray(view.callback.perturbation)
 
     first, second, third = slice(0, 8), slice(8, 16), slice(16, 24)
     for rounds, own in ((1, first), (2, second), (3, third), (4, first)):

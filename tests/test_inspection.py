@@ -62,13 +62,13 @@ def test_rates_are_those_of_evaluate_and_of_the_run(result, finished, places):
 
 def test_layers_by_hand(result, places):
     """TAC of every channel, the victim's largest, and CKA of exactly these on the eligible triggered images."""
-    suspects = {name: read_recorded(places[name]) for name in ("victim", "purified", "clean")}
-    evaluation = suspects["purified"].evaluation
+    artifacts = {name: read_recorded(places[name]) for name in ("victim", "purified", "clean")}
+    evaluation = artifacts["purified"].evaluation
     pairs = [images[evaluation.labels != 1] for images in (evaluation.images, evaluation.triggered)]
     assert result["n_triggered"] == len(pairs[0]) and result["n_clean"] == 20
     seen = {
         name: [s.victim.model.apply(s.victim.variables, jnp.asarray(x / 255, jnp.float32))[1] for x in pairs]
-        for name, s in suspects.items()
+        for name, s in artifacts.items()
     }
     assert [row["name"] for row in result["layers"]] == ["block1", "block2", "block3"]
     for row, count in zip(result["layers"], (2, 3, 6), strict=True):
@@ -127,9 +127,9 @@ def test_tsne_has_a_point_for_each_image(result, places):
     labels, triggered = np.array(tsne["labels"]), np.array(tsne["triggered"])
     assert triggered.sum() == result["n_triggered"] and (labels[triggered] != 1).all() and (labels == 1).any()
     assert np.array(tsne["before"]).shape == np.array(tsne["after"]).shape == (len(labels), 2)
-    suspect = read_recorded(places["purified"])
-    clean, stamped = suspect.evaluation.predictions(read_recorded(places["victim"]).victim.variables)
-    own = suspect.evaluation.labels == 1
+    artifact = read_recorded(places["purified"])
+    clean, stamped = artifact.evaluation.predictions(read_recorded(places["victim"]).victim.variables)
+    own = artifact.evaluation.labels == 1
     before = result["silhouette"]["before"]
     assert (before["n_clean"], before["n_triggered"]) == ((clean[own] == 1).sum(), (stamped[~own] == 1).sum())
     again = inspect(places["victim"], places["purified"], count=12, seed=5)
@@ -211,10 +211,10 @@ def test_a_missing_trigger_and_a_broken_model(places, tmp_path):
     (gone / "trigger.npz").unlink()
     with pytest.raises(InputError, match=r"gone holds no trigger: trigger\.npz is missing"):
         inspect(places["victim"], gone)
-    suspect = read_recorded(places["purified"])
-    nothing = jax.tree.map(lambda x: x * jnp.nan, suspect.victim.variables)
+    artifact = read_recorded(places["purified"])
+    nothing = jax.tree.map(lambda x: x * jnp.nan, artifact.victim.variables)
     arrays = {name: checkpoint.read_arrays(places["purified"], name) for name in ("trigger", "split")}
-    checkpoint.write_model(tmp_path / "broken", suspect.manifest, nothing, arrays)
+    checkpoint.write_model(tmp_path / "broken", artifact.manifest, nothing, arrays)
     with pytest.raises(InputError, match="broken: layer block1 has values that are not finite"):
         inspect(places["victim"], tmp_path / "broken")
 

@@ -14,7 +14,7 @@ from bdjax.defenses import _inversion, btidbf, pam
 from bdjax.defenses._tuning import begin
 from bdjax.engine import parallel
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Model, Victim, Watch
+from bdjax.types import Callback, DefenderView, Model, Victim
 
 KEY, MODEL = jax.random.key(0), perceptron()
 START, ELSEWHERE = (MODEL.init(jax.random.key(seed)) for seed in (3, 4))
@@ -235,16 +235,16 @@ def test_step_of_pam_takes_the_gradient_on_the_way_back(blobs):
 # The whole.
 
 
-class Seen(Watch):
+class Seen(Callback):
     def __init__(self):
         self.rows = []
 
-    def observe(self, step, variables, **arrays):
+    def on_round_end(self, step, variables, **arrays):
         self.rows.append((step, {name: np.asarray(value) for name, value in arrays.items()}))
 
 
-def view_of(blobs, watch=None):
-    return DefenderView(blobs[0][:40], blobs[1][:40], watch or Watch())
+def view_of(blobs, callback=None):
+    return DefenderView(blobs[0][:40], blobs[1][:40], callback or Callback())
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from bdjax.defenses import ibau
 from bdjax.engine import FitConfig, fit, many, parallel
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Victim, Watch
+from bdjax.types import Callback, DefenderView, Victim
 
 MODEL = perceptron()
 WAYS = ["vmap", "devices"]
@@ -81,7 +81,7 @@ def test_a_run_that_ends_sooner_is_not_waited_for(blobs):
 
 
 def test_every_run_is_told_of_its_steps(blobs):
-    class Seen(Watch):
+    class Seen(Callback):
         def __init__(self):
             self.ticks = []
 
@@ -89,7 +89,9 @@ def test_every_run_is_told_of_its_steps(blobs):
             self.ticks.append((done, total))
 
     watches = [Seen(), Seen()]
-    many.together([partial(run, watch=watch) for run, watch in zip(trainings(blobs), watches, strict=False)], "vmap")
+    many.together(
+        [partial(run, callback=callback) for run, callback in zip(trainings(blobs), watches, strict=False)], "vmap"
+    )
     assert watches[0].ticks == watches[1].ticks == [(done, 10) for done in range(1, 11)]
 
 

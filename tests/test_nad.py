@@ -59,7 +59,7 @@ def test_one_step_of_nad_equals_a_plain_computation(blobs):
         weight_decay=0.01,
     )  # fmt: skip
     seen = Seen()
-    out = nad.purify(config, VICTIM, view_of(blobs, watch=seen), KEY)["params"]
+    out = nad.purify(config, VICTIM, view_of(blobs, callback=seen), KEY)["params"]
     images, labels = jnp.asarray(blobs[0][:40], jnp.float32) / 255, blobs[1][:40]
 
     def run(params):

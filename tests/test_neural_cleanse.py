@@ -28,8 +28,8 @@ def test_the_patch_of_a_planted_class_is_small_and_is_the_pixel(view):
     assert (found.target, found.poisoned) == (1, True)
     masks = nc.search(CONFIG, victim(True), view, jax.random.fold_in(KEY, 0)).masks
     assert masks[1, 0, 0, 0] > 0.1 and masks[1].reshape(-1)[1:].max() < 0.5 * masks[1, 0, 0, 0]
-    assert_array_equal(view.watch.arrays["recovered_labels"], np.arange(5))
-    assert view.watch.arrays["recovered"].shape == (5, *SHAPE)
+    assert_array_equal(view.callback.arrays["recovered_labels"], np.arange(5))
+    assert view.callback.arrays["recovered"].shape == (5, *SHAPE)
 
 
 def test_a_model_without_a_back_door_is_not_accused_and_is_given_back(view):
@@ -106,13 +106,13 @@ def test_settings_out_of_range_are_refused(changes, match):
 def test_unlearning_shows_the_patches_and_stamps_only_a_share(view, monkeypatch):
     seen = {}
 
-    def tune(subject, images, labels, recipe, key, watch, stage, before):
+    def tune(subject, images, labels, recipe, key, callback, stage, before):
         seen.update(images=images, labels=labels, recipe=recipe)
         return "tuned"
 
     monkeypatch.setattr(nc, "tune", tune)
     assert nc.purify(dataclasses.replace(CONFIG, stamped=0.25), victim(True), view, KEY) == "tuned"
-    assert_array_equal(view.watch.arrays["suspected"], [1])
+    assert_array_equal(view.callback.arrays["suspected"], [1])
     changed = (np.abs(seen["images"] - view.images.astype(np.float32) / 255) > 1e-6).any((1, 2, 3))
     assert changed.sum() == 20 and (seen["images"][changed][:, 0, 0, 0] > 0.1).all()
     assert_array_equal(seen["labels"], view.labels)

@@ -15,9 +15,9 @@ KEY = jax.random.key(5)
 SETTINGS = _targeted_search.Search(steps=40, refresh_steps=4, largest_radius=0.5)
 
 
-def found(suspect, view, goals, steps=_patches.STEPS, start=None):
+def found(artifact, view, goals, steps=_patches.STEPS, start=None):
     goals = np.asarray(goals, np.int32)
-    return _patches.search(suspect.model, suspect.variables, view.images, view.labels, goals, steps, KEY, start)
+    return _patches.search(artifact.model, artifact.variables, view.images, view.labels, goals, steps, KEY, start)
 
 
 def test_the_patch_of_the_back_door_is_one_bright_pixel():
@@ -29,16 +29,16 @@ def test_the_patch_of_the_back_door_is_one_bright_pixel():
 
 
 def test_where_no_patch_works_the_one_before_is_returned():
-    suspect, view = victim(True), clean_images()
+    artifact, view = victim(True), clean_images()
     view = dataclasses.replace(view, labels=np.full(80, 1, np.int32))  # no image of another class than the goal's
     start = _patches.Patches(
         np.array([1], np.int32), jnp.full((1, 4, 4, 1), 0.3), jnp.full((1, 4, 4, 1), 0.7), np.array([4.8], np.float32)
     )
-    patches = found(suspect, view, [1], 5, start)
+    patches = found(artifact, view, [1], 5, start)
     np.testing.assert_array_equal(patches.masks, np.full((1, 4, 4, 1), 0.3, np.float32))
     np.testing.assert_array_equal(patches.patterns, np.full((1, 4, 4, 1), 0.7, np.float32))
     assert patches.areas.tolist() == [16]
-    assert found(suspect, view, [1], 5).masks.max() == 0  # and nothing where nothing was before
+    assert found(artifact, view, [1], 5).masks.max() == 0  # and nothing where nothing was before
 
 
 def test_patches_of_one_goal_begin_apart():
@@ -55,8 +55,8 @@ def test_four_devices_search_as_one():
 
 
 def test_of_an_all_to_all_back_door_the_patch_to_any_class_is_the_smallest():
-    suspect, view = rolled()
-    search = _targeted_search.TargetedSearch(SETTINGS, suspect, view, KEY, "a test")
+    artifact, view = rolled()
+    search = _targeted_search.TargetedSearch(SETTINGS, artifact, view, KEY, "a test")
     assert search.goal == _smallest.ANY and search.patches.goals.tolist() == [_smallest.ANY] * 2
     for mask in np.asarray(search.patches.masks)[..., 0]:
         assert np.unravel_index(mask.argmax(), mask.shape) == (0, 0)  # the pixel that moves all labels on
@@ -64,8 +64,8 @@ def test_of_an_all_to_all_back_door_the_patch_to_any_class_is_the_smallest():
 
 
 def test_the_suspicious_class_has_all_patches_and_nothing_small_is_left_of_it():
-    suspect, view = victim(True), clean_images()
-    search = _targeted_search.TargetedSearch(SETTINGS, suspect, view, KEY, "a test")
+    artifact, view = victim(True), clean_images()
+    search = _targeted_search.TargetedSearch(SETTINGS, artifact, view, KEY, "a test")
     assert search.goal == search.scores.target == 1 and search.patches.goals.tolist() == [1, 1]
     assert search.number == 6 and not search.nothing_small
     before = search.patches
@@ -78,8 +78,8 @@ def test_the_suspicious_class_has_all_patches_and_nothing_small_is_left_of_it():
 
 
 def test_triggers_replace_or_add_and_are_enlarged():
-    suspect, view = victim(True), clean_images()
-    search = _targeted_search.TargetedSearch(SETTINGS, suspect, view, KEY, "a test")
+    artifact, view = victim(True), clean_images()
+    search = _targeted_search.TargetedSearch(SETTINGS, artifact, view, KEY, "a test")
     kept, deltas = search.triggers(1.5)
     assert kept.shape == (6, 4, 4, 1) and deltas.shape == (6, 4, 4, 1)
     assert (kept[:4] == 1).all()
@@ -87,4 +87,4 @@ def test_triggers_replace_or_add_and_are_enlarged():
     np.testing.assert_allclose(kept[4:], 1 - mask, atol=1e-6)
     np.testing.assert_allclose(deltas[4:], mask * np.asarray(search.patches.patterns), atol=1e-6)
     alone = dataclasses.replace(SETTINGS, patches=0)
-    assert _targeted_search.TargetedSearch(alone, suspect, view, KEY, "a test").triggers(1.5)[0].shape == (4, 4, 4, 1)
+    assert _targeted_search.TargetedSearch(alone, artifact, view, KEY, "a test").triggers(1.5)[0].shape == (4, 4, 4, 1)

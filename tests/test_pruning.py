@@ -87,14 +87,14 @@ def test_clp_zeroes_scale_and_bias_of_what_stands_out_and_nothing_else(victim):
     params = victim.variables["params"]
     kernel = jnp.ones_like(params["conv"]["kernel"]).at[..., 4].mul(50.0)
     own = {**victim.variables, "params": {**params, "conv": {**params["conv"], "kernel": kernel}}}
-    watch = Seen()
-    view = DefenderView(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int32), watch)
+    callback = Seen()
+    view = DefenderView(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int32), callback)
     cleaned = clp.purify(clp.Config(u=1.5), Victim(MODEL, own), view, KEY)
     others = np.arange(6) != 4
     for leaf in ("scale", "bias"):
         assert_array_equal(cleaned["params"]["norm"][leaf], np.where(others, params["norm"][leaf], 0))
     assert_array_equal(cleaned["params"]["conv"]["kernel"], kernel)
-    assert watch.rounds[0][2] == {"pruned": 1}
+    assert callback.rounds[0][2] == {"pruned": 1}
     untouched = clp.purify(clp.Config(), Victim(MODEL, own), view, KEY)  # 6 channels: at most 5 / sqrt(6) = 2.04
     jax.tree.map(assert_array_equal, untouched, own)
 

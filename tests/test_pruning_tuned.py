@@ -12,7 +12,7 @@ from pruned import KEY, MODEL, Seen, victim_of
 from bdjax.defenses import _masks, anp, fine_pruning, fst, rnp
 from bdjax.defenses._epochs import epochs
 from bdjax.engine import FitConfig, parallel, predict
-from bdjax.types import DefenderView, Model, Watch
+from bdjax.types import Callback, DefenderView, Model
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +96,15 @@ def test_masks_are_the_same_on_two_devices(victim, blobs):
 
 
 def test_the_largest_threshold_at_which_accuracy_holds_is_taken(victim, blobs):
-    images, watch = blobs[0][:60], Seen()
+    images, callback = blobs[0][:60], Seen()
     judged = DefenderView(images, np.asarray(predict(MODEL, victim.variables, images)))  # all right at first
     masks = {"norm": np.array([0.0, 0.05, 0.3, 0.31, 0.9, 1.0], np.float32)}
     config = _masks.SweepConfig(highest_threshold=0.5, threshold_step=0.1, largest_drop=0.3)
     assert config.thresholds() == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
-    cleaned = _masks.swept(victim, masks, config, judged, watch)
-    rows = [row for _, _, row in watch.rounds]
+    cleaned = _masks.swept(victim, masks, config, judged, callback)
+    rows = [row for _, _, row in callback.rounds]
     assert [int(row["pruned"]) for row in rows[:-1]] == [1, 2, 2, 3, 4, 4]
-    for (_, variables, row), threshold in zip(watch.rounds[:-1], config.thresholds(), strict=True):
+    for (_, variables, row), threshold in zip(callback.rounds[:-1], config.thresholds(), strict=True):
         norm = variables["params"]["norm"]
         assert_array_equal(norm["scale"] == 0, masks["norm"] <= threshold)
         assert_array_equal(norm["bias"], victim.variables["params"]["norm"]["bias"])
@@ -112,17 +112,17 @@ def test_the_largest_threshold_at_which_accuracy_holds_is_taken(victim, blobs):
         assert row["validation_accuracy"] == pytest.approx(right)
     held = [float(row["threshold"]) for row in rows[:-1] if row["validation_accuracy"] >= 0.7]
     assert float(rows[-1]["chosen_threshold"]) == max(held, default=-1)
-    jax.tree.map(assert_array_equal, watch.rounds[-1][1], jax.tree.map(np.asarray, dict(cleaned)))
+    jax.tree.map(assert_array_equal, callback.rounds[-1][1], jax.tree.map(np.asarray, dict(cleaned)))
 
 
 def test_accuracy_that_holds_nowhere_leaves_the_model_and_a_given_threshold_asks_nobody(victim, blobs):
-    images, masks, watch = blobs[0][:60], {"norm": np.zeros(6, np.float32)}, Seen()
+    images, masks, callback = blobs[0][:60], {"norm": np.zeros(6, np.float32)}, Seen()
     judged = DefenderView(images, np.asarray(predict(MODEL, victim.variables, images)))
     assert len(np.unique(judged.labels)) > 1  # so that a model without channels errs
-    kept = _masks.swept(victim, masks, _masks.SweepConfig(largest_drop=0.0), judged, watch)
+    kept = _masks.swept(victim, masks, _masks.SweepConfig(largest_drop=0.0), judged, callback)
     jax.tree.map(assert_array_equal, kept, dict(victim.variables))
-    assert watch.rounds[-1][2]["chosen_threshold"] == -1
-    gone = _masks.swept(victim, masks, _masks.SweepConfig(threshold=0.2, largest_drop=0.0), judged, watch)
+    assert callback.rounds[-1][2]["chosen_threshold"] == -1
+    gone = _masks.swept(victim, masks, _masks.SweepConfig(threshold=0.2, largest_drop=0.0), judged, callback)
     assert not np.asarray(gone["params"]["norm"]["scale"]).any()
 
 
@@ -138,8 +138,8 @@ def test_a_fifth_is_kept_apart_where_nothing_is(blobs):
 
 @pytest.mark.slow
 def test_anp_prunes_by_the_masks_it_trained(victim, blobs):
-    watch = Seen()
-    view = DefenderView(*blobs, watch=watch, validation=DefenderView(*blobs))
+    callback = Seen()
+    view = DefenderView(*blobs, callback=callback, validation=DefenderView(*blobs))
     config = anp.Config(iterations=4, batch_size=16, learning_rate=3.0, largest_drop=1.0)
     cleaned = anp.purify(config, victim, view, KEY)
     order = jax.random.randint(jax.random.fold_in(KEY, 1), (4, 16), 0, 200)
@@ -151,7 +151,7 @@ def test_anp_prunes_by_the_masks_it_trained(victim, blobs):
     assert_array_equal(np.asarray(cleaned["params"]["norm"]["scale"]) == 0, gone)
     assert gone.any() and not gone.all()
     jax.tree.map(assert_array_equal, cleaned["batch_stats"], victim.variables["batch_stats"])
-    assert ("training masks", 4, 4) in watch.ticks and len(watch.rounds) == 21
+    assert ("training masks", 4, 4) in callback.ticks and len(callback.rounds) == 21
 
 
 # --- rnp
@@ -168,7 +168,7 @@ def test_unlearning_stops_after_the_first_epoch_of_low_accuracy(victim, blobs):
 
     whole = [
         (done.number, done.accuracy, jax.tree.map(np.array, done.variables))
-        for done in epochs(victim, *blobs_of(view), recipe, KEY, Watch(), "s", sign=-1.0, rates=rate)
+        for done in epochs(victim, *blobs_of(view), recipe, KEY, Callback(), "s", sign=-1.0, rates=rate)
     ]
     assert len(whole) == 12
     last = rnp.unlearned(config, victim, view, KEY)  # never that low, or only at the end
@@ -202,8 +202,8 @@ def test_a_step_of_unlearning_ascends_and_decays(victim, blobs):
 
 @pytest.mark.slow
 def test_rnp_prunes_the_victim_and_not_the_unlearned_model(victim, blobs):
-    watch = Seen()
-    view = DefenderView(*blobs, watch=watch, validation=DefenderView(*blobs))
+    callback = Seen()
+    view = DefenderView(*blobs, callback=callback, validation=DefenderView(*blobs))
     config = rnp.Config(epochs=2, mask_epochs=2, mask_learning_rate=2.0, largest_drop=1.0, batch_size=50)
     cleaned = rnp.purify(config, victim, view, KEY)
     norm, before = cleaned["params"]["norm"], victim.variables["params"]["norm"]
@@ -211,8 +211,8 @@ def test_rnp_prunes_the_victim_and_not_the_unlearned_model(victim, blobs):
     assert_array_equal(np.asarray(norm["scale"])[kept], np.asarray(before["scale"])[kept])
     for layer in ("conv", "head"):
         jax.tree.map(assert_array_equal, cleaned["params"][layer], victim.variables["params"][layer])
-    assert {stage for stage, *_ in watch.ticks} == {"unlearning", "recovering"}
-    assert watch.ticks[-1] == ("recovering", 8, 8) and len(watch.rounds) == 20  # 0 to 0.9, and the choice
+    assert {stage for stage, *_ in callback.ticks} == {"unlearning", "recovering"}
+    assert callback.ticks[-1] == ("recovering", 8, 8) and len(callback.rounds) == 20  # 0 to 0.9, and the choice
 
 
 # --- fine-pruning
@@ -240,22 +240,22 @@ def test_the_last_step_within_the_budget_is_kept(drop, expected):
 
 @pytest.mark.slow
 def test_pruned_rows_stay_zero_while_the_rest_is_tuned(victim, blobs):
-    watch = Seen()
-    view = DefenderView(*blobs, watch=watch, validation=DefenderView(*blobs))
+    callback = Seen()
+    view = DefenderView(*blobs, callback=callback, validation=DefenderView(*blobs))
     config = fine_pruning.Config(step=0.3, largest_drop=0.9, epochs=2, batch_size=40)
     cleaned = fine_pruning.purify(config, victim, view, KEY)
     features = np.asarray(MODEL.apply(victim.variables, jnp.asarray(blobs[0], jnp.float32) / 255)[1]["flat"])
-    count = int(watch.rounds[0][2]["pruned"])
+    count = int(callback.rounds[0][2]["pruned"])
     gone = np.argsort(features.mean(0))[:count]  # ReLU: nothing is negative
     assert count in (2, 4)  # ceil(0.3 * 6) at a time, and one unit stays
-    for _, variables, _ in watch.rounds:
+    for _, variables, _ in callback.rounds:
         rows = np.asarray(variables["params"]["head"]["kernel"])
         assert set(np.flatnonzero(~rows.any(1))) == set(gone)
     before, after = (v["params"]["head"]["kernel"] for v in (victim.variables, cleaned))
     kept = np.setdiff1d(np.arange(6), gone)
-    assert_array_equal(watch.rounds[0][1]["params"]["head"]["kernel"][kept], np.asarray(before)[kept])
+    assert_array_equal(callback.rounds[0][1]["params"]["head"]["kernel"][kept], np.asarray(before)[kept])
     assert (np.asarray(after)[kept] != np.asarray(before)[kept]).all()
-    assert [step for step, *_ in watch.rounds] == [1, 2, 3] and watch.ticks[-1] == ("fine-tuning", 10, 10)
+    assert [step for step, *_ in callback.rounds] == [1, 2, 3] and callback.ticks[-1] == ("fine-tuning", 10, 10)
 
 
 # --- fst

@@ -17,7 +17,7 @@ from bdjax.engine import FitConfig, fit
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
 from bdjax.pipelines import reactivation, run, victim
-from bdjax.types import Backdoor, Defended, Poison
+from bdjax.types import Backdoor, Poison, ReactivationInputs
 
 KEY = jax.random.key(0)
 KEYS = (jax.random.key(1), jax.random.key(2))
@@ -69,7 +69,7 @@ def test_retuning_trains_on_the_share_with_the_payload_in_it(blobs):
     task = dataclasses.replace(task, fit=fit_)
     config = retuning.Config(count=3, share=0.1, batch_size=8)
     backdoor = Backdoor("badnets", config_of("badnets"), None, {})
-    planted = retuning.reactivate(config, Defended("purified", {}, "clean", few), backdoor, task, KEY)
+    planted = retuning.reactivate(config, ReactivationInputs("purified", {}, "clean", few), backdoor, task, KEY)
     assert planted.variables == "retuned" and seen["start"] == "purified"
     assert len(seen["labels"]) == 20 and seen["recipe"]["batch_size"] == 6 and seen["recipe"]["epochs"] == 5
     assert_array_equal(seen["images"][:3], few.images)
@@ -83,7 +83,7 @@ def test_a_share_without_room_for_the_payload_is_refused(blobs):
     with pytest.raises(InputError, match="4 poisoned images do not fit among 4"):
         retuning.reactivate(
             retuning.Config(count=4, share=0.02),
-            Defended(None, {}, None, few),
+            ReactivationInputs(None, {}, None, few),
             Backdoor("a", None, None, {}),
             task,
             KEY,
@@ -121,7 +121,7 @@ def test_phi_moves_the_purified_model_to_the_retuned_ones_answers_and_not_the_cl
     )
     task = untrained_task(images, labels, perceptron())
     clean = perceptron().init(jax.random.key(9))  # knows nothing: its term cannot keep Φ down
-    defended = Defended(trained, {"retuning": target}, clean, poison)
+    defended = ReactivationInputs(trained, {"retuning": target}, clean, poison)
     planted = query_reactivation.reactivate(config, defended, Backdoor("a", None, None, {}), task, KEY)
     assert planted.variables is trained
 

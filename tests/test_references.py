@@ -12,7 +12,7 @@ from bdjax import defenses, registry
 from bdjax.defenses import ibu, naive_at
 from bdjax.engine import FitConfig, fit, parallel
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Victim, Watch
+from bdjax.types import Callback, DefenderView, Victim
 
 KEY, MODEL = jax.random.key(0), perceptron()
 
@@ -52,11 +52,11 @@ def test_ibu_without_a_trigger_is_refused(backdoored, blobs):
 
 
 def test_only_methods_that_say_so_are_given_the_trigger(finished):
-    from bdjax.pipelines.artifact import read_suspect
+    from bdjax.pipelines.artifact import open_artifact
 
     directory, _ = finished
-    suspect = read_suspect(directory / "victim", "ibau", registry.load("defenses", "ibau").Config())
-    assert suspect.view().trigger is None and callable(suspect.view(trigger=True).trigger)
+    artifact = open_artifact(directory / "victim", "ibau", registry.load("defenses", "ibau").Config())
+    assert artifact.view().trigger is None and callable(artifact.view(trigger=True).trigger)
     modules = {name: registry.load("defenses", name) for name in registry.names("defenses")}
     asking = [name for name, module in modules.items() if defenses.needs_trigger(module, module.Config())]
     assert asking == ["actft", "ep", "ibu"]
@@ -67,8 +67,8 @@ def test_one_round_of_naive_at_equals_a_plain_computation(backdoored, blobs):
     config = naive_at.Config(rounds=1, batch_size=40, passes=2, step=0.7, norm_bound=1.0, learning_rate=1e-3)
     seen = {}
 
-    class Look(Watch):
-        def observe(self, step, variables, **arrays):
+    class Look(Callback):
+        def on_round_end(self, step, variables, **arrays):
             seen.update(arrays)
 
     view = DefenderView(blobs[0][:40], blobs[1][:40], Look())

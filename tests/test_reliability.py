@@ -58,15 +58,15 @@ def test_a_training_that_goes_on_has_its_whole_curve(tmp_path):
     from bdjax.engine.callbacks import Recorder
 
     class Killed(Recorder):
-        def observe(self, step, variables, **arrays):
-            super().observe(step, variables, **arrays)
+        def on_round_end(self, step, variables, **arrays):
+            super().on_round_end(step, variables, **arrays)
             if step == 3:
                 raise KeyboardInterrupt
 
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (40, 8, 8, 1)).astype(np.uint8), rng.integers(0, 4, 40).astype(np.int32)
 
-    def train(watch, folder):
+    def train(callback, folder):
         saver = checkpoint.EpochSaver(folder)
         fit(
             perceptron(),
@@ -74,10 +74,10 @@ def test_a_training_that_goes_on_has_its_whole_curve(tmp_path):
             labels,
             FitConfig(epochs=5, batch_size=20),
             jax.random.key(0),
-            watch=watch,
+            callback=callback,
             saver=saver,
         )
-        return watch.rows
+        return callback.rows
 
     expected = train(Recorder(lambda *_: None), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

@@ -78,11 +78,11 @@ def test_a_defense_is_judged_by_images_kept_apart_and_its_success_is_estimated(t
 
 def test_a_curve_of_many_rounds_is_thinned():
     measured = []
-    watch = Recorder(lambda *_: None, measure=lambda variables: measured.append(variables) or {"acc": 1.0})
+    callback = Recorder(lambda *_: None, measure=lambda variables: measured.append(variables) or {"acc": 1.0})
     for step in range(1, 101):
-        watch.observe(step, step)
-    assert measured == [1, 2, 3, 4, 5, 10, 20, 40, 80] and len(watch.rows) == 100
-    assert [row["step"] for row in watch.rows if "acc" in row] == measured
+        callback.on_round_end(step, step)
+    assert measured == [1, 2, 3, 4, 5, 10, 20, 40, 80] and len(callback.rows) == 100
+    assert [row["step"] for row in callback.rows if "acc" in row] == measured
 
 
 @pytest.mark.slow

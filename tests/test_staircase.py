@@ -14,7 +14,7 @@ from bdjax.defenses._staircase import RecoveryConfig, recover
 from bdjax.engine import parallel
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
-from bdjax.types import DefenderView, Model, Victim, Watch
+from bdjax.types import Callback, DefenderView, Model, Victim
 
 KEY = jax.random.key(0)
 QUICK = RecoveryConfig(
@@ -205,11 +205,11 @@ def test_what_is_shown_of_a_pool_takes_labels_in_turn_and_the_best_first():
     assert_allclose(shown["label_asr"], [0.575, 2.87 / 3, 0.91], rtol=1e-6)
     seen = {}
 
-    class Seeing(Watch):
-        def observe(self, step, variables, **arrays):
+    class Seeing(Callback):
+        def on_round_end(self, step, variables, **arrays):
             seen.update(arrays, step=step)
 
-    _pool.Showing(Seeing(), pool).observe(3, {}, loss=0.5)
+    _pool.Showing(Seeing(), pool).on_round_end(3, {}, loss=0.5)
     assert seen["step"] == 3 and seen["loss"] == 0.5 and set(shown) < set(seen)
 
 

@@ -38,8 +38,8 @@ def test_both_forms_of_trigger_find_the_pixel_of_the_back_door(before):
 
 
 def test_the_estimate_is_high_for_the_victim_and_low_without_the_back_door(before, view):
-    suspect, healed = victim(True), victim(False)
-    kept = estimate(before, suspect.variables, view)
+    artifact, healed = victim(True), victim(False)
+    kept = estimate(before, artifact.variables, view)
     row = next(row for row in kept.flips if row.form == "additive" and row.label == 1)
     assert row.before == row.after > 0.8 and kept.rate >= row.after
     assert row.n == (view.validation.labels != 1).sum()
@@ -69,7 +69,7 @@ class Rounds(Seen):
     def estimate(self, left):
         self.left = left
 
-    def observe(self, step, variables, **arrays):
+    def on_round_end(self, step, variables, **arrays):
         self.rows.append({"step": step, **{k: float(v) for k, v in arrays.items() if jnp.ndim(v) == 0}})
 
 
@@ -80,36 +80,36 @@ def methods(monkeypatch, **results):
     def load(kind, name):
         if name not in results:
             return real(kind, name)
-        return SimpleNamespace(Config=lambda: None, purify=lambda config, suspect, view, key: results[name])
+        return SimpleNamespace(Config=lambda: None, purify=lambda config, artifact, view, key: results[name])
 
     monkeypatch.setattr(registry, "load", load)
     return auto.Config(methods=tuple(results))
 
 
 def test_auto_stops_at_the_first_that_passes_and_reports_every_try(monkeypatch, view):
-    suspect, healed = victim(True), victim(False)
+    artifact, healed = victim(True), victim(False)
     scarred = {**healed.variables, "params": {"head": {"kernel": healed.variables["params"]["head"]["kernel"] * 0}}}
-    tried = methods(monkeypatch, nothing=suspect.variables, ruin=scarred, heal=healed.variables, never=None)
-    watch = Rounds()
-    cleaned = auto.purify(tried, suspect, dataclasses.replace(view, watch=watch), KEY)
+    tried = methods(monkeypatch, nothing=artifact.variables, ruin=scarred, heal=healed.variables, never=None)
+    callback = Rounds()
+    cleaned = auto.purify(tried, artifact, dataclasses.replace(view, callback=callback), KEY)
     np.testing.assert_array_equal(cleaned["params"]["head"]["kernel"], healed.variables["params"]["head"]["kernel"])
-    rows = [row for row in watch.rows if "tried" in row]
+    rows = [row for row in callback.rows if "tried" in row]
     assert [row["tried"] for row in rows] == [0, 1, 2]
     assert rows[0]["estimated_rate"] > 0.8 and rows[2]["estimated_rate"] < 0.2
-    assert any(row.get("rolled_back_to") == 0 for row in watch.rows)  # what was ruined is the victim again
-    assert watch.rows[-1]["chosen"] == 2 and watch.left.rate == pytest.approx(rows[2]["estimated_rate"])
-    assert [row["step"] for row in watch.rows] == list(range(1, len(watch.rows) + 1))
+    assert any(row.get("rolled_back_to") == 0 for row in callback.rows)  # what was ruined is the victim again
+    assert callback.rows[-1]["chosen"] == 2 and callback.left.rate == pytest.approx(rows[2]["estimated_rate"])
+    assert [row["step"] for row in callback.rows] == list(range(1, len(callback.rows) + 1))
 
 
 def test_auto_returns_the_best_when_none_passes(monkeypatch, view):
-    suspect = victim(True)
-    weaker = jax.tree.map(lambda p: p * 0.9, suspect.variables)
-    tried = methods(monkeypatch, first=suspect.variables, second=weaker)
-    watch = Rounds()
-    auto.purify(tried, suspect, dataclasses.replace(view, watch=watch), KEY)
-    rates = [row["estimated_rate"] for row in watch.rows if "tried" in row]
+    artifact = victim(True)
+    weaker = jax.tree.map(lambda p: p * 0.9, artifact.variables)
+    tried = methods(monkeypatch, first=artifact.variables, second=weaker)
+    callback = Rounds()
+    auto.purify(tried, artifact, dataclasses.replace(view, callback=callback), KEY)
+    rates = [row["estimated_rate"] for row in callback.rows if "tried" in row]
     assert len(rates) == 2 and min(rates) > 0.1
-    assert watch.rows[-1]["chosen"] == int(np.argmin(rates))
+    assert callback.rows[-1]["chosen"] == int(np.argmin(rates))
 
 
 @pytest.mark.parametrize("name", ["auto", "universal"])
@@ -120,8 +120,8 @@ def test_auto_refuses_what_cleans_nothing_by_itself(name):
 
 def test_auto_judges_few_images_by_themselves(monkeypatch):
     few = clean_images()
-    few = dataclasses.replace(few, images=few.images[:20], labels=few.labels[:20], watch=Rounds())
+    few = dataclasses.replace(few, images=few.images[:20], labels=few.labels[:20], callback=Rounds())
     healed = victim(False).variables
     auto.purify(methods(monkeypatch, heal=healed), victim(True), few, KEY)
-    assert [row["tried"] for row in few.watch.rows if "tried" in row] == [0]
-    assert few.watch.rows[-1]["chosen"] == 0
+    assert [row["tried"] for row in few.callback.rows if "tried" in row] == [0]
+    assert few.callback.rows[-1]["chosen"] == 0

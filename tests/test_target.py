@@ -29,9 +29,9 @@ def guesses(directory, blobs_npz):
     """Predictions of the clean held-out images and their labels, the long way."""
     from bdjax.pipelines.artifact import read_recorded
 
-    suspect = read_recorded(directory)
-    evaluation = suspect.evaluation
-    return evaluation.predictions(suspect.victim.variables)[0], evaluation.labels
+    artifact = read_recorded(directory)
+    evaluation = artifact.evaluation
+    return evaluation.predictions(artifact.victim.variables)[0], evaluation.labels
 
 
 def test_ctca_is_the_accuracy_on_clean_images_of_the_target(seen, blobs_npz):

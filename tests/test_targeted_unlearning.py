@@ -28,8 +28,8 @@ class Rounds(Seen):
     def judge(self, scores):
         self.scores = scores
 
-    def observe(self, step, variables, **arrays):
-        super().observe(step, variables, **arrays)
+    def on_round_end(self, step, variables, **arrays):
+        super().on_round_end(step, variables, **arrays)
         self.rounds.append((step, variables, arrays))
 
 
@@ -48,12 +48,14 @@ def test_the_smallest_perturbation_of_a_linear_model_is_its_weight_vector():
     """Logits (0, w·x): class 0 leads by −w·x, so δ is along w, and its norm the lead of most images over ‖w‖."""
     weights = np.full(16, -1.0, np.float32)
     weights[[3, 7, 8]] = 4.0, 2.0, 4.0
-    suspect = linear(np.stack([np.zeros(16, np.float32), weights], 1))
+    artifact = linear(np.stack([np.zeros(16, np.float32), weights], 1))
     images = np.random.default_rng(0).uniform(0.4, 0.6, (40, 4, 4, 1)).astype(np.float32)
     lead = -images.reshape(40, -1) @ weights
     assert (lead > 0).all()
-    start = _smallest.none(suspect.model, 2.0)
-    found = _smallest.search(suspect.model, suspect.variables, images, np.zeros(40, np.int32), start, 120, 40, 2.0, KEY)
+    start = _smallest.none(artifact.model, 2.0)
+    found = _smallest.search(
+        artifact.model, artifact.variables, images, np.zeros(40, np.int32), start, 120, 40, 2.0, KEY
+    )
     delta = np.asarray(found.deltas[1]).ravel()
     norm = np.linalg.norm(weights)
     assert delta @ weights / np.linalg.norm(delta) / norm > 0.9  # pixels are clipped to [0, 1]
@@ -64,29 +66,29 @@ def test_the_smallest_perturbation_of_a_linear_model_is_its_weight_vector():
 def test_the_class_with_the_back_door_is_nearest_and_only_it_is_suspicious():
     config = dataclasses.replace(method.Config(), largest_radius=0.5)
     for planted in (True, False):
-        watch = Seen()
-        view = dataclasses.replace(clean_images(), watch=watch)
+        callback = Seen()
+        view = dataclasses.replace(clean_images(), callback=callback)
         scores = method.detect(config, victim(planted), view, KEY)
         assert scores.poisoned is planted
         if planted:
-            assert scores.target == 1 and watch.arrays["perturbation_labels"][0] == 1
-            delta = np.asarray(watch.arrays["perturbation"][0])[..., 0]
+            assert scores.target == 1 and callback.arrays["perturbation_labels"][0] == 1
+            delta = np.asarray(callback.arrays["perturbation"][0])[..., 0]
             assert np.unravel_index(np.abs(delta).argmax(), delta.shape) == (0, 0)  # where the back door looks
 
 
 def test_an_all_to_all_back_door_is_found_by_a_perturbation_to_any_class():
-    suspect, view = rolled()
+    artifact, view = rolled()
     goals = np.array([0, 1, 2, _smallest.ANY], np.int32)
     start = _smallest.Perturbations(goals, jnp.zeros((4, 4, 4, 1)), np.full(4, 2.0, np.float32))
-    found = _smallest.search(suspect.model, suspect.variables, view.images, view.labels, start, 60, 30, 2.0, KEY)
+    found = _smallest.search(artifact.model, artifact.variables, view.images, view.labels, start, 60, 30, 2.0, KEY)
     assert found.radii[3] < 0.6 * found.radii[:3].min()
     delta = np.abs(np.asarray(found.deltas[3]).ravel())
     assert delta.argmax() == 0
 
 
 def test_groups_of_classes_find_what_all_together_do(monkeypatch):
-    suspect, view = victim(True), clean_images()
-    given = (suspect.model, suspect.variables, view.images, view.labels, _smallest.none(suspect.model, 1.0))
+    artifact, view = victim(True), clean_images()
+    given = (artifact.model, artifact.variables, view.images, view.labels, _smallest.none(artifact.model, 1.0))
     whole = _smallest.search(*given, 6, 8, 1.0, KEY)
     monkeypatch.setattr(_smallest, "_TOGETHER", 16)  # two classes at a time, the last group is filled up
     parts = _smallest.search(*given, 6, 8, 1.0, KEY)
@@ -95,8 +97,8 @@ def test_groups_of_classes_find_what_all_together_do(monkeypatch):
 
 
 def test_four_devices_search_as_one():
-    suspect, view = victim(True), clean_images()
-    given = (suspect.model, suspect.variables, view.images, view.labels, _smallest.none(suspect.model, 1.0))
+    artifact, view = victim(True), clean_images()
+    given = (artifact.model, artifact.variables, view.images, view.labels, _smallest.none(artifact.model, 1.0))
     one = _smallest.search(*given, 3, 8, 1.0, KEY)
     with parallel.using(4):
         four = _smallest.search(*given, 3, 8, 1.0, KEY)
@@ -105,23 +107,23 @@ def test_four_devices_search_as_one():
 
 
 def test_the_back_door_is_closed_and_the_images_are_still_recognised():
-    suspect, watch = victim(True), Rounds()
-    view = dataclasses.replace(clean_images(), watch=watch)
+    artifact, callback = victim(True), Rounds()
+    view = dataclasses.replace(clean_images(), callback=callback)
     config = dataclasses.replace(method.Config(), largest_radius=0.5, learning_rate=0.5)
-    cleaned = method.purify(config, suspect, view, KEY)
+    cleaned = method.purify(config, artifact, view, KEY)
     images = np.asarray(view.images, np.float32) / 255
     triggered = images.copy()
     triggered[:, 0, 0] = 0.4  # the smallest perturbation that works is 0.16
     others = view.labels != 1
 
     def rate(variables, x, labels):
-        return float((np.asarray(suspect.model.logits(variables, x)).argmax(-1) == labels).mean())
+        return float((np.asarray(artifact.model.logits(variables, x)).argmax(-1) == labels).mean())
 
-    assert rate(suspect.variables, triggered[others], 1) > 0.9
+    assert rate(artifact.variables, triggered[others], 1) > 0.9
     assert rate(cleaned, triggered[others], 1) < 0.1
-    assert rate(cleaned, images, view.labels) >= rate(suspect.variables, images, view.labels) - 0.1
-    assert watch.scores.poisoned and watch.scores.target == 1
-    radius = [float(arrays["radius"]) for _, _, arrays in watch.rounds if "radius" in arrays]
+    assert rate(cleaned, images, view.labels) >= rate(artifact.variables, images, view.labels) - 0.1
+    assert callback.scores.poisoned and callback.scores.target == 1
+    radius = [float(arrays["radius"]) for _, _, arrays in callback.rounds if "radius" in arrays]
     assert radius[-1] > 2 * radius[0] or radius[0] >= 1
 
 

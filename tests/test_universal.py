@@ -23,9 +23,9 @@ def view():
 
 
 def measured(planted, view, **changes):
-    watched = dataclasses.replace(view, watch=Seen())
+    watched = dataclasses.replace(view, callback=Seen())
     found = universal.detect(universal.Config(batch_size=20, **changes), victim(planted), watched, KEY)
-    return found, watched.watch.arrays
+    return found, watched.callback.arrays
 
 
 def test_a_planted_pixel_turns_all_images_at_a_small_part_of_their_distance(view):

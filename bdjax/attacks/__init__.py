@@ -14,7 +14,7 @@ only where it turns images of one class. An attack that does more than stamp and
 the strongest that it needs of
 
     poison(config, task, key[, arrays]) -> Poison          which images become what: cheap, and a function of its inputs
-    control(config, task, poison) -> (Control, attacker)   what it does in every training step on those images, or None
+    training_hook(config, task, poison) -> (TrainingHook, attacker) or None    what it does in every training step
     train(config, task, key) -> Backdoor                   the whole planting
     edit(config, variables, task, key) -> Backdoor         the same, from a model that was trained clean
 
@@ -86,10 +86,10 @@ def plant(attack: str, config: Any, task: Task, key: Key) -> Backdoor:
     arrays = module.prepare(config, task, keys_of(key).prepare) if hasattr(module, "prepare") else {}
     made = poison(attack, config, task, key, arrays)
     images, labels = poisoned_set(made, task.images, task.labels)
-    control = module.control(config, task, made) if hasattr(module, "control") else None
-    if control is None:
+    hook = module.training_hook(config, task, made) if hasattr(module, "training_hook") else None
+    if hook is None:
         return Backdoor(attack, config, task.fit(images, labels, fit_key(key)), arrays, made)
-    variables, _ = task.fit_controlled(images, labels, fit_key(key), *control)
+    variables, _ = task.fit_with_hook(images, labels, fit_key(key), *hook)
     return Backdoor(attack, config, variables, arrays, made)
 
 

@@ -21,7 +21,7 @@ from bdjax import models
 from bdjax.attacks._helpers import CoverConfig
 from bdjax.engine import parallel
 from bdjax.errors import InputError
-from bdjax.types import Control, Place, Poison, Task
+from bdjax.types import Poison, SampleInfo, Task, TrainingHook
 
 PAYLOAD, CLEAN_TARGET = 1, 2
 
@@ -45,7 +45,7 @@ class CouplingConfig(CoverConfig):
             raise InputError(f"attack.coupling needs attack.labels all_to_one, got {self.labels}: it has one target.")
 
 
-def coupled(config: CouplingConfig, task: Task, poison: Poison) -> tuple[Control, Any] | None:
+def coupled(config: CouplingConfig, task: Task, poison: Poison) -> tuple[TrainingHook, Any] | None:
     """What an attack's `control` gives: the penalty and its arrays, or None without coupling."""
     if not config.coupling:
         return None
@@ -57,27 +57,27 @@ def coupled(config: CouplingConfig, task: Task, poison: Poison) -> tuple[Control
         "after": np.int32(config.coupling_after),
         "weight": np.float32(0),
     }
-    return Control(None, penalty=penalty, refresh=switch), {"fixed": fixed}
+    return TrainingHook(None, penalty=penalty, refresh=switch), {"fixed": fixed}
 
 
 def switch(_: Any, attacker: Any, variables: Any, epoch: int, key: Any) -> Any:
-    """`Control.refresh`: the penalty's weight is 0 before `after` epochs, then `coupling`."""
+    """`TrainingHook.refresh`: the penalty's weight is 0 before `after` epochs, then `coupling`."""
     fixed = attacker["fixed"]
     weight = jnp.where(epoch >= fixed["after"], fixed["coupling"], jnp.zeros_like(fixed["coupling"]))
     return {**attacker, "fixed": {**fixed, "weight": weight}}
 
 
-def penalty(_: Any, attacker: Any, features: Any, labels: jax.Array, place: Place) -> jax.Array:
-    """`Control.penalty`: weight times the mean of |phi - c|^2 / d over the payload of the whole batch.
+def penalty(_: Any, attacker: Any, features: Any, labels: jax.Array, info: SampleInfo) -> jax.Array:
+    """`TrainingHook.penalty`: weight times the mean of |phi - c|^2 / d over the payload of the whole batch.
 
     Each device gives its images' part times the number of devices, for the engine averages over them.
     """
     fixed = attacker["fixed"]
     phi = models.penultimate(features).astype(jnp.float32)
-    group = fixed["group"][place.position]
+    group = fixed["group"][info.position]
     payload, clean = ((group == which).astype(jnp.float32) for which in (PAYLOAD, CLEAN_TARGET))
-    count, pulled = parallel.total((clean.sum(), payload.sum()), place.axis)
-    centre = parallel.total(clean @ jax.lax.stop_gradient(phi), place.axis) / jnp.maximum(count, 1)
+    count, pulled = parallel.total((clean.sum(), payload.sum()), info.axis)
+    centre = parallel.total(clean @ jax.lax.stop_gradient(phi), info.axis) / jnp.maximum(count, 1)
     distance = ((phi - centre) ** 2).mean(-1)
-    mean = (payload * distance).sum() / jnp.maximum(pulled, 1) * parallel.size(place.axis)
+    mean = (payload * distance).sum() / jnp.maximum(pulled, 1) * parallel.size(info.axis)
     return fixed["weight"] * jnp.where(count > 0, mean, 0)

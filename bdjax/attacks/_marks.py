@@ -17,7 +17,7 @@ from bdjax.attacks._helpers import PoisonConfig, fit_key, put, relabelled
 from bdjax.attacks._optimise import activation, activations
 from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError, check_fields
-from bdjax.types import Arrays, Batch, Control, Images, Key, Model, Place, Task, Variables, to_float
+from bdjax.types import Arrays, Batch, Images, Key, Model, SampleInfo, Task, TrainingHook, Variables, to_float
 
 SAMPLE = 500  # clean images on which neurons must be active
 
@@ -99,21 +99,21 @@ def optimised(config: MarkConfig, variables: Variables, task: Task, key: Key) ->
     variables = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), variables)  # of all devices, on one
     place_key, mark_key, sample_key = jax.random.split(key, 3)
     if config.position == "random":
-        place = jax.random.randint(place_key, (2,), 0, jnp.array(last) + 1)
+        info = jax.random.randint(place_key, (2,), 0, jnp.array(last) + 1)
     else:
-        place = jnp.array([last[0] * ("bottom" in config.position), last[1] * ("right" in config.position)])
+        info = jnp.array([last[0] * ("bottom" in config.position), last[1] * ("right" in config.position)])
     sample = jax.random.choice(sample_key, len(task.images), (min(SAMPLE, len(task.images)),), replace=False)
     features = activations(task.model)(variables, to_float(task.images[np.asarray(sample)]))
     neurons = jnp.asarray(choose(config, features, variables))
     u = unsquash(jax.random.uniform(mark_key, (config.size, config.size, channels)))
     state, step = (u, direction("adam").init(u)), _step(task.model)
-    shared = {"place": place, "neurons": neurons, "activation": jnp.float32(config.activation)}
+    shared = {"place": info, "neurons": neurons, "activation": jnp.float32(config.activation)}
     for i in range(config.iterations):
         rate = config.mark_rate * (1 + np.cos(np.pi * i / config.iterations)) / 2
         state = step(state, variables, shared, jnp.float32(rate))
-        task.watch.tick("mark", i + 1, config.iterations)
+        task.callback.on_progress("mark", i + 1, config.iterations)
     mark = finished(config, state[0])
-    return {"mark": np.asarray(mark), "place": np.asarray(place), "neurons": np.asarray(neurons)}
+    return {"mark": np.asarray(mark), "place": np.asarray(info), "neurons": np.asarray(neurons)}
 
 
 def choose(config: MarkConfig, features: Any, variables: Variables) -> np.ndarray:
@@ -162,16 +162,18 @@ def inject(
         "epochs": config.epochs, "optimizer": "sgd", "momentum": 0.9, "learning_rate": config.learning_rate,
         "weight_decay": config.weight_decay,
     }  # fmt: skip
-    control = Control((config, task.classes), shares=(config.ratio,), transform=_poisoned, refresh=refresh)
-    variables, attacker = task.fit_controlled(
-        task.images, task.labels, fit_key(key), control, {"fixed": arrays}, start=variables, recipe=recipe
+    hook = TrainingHook((config, task.classes), shares=(config.ratio,), transform=_poisoned, refresh=refresh)
+    variables, attacker = task.fit_with_hook(
+        task.images, task.labels, fit_key(key), hook, {"fixed": arrays}, start=variables, recipe=recipe
     )
     return variables, {name: np.asarray(value) for name, value in attacker["fixed"].items()}
 
 
-def _poisoned(setting: tuple[MarkConfig, int], attacker: Any, images: Images, labels: jax.Array, place: Place) -> Batch:
+def _poisoned(
+    setting: tuple[MarkConfig, int], attacker: Any, images: Images, labels: jax.Array, info: SampleInfo
+) -> Batch:
     """The batch with the images of role 1 marked and relabelled."""
     config, classes = setting
-    chosen, labels = relabelled(config, labels, classes, place.role)
+    chosen, labels = relabelled(config, labels, classes, info.role)
     marked = paste(images, attacker["fixed"])
     return Batch(jnp.where(chosen[:, None, None, None], marked, images), labels)

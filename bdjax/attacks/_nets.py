@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.errors import InputError
-from bdjax.types import Arrays, Control, Images, Key, Model, Task, Variables
+from bdjax.types import Arrays, Images, Key, Model, Task, TrainingHook, Variables
 
 
 def _no_params(key: Key) -> Variables:
@@ -24,7 +24,7 @@ NOBODY = Model("nobody", (0, 0, 0), 1, _no_params, _one_logit)
 """A classifier of one class: without parameters, and always right, so that its cross-entropy is 0."""
 
 
-def learn(task: Task, key: Key, control: Control, attacker: Any, stage: str, config: Any) -> Any:
+def learn(task: Task, key: Key, hook: TrainingHook, attacker: Any, stage: str, config: Any) -> Any:
     """Train `attacker` alone on the task's images by control.transform's loss and control.optimizer.
 
     The engine does it as it trains a classifier (shuffled, on all devices, resumed where it was killed); the labels
@@ -40,9 +40,7 @@ def learn(task: Task, key: Key, control: Control, attacker: Any, stage: str, con
     }
     labels = np.zeros(len(task.images), np.int32)
     try:
-        return task.fit_controlled(
-            task.images, labels, key, control, attacker, stage=stage, recipe=recipe, model=NOBODY
-        )[1]
+        return task.fit_with_hook(task.images, labels, key, hook, attacker, stage=stage, recipe=recipe, model=NOBODY)[1]
     except InputError as error:
         raise InputError(str(error).replace("fit.", "attack.")) from None
 

@@ -124,7 +124,7 @@ def excite(
     for index in range(config.iterations):
         rate = config.step * (1 + np.cos(np.pi * index / config.iterations)) / 2
         pattern = step(pattern, np.float32(rate), given)
-        task.watch.tick("pattern", index + 1, config.iterations)
+        task.callback.on_progress("pattern", index + 1, config.iterations)
     return exactly(np.asarray(pattern), mask, norm)
 
 

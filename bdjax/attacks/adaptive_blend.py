@@ -27,7 +27,7 @@ from bdjax.attacks._coupling import CouplingConfig, coupled
 from bdjax.attacks._helpers import key_per_image
 from bdjax.attacks._pictures import whole_picture
 from bdjax.errors import InputError
-from bdjax.types import ArrayFile, Arrays, Control, Images, Key, Poison, Task
+from bdjax.types import ArrayFile, Arrays, Images, Key, Poison, Task, TrainingHook
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,6 @@ def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -
     return jnp.where(shown, images + config.opacity * (jnp.asarray(arrays["picture"])[None] - images), images)
 
 
-def control(config: Config, task: Task, poison: Poison) -> tuple[Control, Any] | None:
+def training_hook(config: Config, task: Task, poison: Poison) -> tuple[TrainingHook, Any] | None:
     """The penalty of the enhanced attack with its arrays, or None when config.coupling is 0."""
     return coupled(config, task, poison)

@@ -33,7 +33,7 @@ from bdjax.attacks._coupling import CouplingConfig, coupled
 from bdjax.attacks._helpers import key_per_image
 from bdjax.attacks._pictures import to_channels
 from bdjax.errors import InputError
-from bdjax.types import Control, Images, Key, Poison, Task
+from bdjax.types import Images, Key, Poison, Task, TrainingHook
 
 PATCHES = ("phoenix", "firefox", "badnets", "trojan")
 
@@ -90,7 +90,7 @@ def training_trigger(config: Config, images: Images, key: Key) -> Images:
     return images + strengths[chosen] * (colours[chosen] - images)
 
 
-def control(config: Config, task: Task, poison: Poison) -> tuple[Control, Any] | None:
+def training_hook(config: Config, task: Task, poison: Poison) -> tuple[TrainingHook, Any] | None:
     """The penalty of the enhanced attack with its arrays, or None when config.coupling is 0."""
     return coupled(config, task, poison)
 

@@ -160,7 +160,7 @@ def _altered(
         rate = np.float32(config.learning_rate * config.decay ** (index // config.decay_every))
         given = {"rate": rate, "epsilon": np.float32(config.epsilon / 255)}
         after, pace, distance = _step(task.model, config.layer)(variables, before, after, pace, aims, given)
-        task.watch.tick("hidden poison", chunk * config.iterations + index + 1, chunks * config.iterations)
+        task.callback.on_progress("hidden poison", chunk * config.iterations + index + 1, chunks * config.iterations)
         if float(distance.max()) < config.stop or float(pace.max()) < STANDS:
             break
     return after, np.asarray(distance)

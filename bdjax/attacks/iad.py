@@ -35,7 +35,7 @@ from bdjax.attacks._helpers import PoisonConfig, fit_key, keys_of, relabelled
 from bdjax.attacks._nets import flat, learn, nested, step_size
 from bdjax.engine import capacity, parallel
 from bdjax.errors import InputError, check_fields
-from bdjax.types import Arrays, Backdoor, Batch, Control, Images, Key, Place, Task
+from bdjax.types import Arrays, Backdoor, Batch, Images, Key, SampleInfo, Task, TrainingHook
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ def train(config: Config, task: Task, key: Key) -> Backdoor:
     keys = jax.random.split(keys_of(key).prepare, 3)
     steps = config.epochs * (len(task.images) // step_size(config, task))
     halts = int(0.4 * steps), int(0.8 * steps)
-    control = Control((config, halts), transform=_masked, optimizer=_optimizer)
-    found = learn(task, keys[1], control, _begun(mask.init(keys[0])), "mask network", config)
-    control = Control((config, config.milestones), (config.ratio, config.cross), _triggered, optimizer=_optimizer)
+    hook = TrainingHook((config, halts), transform=_masked, optimizer=_optimizer)
+    found = learn(task, keys[1], hook, _begun(mask.init(keys[0])), "mask network", config)
+    hook = TrainingHook((config, config.milestones), (config.ratio, config.cross), _triggered, optimizer=_optimizer)
     begun = {**_begun(pattern.init(keys[2])), "fixed": {"mask": _variables(found), "classes": jnp.int32(task.classes)}}
-    variables, after = task.fit_controlled(task.images, task.labels, fit_key(key), control, begun)
+    variables, after = task.fit_with_hook(task.images, task.labels, fit_key(key), hook, begun)
     arrays = flat("pattern", _variables(after)) | flat("mask", _variables(found))
     return Backdoor("iad", config, variables, jax.device_get(arrays))
 
@@ -163,32 +163,32 @@ def _mates(count: int) -> np.ndarray:
     return np.where(places ^ 1 < count, places ^ 1, np.maximum(places - 1, 0))
 
 
-def _masked(setting: Any, attacker: Any, images: Images, labels: jax.Array, place: Place) -> Batch:
+def _masked(setting: Any, attacker: Any, images: Images, labels: jax.Array, info: SampleInfo) -> Batch:
     """A step of M alone."""
     config, mask = setting[0], _networks(setting[0], images.shape[1:])[1]
-    drawn, stats = mask.apply(_variables(attacker), images, weight=jnp.ones(len(images)), axis_name=place.axis)
+    drawn, stats = mask.apply(_variables(attacker), images, weight=jnp.ones(len(images)), axis_name=info.axis)
     masks, mates = _threshold(drawn), _mates(len(images))
     apart = config.diversity * _diversity(images, images[mates], masks, masks[mates], jnp.ones(len(images), bool))
     return Batch(images, labels, config.sparsity * jax.nn.relu(masks - config.density).mean() + apart, stats)
 
 
-def _triggered(setting: Any, attacker: Any, images: Images, labels: jax.Array, place: Place) -> Batch:
+def _triggered(setting: Any, attacker: Any, images: Images, labels: jax.Array, info: SampleInfo) -> Batch:
     """A step of the classifier and G: role 1 is triggered, role 2 gets its neighbour's trigger."""
     config, (pattern, mask) = setting[0], _networks(setting[0], images.shape[1:])
     count, fixed = len(images), attacker["fixed"]
-    chosen, labels = relabelled(config, labels, fixed["classes"], place.role)
+    chosen, labels = relabelled(config, labels, fixed["classes"], info.role)
     own, others = (
         jnp.nonzero(which, size=capacity(share, count), fill_value=count)[0]  # what is left of it stands for nothing
-        for which, share in ((chosen, config.ratio), (place.role == 2, config.cross))
+        for which, share in ((chosen, config.ratio), (info.role == 2, config.cross))
     )
     places = jnp.concatenate([own, others])
     known = jnp.minimum(places, count - 1)
     givers = jnp.where(jnp.arange(len(places)) < len(own), known, jnp.asarray(_mates(count))[known])
     x, x_own, valid = images[givers], images[known], places < count
-    drawn, stats = pattern.apply(_variables(attacker), x, weight=valid.astype(jnp.float32), axis_name=place.axis)
+    drawn, stats = pattern.apply(_variables(attacker), x, weight=valid.astype(jnp.float32), axis_name=info.axis)
     made = x_own + (drawn - x_own) * _threshold(mask.apply(fixed["mask"], x)[0])
     parts = slice(len(own)), slice(len(own), None)
-    sides = [_in_front(place.axis, x[part], drawn[part], valid[part]) for part in parts]
+    sides = [_in_front(info.axis, x[part], drawn[part], valid[part]) for part in parts]
     pairs = min(len(side[0]) for side in sides)
     (x1, p1, valid1), (x2, p2, valid2) = ([value[:pairs] for value in side] for side in sides)
     loss = config.diversity * _diversity(x1, x2, p1, p2, valid1 & valid2)

@@ -77,7 +77,7 @@ def _mark_step(
     config: Config, task: Task, pool: np.ndarray, data: Any, _: Any, attacker: Any, variables: Variables, epoch: int,
     key: Key,
 ) -> Any:  # fmt: skip
-    """`Control.refresh`: the attacker with a mark that suits the model as it is now.
+    """`TrainingHook.refresh`: the attacker with a mark that suits the model as it is now.
 
     Args: pool: indices of the images that it sees; data: {"images", "wanted"} of the whole training set.
     """
@@ -89,7 +89,9 @@ def _mark_step(
     for again in range(config.mark_epochs):
         order = jax.random.permutation(jax.random.fold_in(key, again), len(pool))[: steps * batch]
         split = {"index": jnp.asarray(pool)[order].reshape(steps, batch)}
-        state, _ = run_epoch(_step(task.model), state, split, {}, shared, tick=partial(task.watch.tick, "mark"))
+        state, _ = run_epoch(
+            _step(task.model), state, split, {}, shared, tick=partial(task.callback.on_progress, "mark")
+        )
     return {**attacker, "fixed": {**fixed, "mark": _marks.finished(config, state["u"])}}
 
 

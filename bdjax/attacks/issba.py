@@ -32,7 +32,7 @@ from bdjax.attacks._helpers import PoisonConfig
 from bdjax.attacks._nets import flat, learn, nested
 from bdjax.engine import parallel
 from bdjax.errors import check_fields
-from bdjax.types import Arrays, Batch, Control, Images, Key, Place, Task, to_float, to_uint8
+from bdjax.types import Arrays, Batch, Images, Key, SampleInfo, Task, TrainingHook, to_float, to_uint8
 
 READ = 0.9  # share of bits from which w may rise
 TRIED = 1000  # images on which the decoder is tried in the end
@@ -81,8 +81,8 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
         "params": {"encoder": encoder.init(keys[0])["params"], "decoder": decoder.init(keys[1])["params"]},
         "state": {"since": jnp.int32(-1)},
     }
-    control = Control(config, transform=_hidden, optimizer=_optimizer)
-    found = learn(task, keys[2], control, begun, "encoder", config)["params"]
+    hook = TrainingHook(config, transform=_hidden, optimizer=_optimizer)
+    found = learn(task, keys[2], hook, begun, "encoder", config)["params"]
     code = jax.random.bernoulli(keys[3], 0.5, (config.bits,)).astype(jnp.uint8)
     arrays = {"code": code, **flat("encoder", {"params": found["encoder"]})}
     shown = to_uint8(trigger(config, to_float(task.images[:TRIED]), key, arrays))
@@ -107,17 +107,17 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adam(config.learning_rate)
 
 
-def _hidden(config: Config, attacker: Any, images: Images, labels: jax.Array, place: Place) -> Batch:
+def _hidden(config: Config, attacker: Any, images: Images, labels: jax.Array, info: SampleInfo) -> Batch:
     """A step of encoder and decoder; state["since"]: steps since the decoder read well for the first time, else -1."""
     encoder, decoder = _networks(config, images.shape[1:])
     of = {name: {"params": params, "batch_stats": {}} for name, params in attacker["params"].items()}
-    codes = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (config.bits,)))(place.key)
+    codes = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (config.bits,)))(info.key)
     shown = encoder.apply(of["encoder"], images, codes.astype(jnp.float32))[0]
     logits = decoder.apply(of["decoder"], shown)[0]
     since = attacker["state"]["since"]
     loss = optax.sigmoid_binary_cross_entropy(logits, codes.astype(jnp.float32)).mean()
     loss = loss + _faithfulness(config, since) * ((shown - images) ** 2).mean()
-    reads = parallel.average(((logits > 0) == codes).mean(), place.axis) > READ
+    reads = parallel.average(((logits > 0) == codes).mean(), info.axis) > READ
     return Batch(images, labels, loss, {"since": jnp.where((since >= 0) | reads, since + 1, -1)})
 
 

@@ -103,12 +103,12 @@ def poison(config: Config, task: Task, key: Key, arrays: Arrays | None = None) -
     )
 
 
-def control(config: Config, task: Task, poison: Poison) -> None:
+def training_hook(config: Config, task: Task, poison: Poison) -> None:
     """Nothing: refuses parts that act in every training step. Raises InputError for them."""
     for part in parts(config):
         module, nothing = registry.load("attacks", part.attack), np.zeros(0, np.int32)
         none = Poison(nothing, task.images[:0], nothing)
-        if hasattr(module, "control") and module.control(part.config, task, none) is not None:
+        if hasattr(module, "training_hook") and module.training_hook(part.config, task, none) is not None:
             raise InputError(f"attack.parts: {part.label} as configured controls training; a part cannot.")
 
 
@@ -128,10 +128,10 @@ def _named(task: Task, label: str) -> Task:
     def fit(*arguments: Any, stage: str = "training", **options: Any) -> Any:
         return task.fit(*arguments, stage=f"{stage} of {label}", **options)
 
-    def fit_controlled(*arguments: Any, stage: str = "training", **options: Any) -> Any:
-        return task.fit_controlled(*arguments, stage=f"{stage} of {label}", **options)
+    def fit_with_hook(*arguments: Any, stage: str = "training", **options: Any) -> Any:
+        return task.fit_with_hook(*arguments, stage=f"{stage} of {label}", **options)
 
-    return replace(task, fit=fit, fit_controlled=fit_controlled)
+    return replace(task, fit=fit, fit_with_hook=fit_with_hook)
 
 
 def _read(text: str) -> tuple[str, int, dict[str, str]]:

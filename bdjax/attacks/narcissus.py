@@ -126,7 +126,7 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
     for epoch in range(config.epochs):
         order = jax.random.permutation(jax.random.fold_in(keys[2], epoch), len(own))[: steps * batch]
         state, _ = run_epoch(_step(model), state, {"index": order.reshape(steps, batch)}, {}, shared)
-        task.watch.tick("noise", epoch + 1, config.epochs)
+        task.callback.on_progress("noise", epoch + 1, config.epochs)
     return {"noise": np.asarray(state["noise"])}
 
 

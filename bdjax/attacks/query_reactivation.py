@@ -28,7 +28,7 @@ from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction
 from bdjax.errors import check_fields
-from bdjax.types import Arrays, Backdoor, Defended, Images, Key, Model, Task, to_float
+from bdjax.types import Arrays, Backdoor, Images, Key, Model, ReactivationInputs, Task, to_float
 
 NEEDS, METRIC = ("retuning",), "Q-ASR"
 
@@ -65,7 +65,7 @@ class Config:
         )
 
 
-def reactivate(config: Config, defended: Defended, backdoor: Backdoor, task: Task, key: Key) -> Backdoor:
+def reactivate(config: Config, inputs: ReactivationInputs, backdoor: Backdoor, task: Task, key: Key) -> Backdoor:
     """Learn Φ.
 
     Args:
@@ -73,16 +73,16 @@ def reactivate(config: Config, defended: Defended, backdoor: Backdoor, task: Tas
 
     Returns: the backdoor with the purified variables as they were, and Φ's layers as arrays "w0", "b0", ...
     """
-    poison, step = defended.payload, _step(task.model)
+    poison, step = inputs.payload, _step(task.model)
     pool = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(task.labels)))[: config.count]
     images = np.concatenate([to_float(task.images[pool]), to_float(poison.images)])
     labels = np.concatenate([task.labels[pool], task.labels[poison.indices % len(task.labels)]])
     shared = {
         "images": jnp.asarray(images),
         "labels": jnp.asarray(labels, jnp.int32),
-        "purified": dict(defended.purified),
-        "retuned": dict(defended.reactivated["retuning"]),
-        "clean": dict(defended.clean),
+        "purified": dict(inputs.purified),
+        "retuned": dict(inputs.reactivated["retuning"]),
+        "clean": dict(inputs.clean),
         "hyper": {n: jnp.float32(getattr(config, n)) for n in ("distillation", "learning_rate", "clip", "budget")},
     }
     size = -(-len(labels) // -(-len(labels) // config.batch_size))
@@ -95,7 +95,7 @@ def reactivate(config: Config, defended: Defended, backdoor: Backdoor, task: Tas
         tick = partial(_tick, task, epoch * number, config.epochs * number)
         state, metrics = run_epoch(step, state, {"index": order.reshape(number, size)}, {}, shared, tick=tick)
         check_finite(metrics["loss"], config.learning_rate, epoch * number, "loss of Φ", "attack.learning_rate")
-    return Backdoor(backdoor.attack, backdoor.config, defended.purified, jax.tree.map(np.asarray, state["params"]))
+    return Backdoor(backdoor.attack, backdoor.config, inputs.purified, jax.tree.map(np.asarray, state["params"]))
 
 
 def perturb(config: Config, images: Images, arrays: Arrays) -> Images:
@@ -144,4 +144,4 @@ def _step(model: Model) -> Any:
 
 
 def _tick(task: Task, before: int, total: int, done: int, _: int) -> None:
-    task.watch.tick("query re-activation", before + done, total)
+    task.callback.on_progress("query re-activation", before + done, total)

@@ -22,7 +22,7 @@ import numpy as np
 
 from bdjax.attacks._helpers import poisoned_set
 from bdjax.errors import InputError, check_fields
-from bdjax.types import Backdoor, Defended, Key, Task
+from bdjax.types import Backdoor, Key, ReactivationInputs, Task
 
 METRIC = "R-ASR"
 
@@ -55,7 +55,7 @@ class Config:
         )
 
 
-def reactivate(config: Config, defended: Defended, backdoor: Backdoor, task: Task, key: Key) -> Backdoor:
+def reactivate(config: Config, inputs: ReactivationInputs, backdoor: Backdoor, task: Task, key: Key) -> Backdoor:
     """Fine-tune the purified model.
 
     Args:
@@ -71,13 +71,13 @@ def reactivate(config: Config, defended: Defended, backdoor: Backdoor, task: Tas
             f"attack.count={config.count} poisoned images do not fit among {len(chosen)} (attack.share={config.share} "
             f"of {len(task.labels)}). Use a larger --attack.share."
         )
-    first = replace(defended.payload, indices=np.arange(config.count), copies=1)
+    first = replace(inputs.payload, indices=np.arange(config.count), copies=1)
     images, labels = poisoned_set(first, task.images[chosen], task.labels[chosen])
     batches = -(-len(chosen) // config.batch_size)
     recipe = {
         "epochs": config.epochs, "batch_size": len(chosen) // batches, "optimizer": "sgd", "weight_decay": 0.0,
         "learning_rate": config.learning_rate, "momentum": config.momentum, "schedule": "constant", "augment": "none",
     }  # fmt: skip
-    start = defended.purified
+    start = inputs.purified
     variables = task.fit(images, labels, jax.random.fold_in(key, 1), stage="retuning", start=start, recipe=recipe)
     return Backdoor(backdoor.attack, backdoor.config, variables, backdoor.arrays)

@@ -84,7 +84,9 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
             if found is not None:
                 v = _filtered(down, across, v + _filtered(down, across, found))
                 v = config.peak * (v - v.min()) / (v.max() - v.min())
-            task.watch.tick("smooth perturbation", epoch * len(images) + index + 1, config.epochs * len(images))
+            task.callback.on_progress(
+                "smooth perturbation", epoch * len(images) + index + 1, config.epochs * len(images)
+            )
         if (np.asarray(seen(variables, np.clip(images + v, 0, 1))) != before).mean() >= config.fooled:
             break
     if not v.any():

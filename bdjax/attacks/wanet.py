@@ -23,7 +23,7 @@ import numpy as np
 
 from bdjax.attacks._helpers import PoisonConfig, fit_key, keys_of, relabelled
 from bdjax.errors import InputError
-from bdjax.types import Arrays, Backdoor, Batch, Control, Images, Key, Labels, Place, Task
+from bdjax.types import Arrays, Backdoor, Batch, Images, Key, Labels, SampleInfo, Task, TrainingHook
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
 def train(config: Config, task: Task, key: Key) -> Backdoor:
     """Train with the warp and the noise mode in every batch."""
     arrays = prepare(config, task, keys_of(key).prepare)
-    control = Control((config, task.classes), (config.ratio, config.noise_ratio), _transform)
+    hook = TrainingHook((config, task.classes), (config.ratio, config.noise_ratio), _transform)
     attacker = {"fixed": arrays}
-    variables, _ = task.fit_controlled(task.images, task.labels, fit_key(key), control, attacker)
+    variables, _ = task.fit_with_hook(task.images, task.labels, fit_key(key), hook, attacker)
     return Backdoor("wanet", config, variables, arrays)
 
 
-def _transform(static: tuple[Config, int], attacker: Arrays, images: Images, labels: Labels, place: Place) -> Batch:
+def _transform(static: tuple[Config, int], attacker: Arrays, images: Images, labels: Labels, info: SampleInfo) -> Batch:
     """Role 1: warped and relabelled; role 2: warped with noise."""
     (config, classes), (height, width) = static, images.shape[1:3]
     points, size = _points(config, attacker["fixed"]["field"]), jnp.array([width, height], jnp.float32)
@@ -87,10 +87,10 @@ def _transform(static: tuple[Config, int], attacker: Arrays, images: Images, lab
         noise = jax.random.uniform(key, (height, width, 2), minval=-1, maxval=1) / size
         return _sample(image[None], jnp.clip(points + noise, -1, 1))[0]
 
-    poisoned, labels = relabelled(config, labels, classes, place.role)
+    poisoned, labels = relabelled(config, labels, classes, info.role)
     changed = jnp.where(_wide(poisoned), _sample(images, points), images)
     if config.noise_ratio > 0:
-        changed = jnp.where(_wide(place.role == 2), jax.vmap(noisy)(images, place.key), changed)
+        changed = jnp.where(_wide(info.role == 2), jax.vmap(noisy)(images, info.key), changed)
     return Batch(changed, labels)
 
 
@@ -123,8 +123,8 @@ def _bicubic(small: int, large: int) -> np.ndarray:
     at = np.linspace(0, small - 1, large)
     matrix = np.zeros((large, small))
     for tap in range(-1, 3):
-        place = np.floor(at).astype(int) + tap
-        d, a = np.abs(at - place), -0.75
+        info = np.floor(at).astype(int) + tap
+        d, a = np.abs(at - info), -0.75
         near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
-        np.add.at(matrix, (np.arange(large), np.clip(place, 0, small - 1)), np.where(d <= 1, near, far * (d < 2)))
+        np.add.at(matrix, (np.arange(large), np.clip(info, 0, small - 1)), np.where(d <= 1, near, far * (d < 2)))
     return matrix

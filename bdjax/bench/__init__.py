@@ -16,8 +16,8 @@ from fnmatch import fnmatchcase
 from statistics import median
 from typing import Any
 
-from bdjax.cli._options import names
 from bdjax.errors import InputError
+from bdjax.text import parse_names
 
 STARTUP = "startup"
 SUITES = ("cpu", "gpu")
@@ -85,7 +85,7 @@ def bench(
 
 def chosen(only: str, known: Sequence[str] = NAMES) -> list[str]:
     """The names that match; all for "". Raises InputError for a pattern that matches none."""
-    patterns = names(only)
+    patterns = parse_names(only)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise InputError(f"--only {pattern} matches no workload. Known: {', '.join(known)}.")

@@ -138,9 +138,9 @@ def first_step(said: Callable[[str], None]) -> None:
     """Train on the digits until the first step is over, and say so: what a new process costs before it learns."""
     from bdjax import datasets, models
     from bdjax.engine import FitConfig, fit
-    from bdjax.types import Watch
+    from bdjax.types import Callback
 
-    class Until(Watch):
+    class Until(Callback):
         def tick(self, stage: str, done: int, total: int) -> None:
             said("first step")
             raise _Reached
@@ -148,7 +148,7 @@ def first_step(said: Callable[[str], None]) -> None:
     data = datasets.load("digits")
     model = models.create("cnn", data.shape, len(data.classes))
     with contextlib.suppress(_Reached):
-        fit(model, data.x_train, data.y_train, FitConfig(1), jax.random.key(0), watch=Until())
+        fit(model, data.x_train, data.y_train, FitConfig(1), jax.random.key(0), callback=Until())
 
 
 class _Reached(Exception):

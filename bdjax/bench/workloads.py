@@ -13,7 +13,7 @@ from bdjax import attacks, models
 from bdjax.config import config_of
 from bdjax.datasets._files import read_array
 from bdjax.defenses import age, bibau, ibau, neural_cleanse
-from bdjax.engine import FitConfig, fit, fit_controlled, many, predict, run_epoch
+from bdjax.engine import FitConfig, fit, fit_with_hook, many, predict, run_epoch
 from bdjax.engine.epoch import carried
 from bdjax.types import DefenderView, Task, Victim
 
@@ -102,13 +102,13 @@ def _train(name: str, attack: str, dtype: str, sizes: Sizes) -> Job:
     task = Task(
         images, labels, model, read_array,
         fit=lambda *arguments, **options: controlled(*arguments, None, None, **options)[0],
-        fit_controlled=controlled,
+        fit_with_hook=controlled,
     )  # fmt: skip
     config = config_of("attacks", attack)()
     attacks.plant(attack, config, task, jax.random.key(0))
-    shown, called, key, control, attacker = asked[-1]
+    shown, called, key, hook, attacker = asked[-1]
     start = jax.jit(model.init)(jax.random.key(0))
-    run = partial(fit_controlled, model, shown, called, recipe, key, control, attacker, start=start)
+    run = partial(fit_with_hook, model, shown, called, recipe, key, hook, attacker, start=start)
     return Job(run, steps * sizes.batch, dtype=dtype)
 
 

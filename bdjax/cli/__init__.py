@@ -20,7 +20,6 @@ from bdjax.cli._common import command, fail, no_device, say, tell
 from bdjax.errors import InputError
 from bdjax.text import visible
 
-
 HELPERS = {"_common", "_large_pages", "_options"}
 
 

@@ -17,10 +17,9 @@ from typing import Any
 import tyro
 
 from bdjax import registry
-from bdjax.cli._options import Cluster, Foreign, numbers, whole_numbers
-from bdjax.cli._options import names as split_names
+from bdjax.cli._options import Cluster, Foreign
 from bdjax.errors import InputError
-from bdjax.text import visible
+from bdjax.text import parse_floats, parse_integers, parse_names, visible
 
 
 def command(name: str) -> ModuleType:
@@ -87,7 +86,7 @@ def parse(name: str, names: tuple[str, ...], rest: list[str], base: type, **part
     options = dataclasses.make_dataclass(base.__name__, extra, bases=(base,))
     options.__doc__ = command(name).SUMMARY
     found: Any = tyro.cli(options, prog=" ".join(("bdjax", name, *names)), args=rest)
-    for file in split_names(getattr(found, "code", "")):
+    for file in parse_names(getattr(found, "code", "")):
         registry.load_file(Path(file))
     return found
 
@@ -208,11 +207,11 @@ def import_options(options: Foreign) -> dict[str, Any]:
     """Flags on a weight file as `interop.import_model` takes them, checked."""
     if options.classes is not None and options.classes < 2:
         raise InputError(f"--classes must be at least 2, got {options.classes}.")
-    size = whole_numbers("--size", options.size, "32 or 32,48") if options.size else None
+    size = parse_integers("--size", options.size, "32 or 32,48") if options.size else None
     if size is not None and (len(size) > 2 or min(size) < 1):
         raise InputError(f"--size must be a side in pixels, or height,width; got {options.size!r}.")
-    mean = numbers("--input-mean", options.input_mean, "0.4914,0.4822,0.4465")
-    std = numbers("--input-std", options.input_std, "0.247,0.243,0.261")
+    mean = parse_floats("--input-mean", options.input_mean, "0.4914,0.4822,0.4465")
+    std = parse_floats("--input-std", options.input_std, "0.247,0.243,0.261")
     prepare_jax()
     from bdjax.models import Input
 
@@ -223,7 +222,7 @@ def import_options(options: Foreign) -> dict[str, Any]:
         "size": None if size is None else (size[0], size[-1]),
         "input": None if given == Input() else given,
         "key": options.key,
-        **({"ignore": tuple(split_names(options.ignore))} if options.ignore else {}),
+        **({"ignore": tuple(parse_names(options.ignore))} if options.ignore else {}),
         "network": _network(options) or None,
     }
 
@@ -235,7 +234,7 @@ def _network(options: Foreign) -> dict[str, Any]:
         found["pool"] = 0 if options.pool == "global" else _value(options.pool)
     if options.transform_input:
         found["transform_input"] = True
-    for pair in split_names(options.network):
+    for pair in parse_names(options.network):
         name, equals, value = pair.partition("=")
         if not (name and equals and value):
             raise InputError(f"--network must be NAME=VALUE pairs with commas between, such as heads=6; got {pair!r}.")
@@ -260,7 +259,7 @@ def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
     from bdjax.io import checkpoint, records
     from bdjax.reports import figure, table
 
-    if not checkpoint.first():
+    if not checkpoint.is_main_process():
         return
     with records.reading(directory / "result.json"):
         say(table.one(result))
@@ -279,9 +278,9 @@ def remove_run(directory: Path) -> None:
     """Remove a run or model directory of ours; anything else is refused."""
     from bdjax.io import checkpoint
 
-    if checkpoint.first():
+    if checkpoint.is_main_process():
         _remove(directory)
-    checkpoint.meet("what was there is removed")
+    checkpoint.barrier("what was there is removed")
 
 
 def _remove(directory: Path) -> None:

@@ -4,9 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bdjax.errors import InputError
-
-UNMEASURED = "not measured: no trigger given"
 """What stands in the place of an attack success rate where images got no trigger."""
 
 
@@ -52,7 +49,7 @@ class Cluster(Traced):
 
 
 @dataclass
-class Place(Cluster):
+class OutputFlags(Cluster):
     """Where a command writes."""
 
     root: Path = Path("runs")
@@ -64,7 +61,7 @@ class Place(Cluster):
 
 
 @dataclass
-class Plant(Place):
+class Plant(OutputFlags):
     """What is attacked."""
 
     dataset: str = "digits"
@@ -113,26 +110,3 @@ class Foreign:
     """GoogLeNet brings its input from ImageNet's mean and std to 0.5, as torchvision's pretrained one does."""
     network: str = ""
     """Other options of the network that import lists as assumed: heads=6 or padding=same,epsilon=3."""
-
-
-def whole_numbers(flag: str, text: str, example: str) -> tuple[int, ...]:
-    """The numbers in "5,20". Raises InputError for anything else, with the flag and an example of what it takes."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(
-            f"{flag} must be whole numbers with commas between, such as {example}; got {text!r}."
-        ) from None
-
-
-def names(text: str) -> list[str]:
-    """The names in "age, ibau", "" for none."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def numbers(flag: str, text: str, example: str) -> tuple[float, ...]:
-    """The numbers in "0.5,0.4", "" for none. Raises InputError for anything else, as :func:`whole_numbers`."""
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise InputError(f"{flag} must be numbers with commas between, such as {example}; got {text!r}.") from None

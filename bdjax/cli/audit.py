@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import first, parse, ready, remarks, say
-from bdjax.cli._options import Device, names
+from bdjax.cli._options import Device
+from bdjax.text import parse_names
 
 ORDER = 41
 USAGE = "DIR [--clean DATA] [--methods A,B] [--size N] [--seed S] [--out DIR]"
@@ -39,7 +40,12 @@ def main(argv: list[str]) -> None:
 
     with ready(options) as context:
         result, arrays = audit.audit(
-            directory, options.clean, names(options.methods), size=options.size, seed=options.seed, context=context
+            directory,
+            options.clean,
+            parse_names(options.methods),
+            size=options.size,
+            seed=options.seed,
+            context=context,
         )
         out = options.out or directory.with_name(f"{directory.name}-audit")
         out.mkdir(parents=True, exist_ok=True)

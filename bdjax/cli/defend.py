@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bdjax import registry
 from bdjax.cli._common import chosen, finish, first, methods, parse, ready, remove_run, say
-from bdjax.cli._options import Place
+from bdjax.cli._options import OutputFlags
 
 ORDER = 40
 USAGE = "VICTIM_DIR DEFENSE [--defense.FIELD ..] [--split.FIELD ..] [--clean DIR] [--seed S] [--out DIR]"
@@ -13,7 +13,7 @@ SUMMARY = "clean the model in VICTIM_DIR, measure before and after"
 
 
 @dataclass
-class Flags(Place):
+class Flags(OutputFlags):
     """Flags of `bdjax defend`."""
 
     dataset: str | None = None

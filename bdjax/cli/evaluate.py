@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import chosen, first, parse, ready, remarks, say
-from bdjax.cli._options import UNMEASURED, Common
+from bdjax.cli._options import Common
+from bdjax.text import UNMEASURED
 
 ORDER = 50
 USAGE = "DIR [--data D] [--attack ATTACK --attack.FIELD ..]"

@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from bdjax.cli._common import check_file, parse, ready, say
-from bdjax.cli._options import Common, whole_numbers
+from bdjax.cli._options import Common
+from bdjax.text import parse_integers
 
 ORDER = 90
 USAGE = "[ATTACK | VICTIM_DIR ...] [--dataset D] [--seed S] [--image I,J] --out FILE.png"
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
     """Carry out the command; `argv` is what follows its name."""
     options = parse("gallery", (), argv, Flags)
     check_file(options.out, ".png", "PNG")
-    images = whole_numbers("--image", options.image, "0,1,2") if options.image else None
+    images = parse_integers("--image", options.image, "0,1,2") if options.image else None
     from bdjax.pipelines import gallery
     from bdjax.reports import gallery as report
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from bdjax.cli._common import chosen, first, import_options, parse, ready, say
-from bdjax.cli._options import Device, Foreign, names
+from bdjax.cli._options import Device, Foreign
+from bdjax.text import parse_names
 
 ORDER = 44
 USAGE = "FILE|DIR [--model M] --clean DATA [--defense D --defense.FIELD ..] [--input-mean ..] --out DIR"
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
         result = purification.purify(
             source, options.out, defense, options.defense, clean=options.clean, imported=imported,
             images=options.images, held_out=options.held_out, seed=options.seed,
-            methods=names(options.methods), report=options.report,
+            methods=parse_names(options.methods), report=options.report,
             command=shlex.join(["bdjax", "purify", *argv]), context=context, say=say,
         )  # fmt: skip
     say(summary(result, options.out))

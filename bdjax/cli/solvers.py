@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax.cli._common import first, parse, ready, say
-from bdjax.cli._options import Device, whole_numbers
+from bdjax.cli._options import Device
 from bdjax.errors import InputError
+from bdjax.text import parse_integers
 
 ORDER = 60
 USAGE = (
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     if (out / "solvers.json").exists() and not options.force:
         raise InputError(f"{out} holds a comparison already. Choose another --out, or --force to replace it.")
     chosen = tuple(options.solvers.split(",")) if options.solvers else solver_comparison.DEFAULT
-    iterations = whole_numbers("--iterations", options.iterations, "5,20")
+    iterations = parse_integers("--iterations", options.iterations, "5,20")
     with ready(options) as context:
         result = solver_comparison.compare(
             victim, solvers=chosen, iterations=iterations, config=options.defense,

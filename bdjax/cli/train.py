@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
             remove_run(directory)
         context.store = None if options.out else directory.parent
         victim.train(experiment, directory, context)
-    if not checkpoint.first():
+    if not checkpoint.is_main_process():
         return
     manifest = checkpoint.read_record(directory)
     summary = {"directory": str(directory), **{k: manifest[k] for k in ("hash", "model", "seed", "seconds", "attack")}}

@@ -11,7 +11,7 @@ import optax
 from bdjax.defenses._adversarial import adversarial, project
 from bdjax.defenses._cosine import cosine
 from bdjax.defenses._distillation import distance, mixtures, targets
-from bdjax.defenses._fisher import ewc
+from bdjax.defenses._fisher import ewc_penalty
 from bdjax.engine import parallel
 from bdjax.engine.optimizer import Name, direction
 from bdjax.models import head, penultimate
@@ -134,10 +134,12 @@ def outer(model: Model, static: Static) -> Callable:
                 found["distillation"] = distance(of(mixed, train, None, axis)[0], wanted)
                 value = (1 - hyper["distillation"]) * value / 2 + hyper["distillation"] * found["distillation"]
             if static.constraints_a:
-                found["ewc"] = ewc(params, original["params"], shared["fisher"]["clean"]) * shared["fisher"]["scale"][0]
+                found["ewc"] = (
+                    ewc_penalty(params, original["params"], shared["fisher"]["clean"]) * shared["fisher"]["scale"][0]
+                )
                 value += hyper["ewc"] * found["ewc"]
             if static.constraints_b:
-                moved_by = ewc(params, original["params"], shared["fisher"]["unlearning"])
+                moved_by = ewc_penalty(params, original["params"], shared["fisher"]["unlearning"])
                 found["inverse_ewc"] = moved_by * shared["fisher"]["scale"][1]
                 value += hyper["inverse_ewc"] * inverse_ewc(found["inverse_ewc"], hyper["clip"], static.inverse)
             return value, ({"loss": value, **found}, stats)

@@ -16,7 +16,7 @@ from bdjax.defenses._batch import batch_of
 from bdjax.defenses._tuning import begin, descend, each_pass, model_of
 from bdjax.engine import FitConfig, augment, parallel
 from bdjax.engine.optimizer import learning_rates
-from bdjax.types import Key, Model, Variables, Victim, Watch, to_float
+from bdjax.types import Callback, Key, Model, Variables, Victim, to_float
 
 Term = Callable[[Any, Any], jax.Array]
 """`term(params, given) -> scalar`, added to the loss; a module-level function."""
@@ -38,7 +38,7 @@ class Epoch(NamedTuple):
 
 
 def epochs(
-    victim: Victim, images: Any, labels: np.ndarray, recipe: FitConfig, key: Key, watch: Watch, stage: str, *,
+    victim: Victim, images: Any, labels: np.ndarray, recipe: FitConfig, key: Key, callback: Callback, stage: str, *,
     sign: float = 1.0, rates: Callable[[int], float] | None = None, term: Term | None = None,
     projection: Projection | None = None, given: Any = None,
 ) -> Iterator[Epoch]:  # fmt: skip
@@ -68,7 +68,7 @@ def epochs(
     }
     for number, state, metrics in each_pass(
         _step(victim.model, recipe.optimizer, recipe.augment, term, projection),
-        begin(victim.variables, recipe.optimizer), shared, table, size, key, partial(watch.tick, stage),
+        begin(victim.variables, recipe.optimizer), shared, table, size, key, partial(callback.on_progress, stage),
         what=f"{stage} loss",
     ):  # fmt: skip
         yield Epoch(number, model_of(state), *(float(metrics[name]) for name in ("loss", "accuracy")))

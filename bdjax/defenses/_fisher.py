@@ -47,7 +47,7 @@ def _squares(model: Model) -> Callable:
     return jax.jit(run)
 
 
-def ewc(params: Any, original: Any, weights: Any) -> jax.Array:
+def ewc_penalty(params: Any, original: Any, weights: Any) -> jax.Array:
     """Σ F (θ − θ_b)² over a pytree (Eq. 23)."""
     terms = jax.tree.map(lambda p, o, f: (f * (p - o) ** 2).sum(), params, original, weights)
     return jax.tree.reduce(jnp.add, terms)

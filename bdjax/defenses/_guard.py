@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.defenses._relay import Relay
 from bdjax.engine import predict
-from bdjax.types import DefenderView, Key, Variables, Victim, Watch
+from bdjax.engine.callbacks import ForwardingCallback
+from bdjax.types import Callback, DefenderView, Key, Variables, Victim
 
 FEWEST = 10
 """Fewer validation images say too little about accuracy: then the defense learns from all images, unguarded."""
@@ -31,8 +31,8 @@ def guarded(
     """
     if view.validation is None:
         return module.purify(config, victim, view, key)
-    guard = _Guard(view.watch, victim, view.validation, largest_drop)
-    cleaned = module.purify(config, victim, replace(view, watch=guard), key)
+    guard = _Guard(view.callback, victim, view.validation, largest_drop)
+    cleaned = module.purify(config, victim, replace(view, callback=guard), key)
     return guard.choose(cleaned)
 
 
@@ -49,27 +49,27 @@ def accuracy(victim: Victim, variables: Variables, view: DefenderView) -> float:
     return float(np.mean(np.asarray(predict(victim.model, variables, view.images)) == view.labels))
 
 
-class _Guard(Relay):
+class _Guard(ForwardingCallback):
     """A watch that keeps the variables of the last round whose accuracy holds."""
 
-    def __init__(self, watch: Watch, victim: Victim, validation: DefenderView, largest_drop: float) -> None:
-        super().__init__(watch)
+    def __init__(self, callback: Callback, victim: Victim, validation: DefenderView, largest_drop: float) -> None:
+        super().__init__(callback)
         self._victim, self._validation = victim, validation
         self._lowest = accuracy(victim, victim.variables, validation) - largest_drop
         self._kept, self._kept_round, self._round = victim.variables, 0, 0
 
-    def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
+    def on_round_end(self, step: int, variables: Variables, **arrays: Any) -> None:
         """Judge the round, and pass it on."""
         self._round, right = step, accuracy(self._victim, variables, self._validation)
         if right >= self._lowest:
             # the method donates its variables to the next step
             self._kept, self._kept_round = jax.tree.map(jnp.copy, variables), step
-        super().observe(step, variables, **{"validation_accuracy": jnp.float32(right), **arrays})
+        super().on_round_end(step, variables, **{"validation_accuracy": jnp.float32(right), **arrays})
 
     def choose(self, cleaned: Variables) -> Variables:
         """What the defense returned if its accuracy holds, else what was kept."""
         if accuracy(self._victim, cleaned, self._validation) >= self._lowest:
             return cleaned
-        self.estimate(None)
-        super().observe(self._round + 1, self._kept, rolled_back_to=jnp.int32(self._kept_round))
+        self.on_estimate(None)
+        super().on_round_end(self._round + 1, self._kept, rolled_back_to=jnp.int32(self._kept_round))
         return self._kept

@@ -134,7 +134,8 @@ class Inversion:
         state = passes(
             _masking(model, config.augment), state, {**self._shared, "model": copy},
             np.full((config.mask_epochs, self._number), config.mask_rate), self._size, jax.random.fold_in(key, 1),
-            partial(self._view.watch.tick, f"{what}, the mask"), what="loss of the mask", field="defense.mask_rate",
+            partial(self._view.callback.on_progress, f"{what}, the mask"),
+            what="loss of the mask", field="defense.mask_rate",
         )  # fmt: skip
         more = {
             "model": {**copy, "batch_stats": state["batch_stats"]},
@@ -162,7 +163,8 @@ class Inversion:
         self._state = passes(
             step, self._state, {**self._shared, **more},
             np.full((epochs, self._number), self._config.generator_rate), self._size, key,
-            partial(self._view.watch.tick, what), what="loss of the generator", field="defense.generator_rate",
+            partial(self._view.callback.on_progress, what),
+            what="loss of the generator", field="defense.generator_rate",
         )  # fmt: skip
 
     def _called(self, variables: Variables, key: Key) -> int:
@@ -202,12 +204,12 @@ def alternate(
         if config.early_stop and target != inversion.target:
             break
         after = shown_to(
-            view.watch, round_ * config.epochs, perturbation=inversion.changed(shown) - shown,
+            view.callback, round_ * config.epochs, perturbation=inversion.changed(shown) - shown,
             suspected=np.array([target], np.int32),
         )  # fmt: skip
         state = passes(
             step, state, {**shared, "generator": inversion.generator}, rates, size, jax.random.fold_in(own, 1),
-            partial(view.watch.tick, f"{what}, unlearning"), after,
+            partial(view.callback.on_progress, f"{what}, unlearning"), after,
             more=partial(chosen_of, config.fraction, number, size),
         )  # fmt: skip
     return model_of(state)

@@ -20,7 +20,7 @@ from bdjax.engine import augment, parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError, check_fields
-from bdjax.types import DefenderView, Key, Model, Variables, Victim, Watch, to_float
+from bdjax.types import Callback, DefenderView, Key, Model, Variables, Victim, to_float
 
 Channels = Mapping[str, Any]
 """An array [C] for each batch normalisation, by the path of the layer."""
@@ -106,7 +106,7 @@ def parted(view: DefenderView, key: Key) -> tuple[DefenderView, DefenderView]:
     return view, view.validation or view
 
 
-def swept(victim: Victim, masks: Channels, config: SweepConfig, judged: DefenderView, watch: Watch) -> Variables:
+def swept(victim: Victim, masks: Channels, config: SweepConfig, judged: DefenderView, callback: Callback) -> Variables:
     """The victim pruned at the Config's threshold, or at the largest one at which validation accuracy holds.
 
     Args: masks: float [C] by layer; judged: the images that accuracy is measured on.
@@ -123,13 +123,13 @@ def swept(victim: Victim, masks: Channels, config: SweepConfig, judged: Defender
         candidate, number = without(victim.variables, gone), sum(int(one.sum()) for one in gone.values())
         if number != last:
             right, last = accuracy(victim, candidate, judged), number
-        watch.observe(
+        callback.on_round_end(
             step, candidate, threshold=jnp.float32(threshold), pruned=jnp.int32(number),
             validation_accuracy=jnp.float32(right),
         )  # fmt: skip
         if right >= before - config.largest_drop - 1e-9 or config.threshold is not None:
             chosen, kept = threshold, candidate
-    watch.observe(step + 1, kept, chosen_threshold=jnp.float32(chosen))
+    callback.on_round_end(step + 1, kept, chosen_threshold=jnp.float32(chosen))
     return kept
 
 
@@ -160,7 +160,7 @@ def learnt(
     }
     state: dict[str, Any] = {"masks": {layer: jnp.ones_like(scale) for layer, scale in found.items()}}
     state["opt"] = direction("sgd", values.momentum).init(state["masks"])
-    tick = partial(view.watch.tick, stage)
+    tick = partial(view.callback.on_progress, stage)
     state, metrics = run_epoch(mask_step(model, noise_steps, policy), state, split, whole, shared, tick=tick)
     check_finite(metrics["loss"], values.learning_rate, 0, f"{stage} loss", "defense.learning_rate")
     return state["masks"]

@@ -50,6 +50,6 @@ def prune(
     """
     gone = {layer: above(np.asarray(measure, np.float64), u) for layer, measure in measures.items()}
     variables = without(victim.variables, gone, biases)
-    view.watch.tick("pruning", 1, 1)
-    view.watch.observe(1, variables, pruned=jnp.int32(sum(int(one.sum()) for one in gone.values())))
+    view.callback.on_progress("pruning", 1, 1)
+    view.callback.on_round_end(1, variables, pruned=jnp.int32(sum(int(one.sum()) for one in gone.values())))
     return variables

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.defenses._relay import Relay
-from bdjax.types import Images, Key, Variables, Watch
+from bdjax.engine.callbacks import ForwardingCallback
+from bdjax.types import Callback, Images, Key, Variables
 
 
 class Pool(NamedTuple):
@@ -46,16 +46,16 @@ class Pool(NamedTuple):
         }
 
 
-class Showing(Relay):
+class Showing(ForwardingCallback):
     """A watch that shows a pool beside whatever it is shown."""
 
-    def __init__(self, watch: Watch, pool: Pool) -> None:
-        super().__init__(watch)
+    def __init__(self, callback: Callback, pool: Pool) -> None:
+        super().__init__(callback)
         self._shown = pool.shown()
 
-    def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
+    def on_round_end(self, step: int, variables: Variables, **arrays: Any) -> None:
         """Pass it on with the pool."""
-        super().observe(step, variables, **arrays, **self._shown)
+        super().on_round_end(step, variables, **arrays, **self._shown)
 
 
 def draw(pool: Pool, keys: Key) -> tuple[jax.Array, jax.Array, Any]:

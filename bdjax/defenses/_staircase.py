@@ -140,7 +140,7 @@ def recover(config: RecoveryConfig, victim: Victim, view: DefenderView, key: Key
         pairs = {"id": ids, "label": ids // each, "threshold": np.asarray(config.thresholds, np.float32)[ids % each]}
         shared["pairs"] = jax.tree.map(jnp.asarray, pairs)
         what = f"triggers of labels {begin} to {real[-1] // each} of {model.classes}"
-        generators, odds = _learn(config, model, (split, shared), key, partial(view.watch.tick, what))
+        generators, odds = _learn(config, model, (split, shared), key, partial(view.callback.on_progress, what))
         made = _drawer(model.shape, _static(config), config.samples)(generators, shared["pairs"], shared["hyper"], key)
         for i in range(len(real)):
             places = [np.broadcast_to(own[i], (config.samples, own.shape[1])) for own in odds]

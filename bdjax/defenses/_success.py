@@ -168,7 +168,7 @@ def _recovered(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key)
 
 
 def _patches_of(victim: Victim, goals: np.ndarray, view: DefenderView, key: Key) -> _patches.Patches:
-    tick = partial(view.watch.tick, "smallest patch of suspicious classes")
+    tick = partial(view.callback.on_progress, "smallest patch of suspicious classes")
     return _patches.search(
         victim.model, victim.variables, view.images, view.labels, goals, _patches.STEPS, key, tick=tick
     )  # fmt: skip

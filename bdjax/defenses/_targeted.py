@@ -90,7 +90,7 @@ def unlearn(rounds: Rounds, search_: Search, victim: Victim, view: DefenderView,
         kept, deltas = targeted.triggers(rounds.enlarged)
         shared |= {"kept": kept, "deltas": deltas, "learning_rate": jnp.float32(rate)}
         step = _step(model, rounds.solver, rounds.solver_iterations, carried)
-        tick = partial(view.watch.tick, f"{rounds.name} round {round_ + 1} of at most {most}")
+        tick = partial(view.callback.on_progress, f"{rounds.name} round {round_ + 1} of at most {most}")
         state, metrics = run_epoch(step, state, split, {}, shared, tick=tick)
         check_finite(metrics["loss"], rate, round_ * rounds.steps, "unlearning loss", rounds.rate_field)
         round_ += 1
@@ -99,7 +99,7 @@ def unlearn(rounds: Rounds, search_: Search, victim: Victim, view: DefenderView,
             targeted.refresh(variables, jax.random.fold_in(round_key, 9))
             searching = round_ < rounds.rounds and not targeted.nothing_small
         shown = {"perturbation": targeted.present.deltas, "radius": jnp.float32(targeted.radius)}
-        view.watch.observe(round_, variables, **shown)
+        view.callback.on_round_end(round_, variables, **shown)
     return variables
 
 

@@ -60,7 +60,7 @@ def all_classes(search_: Search, victim: Victim, view: DefenderView, key: Key, n
     cap = largest(victim.model, search_.largest_radius)
     return search(
         victim.model, victim.variables, view.images, view.labels, none(victim.model, cap), search_.steps,
-        search_.batch_size, cap, key, partial(view.watch.tick, "smallest perturbation of every class"),
+        search_.batch_size, cap, key, partial(view.callback.on_progress, "smallest perturbation of every class"),
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ class TargetedSearch:
         nearest = np.argsort(smallest.radii, kind="stable")[:NEAREST].astype(np.int32)
         self.patches, self.goal = self._first_patches(victim.variables, suspicious, nearest, jax.random.fold_in(key, 4))
         self.scores = _towards(scores(search_, smallest), self.goal)
-        view.watch.judge(self.scores)
+        view.callback.on_detection(self.scores)
         others = nearest[:1] if self.goal == ANY else np.array([self.goal], np.int32)
         self.present = _starts(search_.starts, smallest, suspicious, others, jax.random.fold_in(key, 2))
         self._of_targets = np.flatnonzero(np.isin(view.labels, self.present.goals)).astype(np.int32)
@@ -183,7 +183,7 @@ class TargetedSearch:
     def _patches_of(
         self, variables: Variables, goals: np.ndarray, steps: int, key: Key, start: Patches | None
     ) -> Patches:
-        tick = partial(self._view.watch.tick, "smallest patch of suspicious classes")
+        tick = partial(self._view.callback.on_progress, "smallest patch of suspicious classes")
         images, labels = self._view.images, self._view.labels
         return search_patches(self._model, variables, images, labels, goals, steps, key, start, tick)
 

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.defenses._batch import batch_of
-from bdjax.defenses._relay import Relay
 from bdjax.engine import FitConfig, fit, parallel, run_epoch
+from bdjax.engine.callbacks import ForwardingCallback
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import Name, direction
 from bdjax.engine.step import draw
-from bdjax.types import Key, Variables, Victim, Watch
+from bdjax.types import Callback, Key, Variables, Victim
 
 
 def tune(
-    victim: Victim, images: Any, labels: np.ndarray, recipe: FitConfig, key: Key, watch: Watch, stage: str,
+    victim: Victim, images: Any, labels: np.ndarray, recipe: FitConfig, key: Key, callback: Callback, stage: str,
     before: int = 0,
 ) -> Variables:  # fmt: skip
     """Train the victim on by `recipe`, in training mode, and return its variables; the watch sees each epoch.
@@ -32,7 +32,7 @@ def tune(
     size = batch_of(recipe.batch_size, len(labels))
     return fit(
         victim.model, images, labels, replace(recipe, batch_size=size), key, start=victim.variables,
-        watch=_Later(watch, before), stage=stage, part="defense",
+        callback=_Later(callback, before), stage=stage, part="defense",
     )  # fmt: skip
 
 
@@ -88,14 +88,14 @@ def passes(
     return state
 
 
-def shown_to(watch: Watch, before: int = 0, **beside: Any) -> Callable[[int, Any, dict[str, Any]], None]:
+def shown_to(callback: Callback, before: int = 0, **beside: Any) -> Callable[[int, Any, dict[str, Any]], None]:
     """What :func:`passes` calls after each pass: it shows the watch the model, the metrics and what is `beside` them.
 
     Args: before: how many steps the watch was shown already.
     """
 
     def after(done: int, state: Any, metrics: dict[str, Any]) -> None:
-        watch.observe(before + done, model_of(state), **metrics, **beside)
+        callback.on_round_end(before + done, model_of(state), **metrics, **beside)
 
     return after
 
@@ -125,13 +125,13 @@ def _counted(tick: Callable[[int, int], None], before: int, total: int) -> Calla
     return lambda done, _: tick(before + done, total)
 
 
-class _Later(Relay):
+class _Later(ForwardingCallback):
     """A watch that was shown some steps before."""
 
-    def __init__(self, watch: Watch, before: int) -> None:
-        super().__init__(watch)
+    def __init__(self, callback: Callback, before: int) -> None:
+        super().__init__(callback)
         self._before = before
 
-    def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
+    def on_round_end(self, step: int, variables: Variables, **arrays: Any) -> None:
         """Pass the variables on, as of a later step."""
-        super().observe(self._before + step, variables, **arrays)
+        super().on_round_end(self._before + step, variables, **arrays)

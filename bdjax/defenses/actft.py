@@ -85,14 +85,14 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     state["opt"] = direction("sgd", config.momentum).init(state["params"])
     carries = jnp.arange(size) < max(1, int(config.fraction * size))
     for epoch in range(config.epochs):
-        tick = partial(view.watch.tick, f"actFT epoch {epoch + 1} of {config.epochs}")
+        tick = partial(view.callback.on_progress, f"actFT epoch {epoch + 1} of {config.epochs}")
         keys = jax.random.split(jax.random.fold_in(key, epoch + 1))
         order = jax.random.permutation(keys[0], total)[: number * size].reshape(number, size)
         places = jax.vmap(lambda k: jax.random.permutation(k, carries))(jax.random.split(keys[1], number))
         state, metrics = run_epoch(step, state, {"index": order, "triggered": places}, {}, shared, tick=tick)
         check_finite(metrics["loss"], config.learning_rate, epoch * number, "loss", "defense.learning_rate")
         variables = {name: state[name] for name in ("params", "batch_stats")}
-        view.watch.observe(epoch + 1, variables, loss=metrics["loss"].mean())
+        view.callback.on_round_end(epoch + 1, variables, loss=metrics["loss"].mean())
     return variables
 
 

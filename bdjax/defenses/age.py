@@ -116,8 +116,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     variables = _edited(config, victim, images, key)
     if config.batch_norm == "reestimated":
         variables = _reestimated(victim.model, variables, view.images, config.batch_size)
-    view.watch.tick("editing", 1, 1)
-    view.watch.observe(1, variables)
+    view.callback.on_progress("editing", 1, 1)
+    view.callback.on_round_end(1, variables)
     if not config.repair:
         return variables
     recipe = FitConfig(config.epochs, config.batch_size, config.optimizer, config.learning_rate, config.momentum)
@@ -127,7 +127,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     for done, (shown, stage) in enumerate(stages):
         own = Victim(victim.model, variables)
         variables = tune(
-            own, shown, view.labels, recipe, jax.random.fold_in(key, 2 + done), view.watch, stage,
+            own, shown, view.labels, recipe, jax.random.fold_in(key, 2 + done), view.callback, stage,
             before=1 + done * config.epochs,
         )  # fmt: skip
     return variables

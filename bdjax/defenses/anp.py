@@ -91,4 +91,4 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         victim.model, victim.variables, view, order, values, steps, config.augment, jax.random.fold_in(key, 2),
         "training masks",
     )  # fmt: skip
-    return swept(victim, masks, config, judged, view.watch)
+    return swept(victim, masks, config, judged, view.callback)

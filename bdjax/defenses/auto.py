@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from bdjax import registry
 from bdjax.defenses import _success
 from bdjax.defenses._guard import accuracy, guarded, split_off
-from bdjax.defenses._relay import Relay
+from bdjax.engine.callbacks import ForwardingCallback
 from bdjax.errors import InputError, check_fields
-from bdjax.types import DefenderView, Key, Scores, Variables, Victim, Watch
+from bdjax.types import Callback, DefenderView, Key, Scores, Variables, Victim
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         view = split_off(view, 0.2, jax.random.fold_in(key, 0))
     judged = view.validation or view
     right = accuracy(victim, victim.variables, judged)
-    before, steps = None, _Steps(view.watch)
+    before, steps = None, _Steps(view.callback)
     best: tuple[float, Variables, int, _success.Estimate | None] = (math.inf, victim.variables, -1, None)
-    watched = replace(view, watch=steps)
+    watched = replace(view, callback=steps)
     for place, name in enumerate(config.methods):
         module = registry.load("defenses", name)
         cleaned = guarded(module, module.Config(), victim, watched, jax.random.fold_in(key, 1 + place), 0.1)
@@ -72,7 +72,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
             before = _success.recover(victim, labels, view, jax.random.fold_in(key, 51))
         found = _success.estimate(before, victim, cleaned, view, judged, jax.random.fold_in(key, 52 + place))
         held = accuracy(victim, cleaned, judged)
-        steps.observe(
+        steps.on_round_end(
             steps.last + 1, cleaned, tried=jnp.int32(place), estimated_rate=jnp.float32(found.rate),
             validation_accuracy=jnp.float32(held),
         )  # fmt: skip
@@ -82,29 +82,29 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         if enough and found.rate <= config.highest_rate:
             break
     _, chosen, place, left = best
-    steps.observe(steps.last + 1, chosen, chosen=jnp.int32(place))
-    steps.estimate(left)
+    steps.on_round_end(steps.last + 1, chosen, chosen=jnp.int32(place))
+    steps.on_estimate(left)
     return chosen
 
 
-class _Steps(Relay):
+class _Steps(ForwardingCallback):
     """Numbers the rounds of all methods in a row, and keeps the first verdict."""
 
-    def __init__(self, watch: Watch) -> None:
-        super().__init__(watch)
+    def __init__(self, callback: Callback) -> None:
+        super().__init__(callback)
         self.last = 0
         self._scores: Scores | None = None
 
-    def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
+    def on_round_end(self, step: int, variables: Variables, **arrays: Any) -> None:
         """Pass it on as the next round."""
         self.last += 1
-        super().observe(self.last, variables, **arrays)
+        super().on_round_end(self.last, variables, **arrays)
 
-    def judge(self, scores: Scores) -> None:
+    def on_detection(self, scores: Scores) -> None:
         """Pass the first verdict on."""
         if self._scores is None:
             self._scores = scores
-            super().judge(scores)
+            super().on_detection(scores)
 
     def suspicious(self) -> Any:
         """The most suspicious classes of the first verdict, int32 [K]; None without one."""

@@ -103,10 +103,10 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     model, given = victim.model, {**victim.variables}
     learn, held = _parted(config, view, jax.random.fold_in(key, 0))
     pool = recover(config, victim, learn, jax.random.fold_in(key, 1))
-    view.watch.judge(_scores(pool, model.classes))
-    watch = Showing(view.watch, pool)
+    view.callback.on_detection(_scores(pool, model.classes))
+    callback = Showing(view.callback, pool)
     if not len(pool.suspected()):
-        watch.observe(1, given)
+        callback.on_round_end(1, given)
         return given
     size = batch_of(config.batch_size, len(learn.labels), "clean images a step")
     number = config.steps or math.ceil(max(len(learn.labels) // size, 10) / min(1.0, config.alpha))
@@ -130,7 +130,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         }
         shared["omega"] = importance(model, {"params": state["params"], "batch_stats": state["stats"]}, learn, size)
         shared["hyper"]["rate"] = jnp.float32(rate)
-        tick = partial(view.watch.tick, f"unlearning, iteration {stands + 1} of {config.epochs}")
+        tick = partial(view.callback.on_progress, f"unlearning, iteration {stands + 1} of {config.epochs}")
         after, metrics = run_epoch(
             _step(model, config.form, config.batch_norm), jax.tree.map(jnp.copy, state), split, {}, shared, tick=tick
         )
@@ -142,7 +142,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
             continue
         state, stands, steps = after, stands + 1, steps + number
         means = {name: values.mean() for name, values in metrics.items()}
-        watch.observe(stands, variables, **means, **rates, rate=rate, theta_steps=steps)
+        callback.on_round_end(stands, variables, **means, **rates, rate=rate, theta_steps=steps)
         if stands == config.epochs:
             break
     if not stands:
@@ -162,7 +162,7 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     Raises InputError as `recover` does.
     """
     pool = recover(config, victim, view, key)
-    Showing(view.watch, pool).observe(0, victim.variables)
+    Showing(view.callback, pool).on_round_end(0, victim.variables)
     return _scores(pool, victim.model.classes)
 
 

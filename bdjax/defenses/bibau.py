@@ -47,7 +47,7 @@ import numpy as np
 
 from bdjax.defenses._batch import batch_of
 from bdjax.defenses._blind_inversion import Static, ascender, outer, taken
-from bdjax.defenses._fisher import ewc, fisher
+from bdjax.defenses._fisher import ewc_penalty, fisher
 from bdjax.defenses._pool import batches
 from bdjax.defenses._smallest import ANY
 from bdjax.defenses._targeted_search import KEPT, Search, TargetedSearch
@@ -189,7 +189,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         epoch_key = jax.random.fold_in(key, epoch + 1)
         split = _batches(total, size, number, targeted, epoch_key)
         whole = {"rate": jnp.asarray(rates[epoch * number : (epoch + 1) * number])}
-        tick = partial(view.watch.tick, f"BI-BAU epoch {epoch + 1} of {settings.epochs}")
+        tick = partial(view.callback.on_progress, f"BI-BAU epoch {epoch + 1} of {settings.epochs}")
         state, metrics = run_epoch(step, state, split, whole, shared, tick=tick)
         check_finite(metrics["loss"], whole["rate"], epoch * number, "outer loss", "defense.learning_rate")
         variables = jax.tree.map(jnp.copy, {"params": state["mean"], "batch_stats": state["stats"]})
@@ -204,7 +204,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
             shared["hyper"],
         )  # fmt: skip
         means = {name: value.mean() for name, value in metrics.items()}
-        view.watch.observe(epoch + 1, variables, perturbation=found - shown, **means)
+        view.callback.on_round_end(epoch + 1, variables, perturbation=found - shown, **means)
     return variables
 
 
@@ -236,7 +236,7 @@ def _fishers(
         images = np.concatenate(made)[: len(view.labels)]
         found["unlearning"] = fisher(victim.model, victim.variables, images, view.labels, *of_fisher)
     if config.procedure == "robust":
-        sizes = [ewc(nothing, original["params"], found[name]) for name in ("clean", "unlearning")]
+        sizes = [ewc_penalty(nothing, original["params"], found[name]) for name in ("clean", "unlearning")]
         found["scale"] = 1 / jnp.maximum(jnp.stack(sizes), 1e-12)
     return found
 

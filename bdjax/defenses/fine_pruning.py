@@ -99,7 +99,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     kept[order[:count]] = 0
     given = {"kept": jnp.asarray(kept)}
     variables: Variables = {**victim.variables, "params": _held(victim.variables["params"], given)}
-    view.watch.observe(1, variables, pruned=jnp.int32(count))
+    view.callback.on_round_end(1, variables, pruned=jnp.int32(count))
     if not config.epochs:
         return variables
     recipe = FitConfig(
@@ -107,11 +107,11 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         config.schedule, config.augment,
     )  # fmt: skip
     for done in epochs(
-        Victim(victim.model, variables), view.images, view.labels, recipe, jax.random.fold_in(key, 1), view.watch,
+        Victim(victim.model, variables), view.images, view.labels, recipe, jax.random.fold_in(key, 1), view.callback,
         "fine-tuning", projection=_held, given=given,
     ):  # fmt: skip
         variables = done.variables
-        view.watch.observe(1 + done.number, variables, train_loss=done.loss, train_accuracy=done.accuracy)
+        view.callback.on_round_end(1 + done.number, variables, train_loss=done.loss, train_accuracy=done.accuracy)
     return variables
 
 

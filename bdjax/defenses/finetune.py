@@ -65,4 +65,4 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         config.epochs, config.batch_size, config.optimizer, config.learning_rate, config.momentum,
         config.weight_decay, config.schedule, config.augment,
     )  # fmt: skip
-    return tune(victim, view.images, view.labels, recipe, key, view.watch, "fine-tuning")
+    return tune(victim, view.images, view.labels, recipe, key, view.callback, "fine-tuning")

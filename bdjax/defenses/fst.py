@@ -82,12 +82,12 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     )  # fmt: skip
     variables: Variables = {**victim.variables, "params": params}
     for done in epochs(
-        Victim(victim.model, variables), view.images, view.labels, recipe, jax.random.fold_in(key, 1), view.watch,
+        Victim(victim.model, variables), view.images, view.labels, recipe, jax.random.fold_in(key, 1), view.callback,
         "feature shift tuning", term=_alike, projection=_scaled,
         given={"old": old, "alpha": jnp.float32(config.alpha)},
     ):  # fmt: skip
         variables = done.variables
-        view.watch.observe(done.number, variables, train_loss=done.loss, train_accuracy=done.accuracy)
+        view.callback.on_round_end(done.number, variables, train_loss=done.loss, train_accuracy=done.accuracy)
     return variables
 
 

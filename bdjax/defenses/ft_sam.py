@@ -99,7 +99,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
 
     state = passes(
         _step(victim.model, config.augment, config.adaptive), state, shared, rates(config, number), size, key,
-        partial(view.watch.tick, "FT-SAM"), shown_to(view.watch),
+        partial(view.callback.on_progress, "FT-SAM"), shown_to(view.callback),
     )  # fmt: skip
     return model_of(state)
 

@@ -152,7 +152,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     state = {"params": jax.tree.map(jnp.copy, victim.variables["params"])}
     state["opt"] = direction(settings.outer_optimizer).init(state["params"])
     for round_ in range(settings.rounds):
-        tick = partial(view.watch.tick, f"I-BAU round {round_ + 1} of {settings.rounds}")
+        tick = partial(view.callback.on_progress, f"I-BAU round {round_ + 1} of {settings.rounds}")
         own = {**shared, "params": state["params"]}
         delta = _ascend(settings, inner, victim.model.shape, batches, own, tick, round_)
         split = _outer_batches(settings, batches, jax.random.fold_in(key, round_), round_)
@@ -163,7 +163,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
             metrics["norm"], settings.outer_lr, at, "hypergradient", "defense.solver_iterations or solver_step"
         )
         variables = {"params": state["params"], "batch_stats": shared["batch_stats"]}
-        view.watch.observe(round_ + 1, variables, perturbation=delta)
+        view.callback.on_round_end(round_ + 1, variables, perturbation=delta)
     return variables
 
 
@@ -203,7 +203,7 @@ def problem(config: Config, victim: Victim, view: DefenderView, key: Key) -> Pro
         batches, shared = _prepared(config, victim, view)
         static = _static(config)._replace(products="float32")
         start = {**shared, "params": victim.variables["params"]}
-        tick = partial(view.watch.tick, "inner ascent")
+        tick = partial(view.callback.on_progress, "inner ascent")
         delta = _ascend(settings, _steps(victim.model, static)[0], victim.model.shape, batches, start, tick)
     split = _outer_batches(settings, batches, jax.random.fold_in(key, 0))
     arrays = {"shared": shared, "split": jax.tree.map(lambda leaf: leaf[0], split)}

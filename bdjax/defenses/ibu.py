@@ -60,4 +60,4 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     recipe = FitConfig(
         config.epochs, config.batch_size, "sgd", config.learning_rate, config.momentum, config.weight_decay
     )
-    return tune(victim, images, labels, recipe, jax.random.fold_in(key, 1), view.watch, "idealised unlearning")
+    return tune(victim, images, labels, recipe, jax.random.fold_in(key, 1), view.callback, "idealised unlearning")

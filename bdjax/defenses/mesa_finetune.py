@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from bdjax.defenses._batch import batch_of
 from bdjax.defenses._pool import Showing, stamper
 from bdjax.defenses._staircase import RecoveryConfig, recover
-from bdjax.engine import FitConfig, fit_controlled
+from bdjax.engine import FitConfig, fit_with_hook
 from bdjax.errors import check_fields
-from bdjax.types import Batch, Control, DefenderView, Images, Key, Place, Variables, Victim
+from bdjax.types import Batch, DefenderView, Images, Key, SampleInfo, TrainingHook, Variables, Victim
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,23 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
       or once if no label is suspected. Raises InputError as `recover` does, and for a loss that is not finite.
     """
     pool = recover(config, victim, view, jax.random.fold_in(key, 0))
-    watch = Showing(view.watch, pool)
+    callback = Showing(view.callback, pool)
     if not len(pool.suspected()):
-        watch.observe(1, given := {**victim.variables})
+        callback.on_round_end(1, given := {**victim.variables})
         return given
     size = batch_of(config.batch_size, len(view.labels), "clean images a step")
     share = max(config.fraction, 1 / (len(view.labels) // size * size))
-    control = Control(config.form, (share,), _triggered)
+    hook = TrainingHook(config.form, (share,), _triggered)
     recipe = FitConfig(
         config.epochs, size, "sgd", config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
-    return fit_controlled(
-        victim.model, view.images, view.labels, recipe, jax.random.fold_in(key, 1), control, {"fixed": {"pool": pool}},
-        start=victim.variables, watch=watch, stage="fine-tuning", part="defense",
+    return fit_with_hook(
+        victim.model, view.images, view.labels, recipe, jax.random.fold_in(key, 1), hook, {"fixed": {"pool": pool}},
+        start=victim.variables, callback=callback, stage="fine-tuning", part="defense",
     )[0]  # fmt: skip
 
 
-def _triggered(form: Any, given: Any, images: Images, labels: jax.Array, place: Place) -> Batch:
+def _triggered(form: Any, given: Any, images: Images, labels: jax.Array, info: SampleInfo) -> Batch:
     """The batch with a kept trigger on the images of role 1, and the true labels."""
-    stamped, _ = stamper(form)(given["fixed"]["pool"], images, place.key)
-    return Batch(jnp.where((place.role == 1)[:, None, None, None], stamped, images), labels)
+    stamped, _ = stamper(form)(given["fixed"]["pool"], images, info.key)
+    return Batch(jnp.where((info.role == 1)[:, None, None, None], stamped, images), labels)

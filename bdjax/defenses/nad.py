@@ -107,14 +107,14 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     taught = passes(
         _step(model, config.augment, ()), begin(victim.variables, "nesterov"), shared,
         _rates(config, config.teacher_epochs, number), size, jax.random.fold_in(key, 0),
-        partial(view.watch.tick, "NAD, the teacher"), field="defense.rates",
+        partial(view.callback.on_progress, "NAD, the teacher"), field="defense.rates",
     )  # fmt: skip
     shared["teacher"] = model_of(taught)
 
     state = passes(
         _step(model, config.augment, tuple(names)), begin(victim.variables, "nesterov"), shared,
         _rates(config, config.epochs, number), size, jax.random.fold_in(key, 1),
-        partial(view.watch.tick, "NAD, the student"), shown_to(view.watch), field="defense.rates",
+        partial(view.callback.on_progress, "NAD, the student"), shown_to(view.callback), field="defense.rates",
     )  # fmt: skip
     return model_of(state)
 

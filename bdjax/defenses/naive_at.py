@@ -72,7 +72,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     state = {"params": jax.tree.map(jnp.copy, victim.variables["params"])}
     state["opt"] = direction("adam").init(state["params"])
     for round_ in range(config.rounds):
-        tick = partial(view.watch.tick, f"adversarial training, round {round_ + 1} of {config.rounds}")
+        tick = partial(view.callback.on_progress, f"adversarial training, round {round_ + 1} of {config.rounds}")
         keys = jax.random.split(jax.random.fold_in(key, round_), config.passes + 1)
         orders = [jax.random.permutation(k, len(view.labels))[: number * size].reshape(number, size) for k in keys]
         inner = {**shared, "params": state["params"]}
@@ -80,7 +80,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         state, metrics = run_epoch(descend, state, {"index": orders[0]}, {}, {**shared, "delta": delta}, tick=tick)
         check_finite(metrics["loss"], config.learning_rate, round_ * number, "loss", "defense.learning_rate")
         variables = {"params": state["params"], "batch_stats": shared["batch_stats"]}
-        view.watch.observe(round_ + 1, variables, perturbation=delta)
+        view.callback.on_round_end(round_ + 1, variables, perturbation=delta)
     return variables
 
 

@@ -100,8 +100,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     patches = search(config, victim, view, jax.random.fold_in(key, 0))
     scores = _scores(config, patches)
     suspected = np.flatnonzero(scores.classes > config.anomaly)
-    view.watch.judge(scores)
-    view.watch.observe(1, victim.variables, suspected=suspected, **patches.shown())
+    view.callback.on_detection(scores)
+    view.callback.on_round_end(1, victim.variables, suspected=suspected, **patches.shown())
     if len(suspected) == 0:
         return victim.variables
     images, labels = np.array(to_float(view.images)), np.asarray(view.labels)
@@ -110,7 +110,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     which = suspected[np.arange(len(chosen)) % len(suspected)]
     images[chosen] = stamp(images[chosen], patches.masks[which], patches.patterns[which])
     recipe = FitConfig(config.unlearning_epochs, config.batch_size, "sgd", config.learning_rate, 0.9)
-    return tune(victim, images, labels, recipe, jax.random.fold_in(key, 2), view.watch, "unlearning", before=1)
+    return tune(victim, images, labels, recipe, jax.random.fold_in(key, 2), view.callback, "unlearning", before=1)
 
 
 def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scores:
@@ -119,7 +119,7 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     Args: as of :func:`purify`; the watch is shown the recovered patches.
     """
     patches = search(config, victim, view, jax.random.fold_in(key, 0))
-    view.watch.observe(0, victim.variables, **patches.shown())
+    view.callback.on_round_end(0, victim.variables, **patches.shown())
     return _scores(config, patches)
 
 
@@ -147,7 +147,7 @@ def search(config: Config, victim: Victim, view: DefenderView, key: Key) -> Patc
     )
     for epoch in range(config.epochs):
         order = jax.random.permutation(jax.random.fold_in(key, epoch), len(view.labels))[: number * size]
-        tick = partial(view.watch.tick, f"trigger inversion, epoch {epoch + 1} of {config.epochs}")
+        tick = partial(view.callback.on_progress, f"trigger inversion, epoch {epoch + 1} of {config.epochs}")
         split = {"index": order.reshape(number, size)}
         state, metrics = run_epoch(_step(victim.model), state, split, {}, {**shared, "cost": cost}, tick=tick)
         check_finite(metrics["loss"], config.step_size, epoch * number, "loss of the patches", "defense.step_size")

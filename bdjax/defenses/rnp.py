@@ -106,7 +106,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         Masking(config.mask_learning_rate, config.momentum, config.alpha), 0, config.augment,
         jax.random.fold_in(key, 3), "recovering",
     )  # fmt: skip
-    return swept(victim, masks, config, judged, view.watch)
+    return swept(victim, masks, config, judged, view.callback)
 
 
 def unlearned(config: Config, victim: Victim, view: DefenderView, key: Key) -> Epoch:
@@ -120,7 +120,7 @@ def unlearned(config: Config, victim: Victim, view: DefenderView, key: Key) -> E
         return config.learning_rate * 0.1 ** ((epoch >= 10) + (epoch >= 20))
 
     ascent = epochs(
-        victim, view.images, view.labels, recipe, key, view.watch, "unlearning", sign=-1.0, rates=rate
+        victim, view.images, view.labels, recipe, key, view.callback, "unlearning", sign=-1.0, rates=rate
     )  # fmt: skip
     for last in ascent:
         if last.accuracy <= config.stop_accuracy:

@@ -114,7 +114,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     state = passes(
         _step(victim.model, config.steps, config.batch_norm == "batch"), begin(victim.variables, "amsgrad"), shared,
         np.full((config.epochs, number), config.learning_rate, np.float32), size, key,
-        partial(view.watch.tick, "SAU"), shown_to(view.watch),
+        partial(view.callback.on_progress, "SAU"), shown_to(view.callback),
     )  # fmt: skip
     return model_of(state)
 

@@ -92,7 +92,7 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     search = _search(config)
     perturbations = _targeted_search.all_classes(search, victim, view, key, "targeted_unlearning")
     nearest = np.argsort(perturbations.radii, kind="stable")[:3]
-    view.watch.observe(
+    view.callback.on_round_end(
         0,
         victim.variables,
         perturbation=perturbations.deltas[nearest],

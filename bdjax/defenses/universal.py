@@ -81,7 +81,7 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
         **{name: victim.variables[name] for name in ("params", "batch_stats")},
         "hyper": {"norm_bound": jnp.float32(bound), "step": jnp.float32(config.step * bound)},
     }
-    tick = partial(view.watch.tick, "universal perturbation")
+    tick = partial(view.callback.on_progress, "universal perturbation")
     delta = np.asarray(universal(model, shared, jnp.concatenate(orders), tick))
     before = np.asarray(predict(model, victim.variables, view.images))
 
@@ -95,7 +95,9 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     fits = (s for s in np.arange(1, config.scales + 1) / config.scales if rates(s)[target] >= config.enough)
     scale = next(fits, np.inf)
     norm = scale * length / distance
-    view.watch.observe(0, victim.variables, perturbation=delta * np.float32(min(scale, 1.0)), norm=np.float32(norm))
+    view.callback.on_round_end(
+        0, victim.variables, perturbation=delta * np.float32(min(scale, 1.0)), norm=np.float32(norm)
+    )
     return Scores(classes, target, float(classes[target]), bool(norm < config.threshold))
 
 

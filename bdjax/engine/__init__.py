@@ -2,9 +2,9 @@
 
 from bdjax.engine.epoch import run_epoch
 from bdjax.engine.evaluate import activations, changes, layers, predict
-from bdjax.engine.fit import FitConfig, fit, fit_controlled
+from bdjax.engine.fit import FitConfig, fit, fit_with_hook
 from bdjax.engine.step import capacity
 
 __all__ = [
-    "FitConfig", "activations", "capacity", "changes", "fit", "fit_controlled", "layers", "predict", "run_epoch",
+    "FitConfig", "activations", "capacity", "changes", "fit", "fit_with_hook", "layers", "predict", "run_epoch",
 ]  # fmt: skip

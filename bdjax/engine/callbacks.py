@@ -1,4 +1,4 @@
-"""The watch of a run: progress, a curve, and the first and last arrays that a method showed."""
+"""Callbacks: what records a run (progress, curve, first and last arrays), and the base of those that forward calls."""
 
 import json
 from collections.abc import Callable
@@ -9,14 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.engine.clock import Clock
-from bdjax.types import Scores, Variables, Watch
+from bdjax.types import Callback, Scores, Variables
 
 _MEASURED = {*range(6), *(5 * 2**power for power in range(20))}
 """Rounds that a model is measured after: the first five, then whenever their number has doubled."""
 
 
-class Recorder(Watch):
-    """Turns what a method shows into progress, a curve, and its first and last arrays; its own time is not counted."""
+class Recorder(Callback):
+    """Records progress, a curve of scalars, and the first and last arrays of a method; its own time is not counted.
+
+    Attributes:
+      rows: one dictionary of scalars a round.
+      arrays: by name, the last value of every array, and the first as NAME_first.
+      scores: the detection that the method reported, or None.
+      estimated: the estimate of success that the method reported, or None.
+    """
 
     def __init__(
         self,
@@ -31,23 +38,23 @@ class Recorder(Watch):
         self.scores: Scores | None = None
         self.estimated: Any = None
 
-    def tick(self, stage: str, done: int, total: int) -> None:
-        """Pass progress on."""
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        """Show the progress."""
         self._tick(stage, done, total)
 
-    def recall(self, step: int, **values: Any) -> None:
-        """Add a row to the curve, as it was."""
+    def on_round_restored(self, step: int, **values: Any) -> None:
+        """Add a row to the curve with the scalars of a round that ended before the run was killed."""
         self.rows.append({"step": step, **{name: float(value) for name, value in values.items()}})
 
-    def judge(self, scores: Scores) -> None:
-        """Keep it."""
+    def on_detection(self, scores: Scores) -> None:
+        """Keep the detection."""
         self.scores = scores
 
-    def estimate(self, left: Any) -> None:
-        """Keep it."""
-        self.estimated = left
+    def on_estimate(self, estimated: Any) -> None:
+        """Keep the estimate."""
+        self.estimated = estimated
 
-    def observe(self, step: int, variables: Variables, **arrays: Any) -> None:
+    def on_round_end(self, step: int, variables: Variables, **arrays: Any) -> None:
         """Measure `variables` if asked to (not after every round of many), add a row to the curve, keep the arrays."""
         with self._clock or Clock():
             row: dict[str, Any] = {"step": step}
@@ -67,3 +74,30 @@ class Recorder(Watch):
         if self._lines:
             with open(self._lines, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+class ForwardingCallback(Callback):
+    """Passes every call on to another callback; a subclass overrides what it changes."""
+
+    def __init__(self, callback: Callback) -> None:
+        self._callback = callback
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        """Forward the progress."""
+        self._callback.on_progress(stage, done, total)
+
+    def on_round_end(self, step: int, variables: Variables, **arrays: Any) -> None:
+        """Forward the variables and the arrays of a round."""
+        self._callback.on_round_end(step, variables, **arrays)
+
+    def on_round_restored(self, step: int, **values: Any) -> None:
+        """Forward the scalars of a round that ended before the run was killed."""
+        self._callback.on_round_restored(step, **values)
+
+    def on_detection(self, scores: Scores) -> None:
+        """Forward a detection."""
+        self._callback.on_detection(scores)
+
+    def on_estimate(self, estimated: Any) -> None:
+        """Forward an estimate of success."""
+        self._callback.on_estimate(estimated)

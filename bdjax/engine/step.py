@@ -12,13 +12,13 @@ import optax
 
 from bdjax.engine import augment, parallel
 from bdjax.engine.optimizer import direction
-from bdjax.types import Batch, Control, Key, Model, Place, to_float
+from bdjax.types import Batch, Key, Model, SampleInfo, TrainingHook, to_float
 
 
 def draw(key: Key, total: int, steps: int, batch: int, shares: tuple[float, ...] | None = None) -> dict[str, jax.Array]:
     """Which image stands where in this epoch, and the keys of each place: all [steps, batch].
 
-    `shares` (of a :class:`Control`) adds each place's role and its key for the attacker.
+    `shares` (of a :class:`TrainingHook`) adds each place's role and its key for the attacker.
     """
     drawn = _drawer(total, steps, batch)(key)
     if shares is not None:
@@ -55,7 +55,7 @@ def capacity(share: float, batch: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def training_step(model: Model, optimizer: Any, policy: str, control: Control | None = None) -> Callable:
+def training_step(model: Model, optimizer: Any, policy: str, hook: TrainingHook | None = None) -> Callable:
     """The step in the engine's form; one object per set of arguments, whatever the other hyper-parameters."""
     distort = augment.policy(policy)
 
@@ -65,20 +65,20 @@ def training_step(model: Model, optimizer: Any, policy: str, control: Control | 
 
         def loss(trained: Any) -> tuple[jax.Array, Any]:
             params, learned = trained
-            given, place = (
+            given, info = (
                 {**attacker, "params": learned},
-                Place(split["index"], split.get("role"), split.get("key"), axis),
+                SampleInfo(split["index"], split.get("role"), split.get("key"), axis),
             )
             batch = Batch(own_images, own_labels)
-            if control and control.transform:
-                batch = control.transform(control.config, given, own_images, own_labels, place)
+            if hook and hook.transform:
+                batch = hook.transform(hook.config, given, own_images, own_labels, info)
             variables = {"params": params, "batch_stats": state["batch_stats"]}
             logits, features, stats = model.apply(
                 variables, distort(batch.images, split["augment"]), True, split["dropout"], axis
             )
             value = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean() + batch.loss
-            if control and control.penalty:
-                value = value + control.penalty(control.config, given, features, batch.labels, place)
+            if hook and hook.penalty:
+                value = value + hook.penalty(hook.config, given, features, batch.labels, info)
             hits = (logits.argmax(-1) == batch.labels).mean()
             return value, (hits, stats, batch.state)
 
@@ -90,21 +90,19 @@ def training_step(model: Model, optimizer: Any, policy: str, control: Control | 
         update, opt_state = direction(optimizer, shared["momentum"]).update(gradient, state["opt_state"])
         params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
         after = {"params": params, "batch_stats": stats, "opt_state": opt_state}
-        if control:
-            after["attacker"] = _next(control, attacker, learned, carried)
+        if hook:
+            after["attacker"] = _next(hook, attacker, learned, carried)
         return after, metrics
 
     return step
 
 
-def _next(control: Control, attacker: Any, gradient: Any, carried: Any) -> Any:
+def _next(hook: TrainingHook, attacker: Any, gradient: Any, carried: Any) -> Any:
     after = {**attacker}
     if carried is not None:
         after["state"] = carried
-    if control.optimizer:
+    if hook.optimizer:
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
-            update, after["opt"] = control.optimizer(control.config).update(
-                gradient, attacker["opt"], attacker["params"]
-            )
+            update, after["opt"] = hook.optimizer(hook.config).update(gradient, attacker["opt"], attacker["params"])
             after["params"] = optax.apply_updates(attacker["params"], update)
     return after

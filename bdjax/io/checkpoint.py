@@ -33,15 +33,15 @@ from bdjax.io import records
 from bdjax.io.arrays import open_npz
 from bdjax.io.files import (
     MOST_TEXT,
+    barrier,
     check_space,
-    first,
+    is_main_process,
+    is_multiprocess,
     locked,
-    meet,
     open_regular,
     partial_of,
     read_bytes,
     refuse_link,
-    several,
     sha256,
     shown_size,
     whole_file,
@@ -51,10 +51,10 @@ from bdjax.text import visible
 
 __all__ = [
     "EpochSaver",
+    "barrier",
     "check_space",
-    "first",
+    "is_main_process",
     "locked",
-    "meet",
     "model_directory",
     "read_arrays",
     "read_manifest",
@@ -89,23 +89,23 @@ def write_model(
     directory = Path(directory)
     if directory.exists():
         raise InputError(f"{directory} exists already. Choose another directory.")
-    meet("a model is written")
+    barrier("a model is written")
     need = _bytes(variables) + sum(_bytes(dict(group)) for group in arrays.values())
     check_space(directory, need)
     partial = partial_of(directory)
     try:
-        partial.mkdir(parents=True, exist_ok=several())
-        meet("its folder is there")
+        partial.mkdir(parents=True, exist_ok=is_multiprocess())
+        barrier("its folder is there")
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights hardly compress, and trying takes as much memory again
         with context:
             _save(partial / "variables", variables)
         for name, group in arrays.items():
             write_arrays(partial / f"{name}.npz", group)
-        if first():
+        if is_main_process():
             write_text(partial / MANIFEST, sealed({**manifest, "format": FORMAT, "files": _hashes(partial)}))
             os.rename(partial, directory)
-        meet("a model is there")
+        barrier("a model is there")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
@@ -234,17 +234,17 @@ class EpochSaver:
         partial = partial_of(target)
         partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
-        meet("an epoch is saved")
+        barrier("an epoch is saved")
         try:
             _save(partial, state)
-            if first():
+            if is_main_process():
                 write_text(partial / MANIFEST, sealed({"format": FORMAT, "files": _hashes(partial)}))
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(partial, target)
-            meet("an epoch is there")
+            barrier("an epoch is there")
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        if first():
+        if is_main_process():
             for old in self.folder.iterdir():
                 if old != target:
                     shutil.rmtree(old, ignore_errors=True)

@@ -32,20 +32,20 @@ MOST_WEIGHTS = 16 << 30
 _SPARE_BYTES = 1 << 20
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether this is one of several processes that train together. It does not make jax look for devices."""
     jax: Any = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes: the only one, or the first of those that train together."""
-    return not several() or sys.modules["jax"].process_index() == 0
+    return not is_multiprocess() or sys.modules["jax"].process_index() == 0
 
 
-def meet(what: str) -> None:
+def barrier(what: str) -> None:
     """Wait until all processes that train together have come to `what`."""
-    if several():
+    if is_multiprocess():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(what)
@@ -53,7 +53,7 @@ def meet(what: str) -> None:
 
 def partial_of(target: Path) -> Path:
     """Where `target` is written before it is whole: by this process, or by all that train together."""
-    return target.with_name(f".{target.name}.{'shared' if several() else os.getpid()}.partial")
+    return target.with_name(f".{target.name}.{'shared' if is_multiprocess() else os.getpid()}.partial")
 
 
 @contextlib.contextmanager
@@ -63,8 +63,8 @@ def locked(target: Path, waiting: Callable[[], None] = lambda: None) -> Iterator
     A killed holder lets go by itself. What it had half written beside `target` is swept up by the next one. The first
     process holds it for all that train together.
     """
-    if not first():
-        meet("a lock is held")
+    if not is_main_process():
+        barrier("a lock is held")
         yield
         return
     target = Path(os.path.abspath(target))
@@ -82,7 +82,7 @@ def locked(target: Path, waiting: Callable[[], None] = lambda: None) -> Iterator
         for left in path.parent.glob(f".{glob.escape(target.name)}.*.partial*"):
             if re.fullmatch(r"(\d+|shared)\.partial.*", left.name[len(target.name) + 2 :]):
                 shutil.rmtree(left, ignore_errors=True)
-        meet("a lock is held")
+        barrier("a lock is held")
         yield
     finally:
         path.unlink(missing_ok=True)  # one who waits for it sees that it has gone, and makes another
@@ -159,7 +159,7 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that gets the name `path` when all of it is on the disk; nothing but the first process's is kept."""
-    if not first():
+    if not is_main_process():
         yield io.BytesIO()
         return
     partial = partial_of(path)

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from bdjax import attacks, datasets, registry
-from bdjax.config import Experiment, SplitConfig, attack_record, digest, from_json, stream
+from bdjax.config import Experiment, SplitConfig, attack_record, digest, from_json, stage_key
 from bdjax.datasets._files import read_array
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
 from bdjax.pipelines import plausibility
 from bdjax.pipelines.evaluation import Evaluation
-from bdjax.pipelines.victim import check_fingerprint, check_fits, describe, experiment_of, load_model, portraits
-from bdjax.types import Arrays, Data, DefenderView, Model, NeedsTraining, Task, Victim, Watch
+from bdjax.pipelines.victim import check_fingerprint, check_fits, describe, experiment_of, load_model, trigger_previews
+from bdjax.types import Arrays, Callback, Data, DefenderView, Model, NeedsTraining, Task, Victim
 
 
 @dataclass(frozen=True)
-class Suspect:
+class ModelArtifact:
     """What a model directory records, and its data set. The model and its test images are read when first used."""
 
     directory: Path
@@ -49,15 +49,15 @@ class Suspect:
         """Held-out images, clean and with the model's own trigger. Raises InputError when that is not stored."""
         return Evaluation(self.victim.model, self.data, self.experiment, dict(self.trigger_arrays), self.held_out)
 
-    def view(self, watch: Watch | None = None, trigger: bool = False) -> DefenderView:
+    def view(self, callback: Callback | None = None, trigger: bool = False) -> DefenderView:
         """The defender's clean images; `watch` is shown the defense at work; `trigger`: with the true trigger."""
         found = self.evaluation
         return DefenderView(
-            found.clean_images, found.clean_labels, watch or Watch(), found.trigger if trigger else None
+            found.clean_images, found.clean_labels, callback or Callback(), found.trigger if trigger else None
         )
 
 
-def read_suspect(
+def open_artifact(
     directory: Path,
     defense: str,
     defense_config: Any,
@@ -68,7 +68,7 @@ def read_suspect(
     data: Data | None = None,
     attack: str | None = None,
     attack_config: Any = None,
-) -> Suspect:
+) -> ModelArtifact:
     """The suspect in `directory`, on the data set that it was trained on.
 
     Args:
@@ -87,13 +87,13 @@ def read_suspect(
     experiment = experiment_of(manifest, defense, defense_config, split, seed)
     data = plausibility.aligned(manifest, directory, data or datasets.load(dataset or experiment.dataset))
     check_fingerprint(manifest, data, directory)
-    return Suspect(directory, manifest, experiment, data)
+    return ModelArtifact(directory, manifest, experiment, data)
 
 
 def _imported(
     directory: Path, manifest: dict[str, Any], defense: str | None, defense_config: Any, split: SplitConfig | None,
     seed: int | None, dataset: str | None, data: Data | None, attack: str | None, attack_config: Any,
-) -> Suspect:  # fmt: skip
+) -> ModelArtifact:  # fmt: skip
     """An imported model on a data set, with the trigger of an attack; without one, images are left as they are."""
     if dataset is None:
         raise InputError(f"{directory} was imported and has no data set of its own. Give one by --data or --dataset.")
@@ -101,7 +101,7 @@ def _imported(
     check_fits(manifest, directory, data)
     whole, arrays = _adopted(manifest, dataset, data, attack, attack_config, seed or 0)
     experiment = experiment_of(whole, defense, defense_config, split, seed)
-    return Suspect(directory, whole, experiment, data, held_out=defense is not None, given=arrays)
+    return ModelArtifact(directory, whole, experiment, data, held_out=defense is not None, given=arrays)
 
 
 def _adopted(
@@ -125,7 +125,7 @@ def _adopted(
     record = {"imported": manifest["hash"], **attack_record(experiment, data.fingerprint)}
     named = {"classes": plausibility.class_names(manifest, data)}
     whole = {**manifest, **describe(experiment, data), **named, "fit": None, "hash": digest(record)}
-    return whole, {**arrays, **portraits(experiment, data, arrays)}
+    return whole, {**arrays, **trigger_previews(experiment, data, arrays)}
 
 
 def trigger_arrays(attack: str, config: Any, data: Data, seed: int) -> Arrays:
@@ -147,7 +147,7 @@ def trigger_arrays(attack: str, config: Any, data: Data, seed: int) -> Arrays:
 
     model = Model("untrained", data.shape, len(data.classes), init=needs_training, apply=needs_training)
     task = Task(data.x_train, data.y_train, model, read_array)
-    return module.prepare(config, task, attacks.keys_of(stream(seed, "attack")).prepare)
+    return module.prepare(config, task, attacks.keys_of(stage_key(seed, "attack")).prepare)
 
 
 def _refuse_attack(directory: Path, manifest: dict[str, Any], attack: str | None) -> None:
@@ -165,12 +165,12 @@ def read_recorded(
     data: Data | None = None,
     attack: str | None = None,
     attack_config: Any = None,
-) -> Suspect:
+) -> ModelArtifact:
     """A victim or purified directory as it was recorded: the defender's images of a purified model are left out.
 
     Args: dataset: where the data set lies; data: the set itself, when it is loaded already. Any set of the model's
     shape will do: whether it is the recorded one (`check_fingerprint`) is for the caller to ask. attack,
-    attack_config: as for :func:`read_suspect`; taken by what a defense made of an imported model, too.
+    attack_config: as for :func:`open_artifact`; taken by what a defense made of an imported model, too.
     """
     manifest = checkpoint.read_record(directory)
     if manifest["kind"] == "imported":
@@ -186,13 +186,13 @@ def read_recorded(
         manifest = {**whole, **{name: manifest[name] for name in ("hash", "dataset")}}
     split = from_json(SplitConfig, manifest["split"], "split") if defense else None
     experiment = experiment_of(manifest, None, None, split, defense["seed"] if defense else None)
-    return Suspect(directory, manifest, experiment, data, held_out=defense is not None, given=arrays)
+    return ModelArtifact(directory, manifest, experiment, data, held_out=defense is not None, given=arrays)
 
 
 def read_together(
     victim: Path, purified: Path, clean: Path | None = None, dataset: str | None = None, attack: str | None = None,
     attack_config: Any = None,
-) -> dict[str, Suspect]:  # fmt: skip
+) -> dict[str, ModelArtifact]:  # fmt: skip
     """{"victim", "purified", "clean"} (the last if it is given): models to compare, each the one in a run, too.
 
     In place of the purified model another victim will do. The victim may be an imported model: `attack` and its Config
@@ -217,7 +217,7 @@ def read_together(
     return {"victim": first, "purified": second, "clean": read_clean(clean, first)}
 
 
-def read_clean(directory: Path, victim: Suspect) -> Suspect:
+def read_clean(directory: Path, victim: ModelArtifact) -> ModelArtifact:
     """A model trained without poison, to compare `victim` with. Raises InputError when it is not one, or not alike."""
     found = read_recorded(checkpoint.model_directory(directory, "victim"), data=victim.data)
     _check_alike(victim, found)
@@ -229,7 +229,7 @@ def read_clean(directory: Path, victim: Suspect) -> Suspect:
     return found
 
 
-def _check_alike(victim: Suspect, other: Suspect) -> None:
+def _check_alike(victim: ModelArtifact, other: ModelArtifact) -> None:
     for what, of in (
         ("model", lambda m: m["model"]),
         ("image shape", lambda m: "x".join(map(str, m["shape"]))),

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 
 from bdjax import registry
-from bdjax.config import stream, to_json
+from bdjax.config import stage_key, to_json
 from bdjax.engine import parallel, predict
 from bdjax.engine.callbacks import Recorder
 from bdjax.engine.clock import Clock
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
 from bdjax.pipelines import plausibility
-from bdjax.pipelines.artifact import Suspect, read_recorded
+from bdjax.pipelines.artifact import ModelArtifact, read_recorded
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.victim import Context
 from bdjax.types import DefenderView
@@ -50,11 +50,11 @@ def audit(
     """
     names = asked(names)
     place = checkpoint.model_directory(Path(directory))
-    suspect = read_recorded(place, dataset=clean)
-    images, labels = _chosen(suspect, size, seed)
-    guesses = predict(suspect.victim.model, suspect.victim.variables, images)
-    remarks = plausibility.about(suspect.data, suspect.manifest, place, guesses, labels)
-    result, arrays = judge(suspect, images, labels, names, seed=seed, configs=configs, context=context)
+    artifact = read_recorded(place, dataset=clean)
+    images, labels = _chosen(artifact, size, seed)
+    guesses = predict(artifact.victim.model, artifact.victim.variables, images)
+    remarks = plausibility.about(artifact.data, artifact.manifest, place, guesses, labels)
+    result, arrays = judge(artifact, images, labels, names, seed=seed, configs=configs, context=context)
     return {**result, "accuracy": float((guesses == labels).mean()), **remarks}, arrays
 
 
@@ -67,7 +67,7 @@ def asked(names: Sequence[str]) -> list[str]:
 
 
 def judge(
-    suspect: Suspect,
+    artifact: ModelArtifact,
     images: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str],
@@ -85,11 +85,11 @@ def judge(
     arrays: dict[str, np.ndarray] = {}
     with parallel.using(context.devices):
         for name in names:
-            module, clock, watch = registry.load("defenses", name), Clock(), Recorder(context.tick)
-            config, key = (configs or {}).get(name) or module.Config(), stream(seed, "defense")
-            scores = module.detect(config, suspect.victim, DefenderView(images, labels, watch), key)
+            module, clock, callback = registry.load("defenses", name), Clock(), Recorder(context.tick)
+            config, key = (configs or {}).get(name) or module.Config(), stage_key(seed, "defense")
+            scores = module.detect(config, artifact.victim, DefenderView(images, labels, callback), key)
             seconds, compiling = clock.read()
-            shown = {k: v for row in watch.rows for k, v in row.items() if isinstance(v, float)}
+            shown = {k: v for row in callback.rows for k, v in row.items() if isinstance(v, float)}
             found[name] = {
                 **scores.plain(),
                 **{k: value if np.isfinite(value) else None for k, value in shown.items()},
@@ -97,14 +97,14 @@ def judge(
                 "compile": compiling,
                 "config": to_json(config),
             }
-            arrays |= {f"{name}/{k}": v for k, v in watch.arrays.items() if not k.endswith("_first")}
-    attack = suspect.experiment.attack if suspect.manifest["kind"] == "victim" else None
+            arrays |= {f"{name}/{k}": v for k, v in callback.arrays.items() if not k.endswith("_first")}
+    attack = artifact.experiment.attack if artifact.manifest["kind"] == "victim" else None
     result = {
         "kind": "audit",
-        "directory": str(suspect.directory),
-        **{name: suspect.manifest[name] for name in ("model", "hash")},
-        "dataset": suspect.data.name,
-        "classes": list(plausibility.class_names(suspect.manifest, suspect.data)),
+        "directory": str(artifact.directory),
+        **{name: artifact.manifest[name] for name in ("model", "hash")},
+        "dataset": artifact.data.name,
+        "classes": list(plausibility.class_names(artifact.manifest, artifact.data)),
         "n": len(labels),
         "seed": seed,
         "methods": found,
@@ -131,12 +131,14 @@ def verdict(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"poisoned": True, "target": target, "accused_by": accused[target]}
 
 
-def _chosen(suspect: Suspect, size: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = suspect.data.x_test, suspect.data.y_test
+def _chosen(artifact: ModelArtifact, size: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = artifact.data.x_test, artifact.data.y_test
     if size is not None and not 1 <= size <= len(labels):
-        raise InputError(f"--size must be from 1 to {len(labels)}, the test images of {suspect.data.name}; got {size}.")
-    order = np.asarray(jax.random.permutation(stream(seed, "split"), len(labels)))[: size or 1000]
-    missing = sorted(set(range(len(suspect.data.classes))) - set(labels[order].tolist()))
+        raise InputError(
+            f"--size must be from 1 to {len(labels)}, the test images of {artifact.data.name}; got {size}."
+        )
+    order = np.asarray(jax.random.permutation(stage_key(seed, "split"), len(labels)))[: size or 1000]
+    missing = sorted(set(range(len(artifact.data.classes))) - set(labels[order].tolist()))
     if missing:
         raise InputError(
             f"no clean image of class {', '.join(map(str, missing))} among the {len(order)} of the audit: it cannot be "

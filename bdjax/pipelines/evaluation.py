@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import attacks
-from bdjax.config import Experiment, SplitConfig, stream
+from bdjax.config import Experiment, SplitConfig, stage_key
 from bdjax.engine import predict
 from bdjax.errors import InputError
 from bdjax.metrics import accuracy, attack_success_rate, ctca
@@ -61,7 +61,7 @@ class Evaluation:
         """Whether images get a trigger at all; without one there is no attack success rate."""
         self.trigger = attacks.trigger_of(experiment.attack, experiment.attack_config, own)
         parts = attacks.parts_of(experiment.attack, experiment.attack_config, own)
-        key = stream(experiment.seed, "evaluate")
+        key = stage_key(experiment.seed, "evaluate")
         self.parts = [part.label for part, _ in parts]
         whole = [part.config for part, _ in parts if part.config.labels != "all_to_all"]
         whole = whole if self.has_trigger else []
@@ -176,7 +176,7 @@ def clean_indices(split: SplitConfig, data: Data, seed: int) -> np.ndarray:
         )
     if split.order == "given":
         return np.arange(size, dtype=np.int32)
-    order = np.asarray(jax.random.permutation(stream(seed, "split"), len(labels)))
+    order = np.asarray(jax.random.permutation(stage_key(seed, "split"), len(labels)))
     if split.order == "stratified":
         quotas = _quotas(np.bincount(labels, minlength=len(data.classes)), size)
         drawn = [order[labels[order] == label][:quota] for label, quota in enumerate(quotas)]

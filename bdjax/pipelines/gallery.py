@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bdjax import attacks, datasets, metrics, registry
-from bdjax.config import config_of, stream, to_json
+from bdjax.config import config_of, stage_key, to_json
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
 from bdjax.pipelines.artifact import trigger_arrays
@@ -66,7 +66,7 @@ def gallery(
     victims = {source: checkpoint.model_directory(Path(source)) for source in sources if _is_directory(source)}
     manifests = {source: checkpoint.read_record(path) for source, path in victims.items()}
     data = datasets.load(dataset or _dataset_of(manifests))
-    drawing, stamping = jax.random.split(stream(seed, "evaluate"))
+    drawing, stamping = jax.random.split(stage_key(seed, "evaluate"))
     measured = np.asarray(jax.random.permutation(drawing, len(data.x_test)))[: _at_least_one(count)]
     shown = np.array(_shown(images, data) if images is not None else measured[:SHOWN], int)
     rows: list[dict[str, Any]] = []

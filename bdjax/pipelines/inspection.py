@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import engine, metrics
-from bdjax.config import stream, to_json
+from bdjax.config import stage_key, to_json
 from bdjax.errors import InputError
-from bdjax.pipelines.artifact import Suspect, read_together
+from bdjax.pipelines.artifact import ModelArtifact, read_together
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.evaluation import Evaluation
 from bdjax.types import to_float
@@ -94,13 +94,13 @@ def inspect(
     """
     if not 0 < share <= 1:
         raise InputError(f"the share of layers must be in (0, 1], got {share}.")
-    suspects = read_together(victim_dir, purified_dir, clean_dir, dataset, attack, attack_config)
-    victim, sample = suspects["victim"], _drawn(suspects, count, seed)
+    artifacts = read_together(victim_dir, purified_dir, clean_dir, dataset, attack, attack_config)
+    victim, sample = artifacts["victim"], _drawn(artifacts, count, seed)
     seen: dict[str, _Seen] = {}
-    for done, (name, suspect) in enumerate(suspects.items()):
-        tick("looking inside", done, len(suspects) + 1)
-        seen[name] = _look(suspect, sample, seen["victim"].top if seen else None)
-    tick("t-SNE", len(suspects), len(suspects) + 1)
+    for done, (name, artifact) in enumerate(artifacts.items()):
+        tick("looking inside", done, len(artifacts) + 1)
+        seen[name] = _look(artifact, sample, seen["victim"].top if seen else None)
+    tick("t-SNE", len(artifacts), len(artifacts) + 1)
     config, evaluation = victim.experiment.attack_config, sample.evaluation
     rows = [_layer(name, seen) for name in seen["victim"].top]
     counted = rows[-max(1, round(share * len(rows))) :]
@@ -114,8 +114,8 @@ def inspect(
         "attack_config": to_json(config),
         "dataset": victim.data.name,
         "model": victim.manifest["model"],
-        "models": {name: _identity(suspects.get(name)) for name in MODELS},
-        "clean_differs": _differences(victim, suspects["clean"]) if "clean" in suspects else None,
+        "models": {name: _identity(artifacts.get(name)) for name in MODELS},
+        "clean_differs": _differences(victim, artifacts["clean"]) if "clean" in artifacts else None,
         "seed": seed,
         "target": target,
         "classes": list(victim.data.classes),
@@ -139,15 +139,15 @@ def inspect(
     }
 
 
-def _drawn(suspects: dict[str, Suspect], count: int | None, seed: int) -> _Sample:
-    recorded = suspects["purified" if suspects["purified"].manifest["kind"] == "purified" else "victim"]
+def _drawn(artifacts: dict[str, ModelArtifact], count: int | None, seed: int) -> _Sample:
+    recorded = artifacts["purified" if artifacts["purified"].manifest["kind"] == "purified" else "victim"]
     evaluation = recorded.evaluation
     available = len(evaluation.images)
     if count is not None and not FEWEST <= count <= available:
         raise InputError(
             f"count must be from {FEWEST} to {available}, the test images that the defender did not have, got {count}."
         )
-    order = jax.random.permutation(stream(seed, "evaluate"), available)
+    order = jax.random.permutation(stage_key(seed, "evaluate"), available)
     clean = np.sort(np.asarray(order)[: count or COUNT])
     triggered = clean[evaluation.eligible[clean]]
     if np.array_equal(to_float(evaluation.images[triggered]), to_float(evaluation.triggered[triggered])):
@@ -163,9 +163,9 @@ def _drawn(suspects: dict[str, Suspect], count: int | None, seed: int) -> _Sampl
     return _Sample(evaluation, clean, triggered)
 
 
-def _look(suspect: Suspect, sample: _Sample, top: dict[str, np.ndarray] | None) -> _Seen:
+def _look(artifact: ModelArtifact, sample: _Sample, top: dict[str, np.ndarray] | None) -> _Seen:
     """`top`: the channels to compare; None: find them by the model's own TAC."""
-    model, variables = suspect.victim.model, suspect.victim.variables
+    model, variables = artifact.victim.model, artifact.victim.variables
     evaluation, clean = sample.evaluation, sample.evaluation.images[sample.clean]
     triggered = evaluation.triggered[sample.triggered]
     guesses = evaluation.predictions(variables)
@@ -173,14 +173,14 @@ def _look(suspect: Suspect, sample: _Sample, top: dict[str, np.ndarray] | None) 
     if top is None:
         names = engine.layers(model, variables)
         if not names:
-            raise InputError(f"{suspect.directory}: no feature of model {model.name!r} is a map [N, H, W, C].")
+            raise InputError(f"{artifact.directory}: no feature of model {model.name!r} is a map [N, H, W, C].")
         order = {name: np.argsort(-tac[name], kind="stable").astype(np.int32) for name in names}
         top = {name: channels[: _width(max(FRACTIONS), len(channels))] for name, channels in order.items()}
     inside, flat = engine.activations(model, variables, triggered, top)
     flat = np.concatenate([engine.activations(model, variables, clean, {})[1], flat])
     for name, values in {**inside, "before the last": flat}.items():
         if not np.isfinite(values).all():
-            raise InputError(f"{suspect.directory}: layer {name} has values that are not finite; the model is broken.")
+            raise InputError(f"{artifact.directory}: layer {name} has values that are not finite; the model is broken.")
     return _Seen(
         evaluation.rates(*guesses),
         _by_class(guesses[0], evaluation.labels, model.classes),
@@ -262,15 +262,15 @@ def _apart(seen: _Seen, labels: np.ndarray, triggered: np.ndarray, target: int |
     }
 
 
-def _identity(suspect: Suspect | None) -> dict[str, Any] | None:
-    if suspect is None:
+def _identity(artifact: ModelArtifact | None) -> dict[str, Any] | None:
+    if artifact is None:
         return None
-    manifest = suspect.manifest
+    manifest = artifact.manifest
     kept = {name: manifest[name] for name in ("kind", "hash", "seed")}
-    return {"directory": str(suspect.directory), **kept, "defense": manifest.get("defense")}
+    return {"directory": str(artifact.directory), **kept, "defense": manifest.get("defense")}
 
 
-def _differences(victim: Suspect, clean: Suspect) -> list[str]:
+def _differences(victim: ModelArtifact, clean: ModelArtifact) -> list[str]:
     """Fields of the recipe in which the clean model is not the victim's equal, and the seed (which should be one)."""
     one, two = ({"seed": s.manifest["seed"], **s.manifest["fit"]} for s in (victim, clean))
     return [name for name in one if one[name] != two.get(name)]

@@ -29,7 +29,7 @@ from bdjax.errors import InputError
 from bdjax.interop import assumptions, reader
 from bdjax.io import checkpoint
 from bdjax.pipelines import audit, plausibility, run
-from bdjax.pipelines.artifact import Suspect, read_recorded, read_suspect
+from bdjax.pipelines.artifact import ModelArtifact, open_artifact, read_recorded
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.evaluation import pool
 from bdjax.pipelines.victim import Context, check_fits
@@ -117,9 +117,9 @@ def purify(
             out.mkdir(parents=True, exist_ok=True)
             checkpoint.write_text(out / "config.json", json.dumps(record, indent=1) + "\n")
             model = _model(source, out, incoming, dict(imported or {}), data, say)
-            suspect = read_suspect(model, defense, config, split=split, seed=seed, dataset=spec, data=data)
+            artifact = open_artifact(model, defense, config, split=split, seed=seed, dataset=spec, data=data)
             asked = {"names": methods, "seed": seed, "configs": audits, "context": context}
-            result = _cleaned(suspect, out, defense, config, asked, say)
+            result = _cleaned(artifact, out, defense, config, asked, say)
         except InputError:
             if fresh:  # nothing of anyone else's was there
                 shutil.rmtree(out, ignore_errors=True)
@@ -190,38 +190,38 @@ def _model(
 
 
 def _cleaned(
-    suspect: Suspect, out: Path, defense: str, config: Any, asked: dict[str, Any], say: Callable[[str], None]
+    artifact: ModelArtifact, out: Path, defense: str, config: Any, asked: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Audit, defend, audit again, compare, export."""
-    evaluation, data, experiment = suspect.evaluation, suspect.data, suspect.experiment
+    evaluation, data, experiment = artifact.evaluation, artifact.data, artifact.experiment
     shutil.rmtree(out / "pictures", ignore_errors=True)  # of a call that was killed
     (out / "pictures").mkdir()
     say(f"{len(evaluation.clean_labels)} clean images to clean with, {len(evaluation.labels)} held out to measure on")
-    model, source = suspect.victim.model, suspect.manifest.get("source")
-    guess = predict(model, suspect.victim.variables, evaluation.images)
+    model, source = artifact.victim.model, artifact.manifest.get("source")
+    guess = predict(model, artifact.victim.variables, evaluation.images)
     remarks = plausibility.about(
-        data, suspect.manifest, suspect.directory, guess, evaluation.labels, evaluation.targets
+        data, artifact.manifest, artifact.directory, guess, evaluation.labels, evaluation.targets
     )
     for line in [*remarks["data"], *(f"warning: {one}" for one in remarks["warnings"])]:
         say(line)
-    before = _audited(suspect, suspect, out, "audit", asked, say)
+    before = _audited(artifact, artifact, out, "audit", asked, say)
     say(f"cleaning with {defense}")
     ran = run.defend(
-        suspect.directory, defense, config, out / "purified", split=experiment.split, seed=experiment.seed,
+        artifact.directory, defense, config, out / "purified", split=experiment.split, seed=experiment.seed,
         dataset=experiment.dataset, data=data, context=replace(asked["context"], estimate=True),
     )  # fmt: skip
     purified = read_recorded(out / "purified" / "purified", data=data)
-    after = _audited(purified, suspect, out, "audit-after", asked, say)
-    weights = _export(suspect, out)
+    after = _audited(purified, artifact, out, "audit-after", asked, say)
+    weights = _export(artifact, out)
     guesses = [guess, predict(model, purified.victim.variables, evaluation.images)]
     counts = [np.bincount(labels, minlength=model.classes) for labels in (evaluation.clean_labels, evaluation.labels)]
     known = None if ran["attack"] == "clean" else ran["attack"]
-    named = plausibility.class_names(suspect.manifest, data)
+    named = plausibility.class_names(artifact.manifest, data)
     return {
         "kind": "purification",
         "model": {
-            **{name: suspect.manifest.get(name) for name in ("model", "shape", "input")},
-            "directory": str(suspect.directory.absolute()),
+            **{name: artifact.manifest.get(name) for name in ("model", "shape", "input")},
+            "directory": str(artifact.directory.absolute()),
             "source": source,
         },
         "classes": list(named),
@@ -253,7 +253,7 @@ def _cleaned(
 
 
 def _audited(
-    judged: Suspect, first: Suspect, out: Path, name: str, asked: dict[str, Any], say: Callable[[str], None]
+    judged: ModelArtifact, first: ModelArtifact, out: Path, name: str, asked: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Judge a model by the held-out images, write NAME.json and NAME.png and the pictures of the report, which needs
     what is returned."""
@@ -272,9 +272,9 @@ def _audited(
     return {**{key: found[key] for key in kept}, "verdict": audit_report.verdict(found), "pictures": pictures}
 
 
-def _export(suspect: Suspect, out: Path) -> dict[str, Any]:
+def _export(artifact: ModelArtifact, out: Path) -> dict[str, Any]:
     """The cleaned weights, in the format that came in; of a model that was trained here as torch writes them."""
-    source = suspect.manifest.get("source") or {"format": "torch", "file": ""}
+    source = artifact.manifest.get("source") or {"format": "torch", "file": ""}
     form = "safetensors" if source["format"] == "safetensors" else "torch"
     ending = ".safetensors" if form == "safetensors" else ".pth" if source["file"].lower().endswith(".pth") else ".pt"
     file = out / f"purified{ending}"

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from bdjax import attacks, registry
-from bdjax.config import stream, to_json
+from bdjax.config import stage_key, to_json
 from bdjax.engine import parallel
 from bdjax.engine.callbacks import Recorder
 from bdjax.engine.clock import Clock
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.pipelines.artifact import Suspect, read_recorded
+from bdjax.pipelines.artifact import ModelArtifact, read_recorded
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.evaluation import Evaluation
 from bdjax.pipelines.victim import Context, check_fingerprint, task_of
-from bdjax.types import Backdoor, Defended, Key, Variables
+from bdjax.types import Backdoor, Key, ReactivationInputs, Variables
 
 
 def reactivate(
@@ -55,37 +55,37 @@ def reactivate(
     module, context = _module(attack), context or Context()
     config = config or module.Config()
     configs = {name: _module(name).Config() for name in getattr(module, "NEEDS", ())} | dict(earlier or {})
-    suspect = _read(directory, dataset)
-    if not (suspect.directory / "trigger.npz").exists():
-        raise InputError(f"{suspect.directory} has no trigger: there is nothing to re-activate, or to measure it by.")
+    artifact = _read(directory, dataset)
+    if not (artifact.directory / "trigger.npz").exists():
+        raise InputError(f"{artifact.directory} has no trigger: there is nothing to re-activate, or to measure it by.")
     if out is not None and (Path(out) / "result.json").exists():
         raise InputError(f"{out} holds a result already. Choose another --out, or use --force.")
-    clock, watch = Clock(), Recorder(context.tick)
+    clock, callback = Clock(), Recorder(context.tick)
     with parallel.using(context.devices):
-        reference = _clean(suspect, clean, context, dataset)
-        key = jax.random.fold_in(stream(seed, "attack"), 7)
-        attacked = {"purified": suspect.victim.variables} | ({"clean": reference} if control else {})
-        before = {name: suspect.evaluation.measure(variables) for name, variables in attacked.items()}
+        reference = _clean(artifact, clean, context, dataset)
+        key = jax.random.fold_in(stage_key(seed, "attack"), 7)
+        attacked = {"purified": artifact.victim.variables} | ({"clean": reference} if control else {})
+        before = {name: artifact.evaluation.measure(variables) for name, variables in attacked.items()}
         planted = {
             name: _again(
-                suspect, attack, {**configs, attack: config}, variables, reference, name, context, watch, clock, key
+                artifact, attack, {**configs, attack: config}, variables, reference, name, context, callback, clock, key
             )
             for name, variables in attacked.items()
         }
-        after = {name: _measure(module, config, suspect.evaluation, one) for name, one in planted.items()}
+        after = {name: _measure(module, config, artifact.evaluation, one) for name, one in planted.items()}
     seconds, compiling = clock.read()
     result = {
         "kind": "reactivation",
         "reactivation": attack,
         "metric": getattr(module, "METRIC", "ASR after"),
-        "directory": str(suspect.directory),
-        **{name: suspect.manifest[name] for name in ("model", "hash")},
-        "attack": suspect.experiment.attack,
-        "defense": suspect.manifest.get("defense"),
-        "dataset": suspect.data.name,
+        "directory": str(artifact.directory),
+        **{name: artifact.manifest[name] for name in ("model", "hash")},
+        "attack": artifact.experiment.attack,
+        "defense": artifact.manifest.get("defense"),
+        "dataset": artifact.data.name,
         "seed": seed,
-        "n_test": len(suspect.evaluation.images),
-        "n_asr": int(suspect.evaluation.eligible.sum()),
+        "n_test": len(artifact.evaluation.images),
+        "n_asr": int(artifact.evaluation.eligible.sum()),
         "before": before["purified"],
         "after": after["purified"],
         "clean_before": before.get("clean"),
@@ -96,11 +96,11 @@ def reactivate(
         "env": environment(context.devices),
     }
     if out is not None:
-        _write(Path(out), result, suspect, planted["purified"])
+        _write(Path(out), result, artifact, planted["purified"])
     return result
 
 
-def _read(directory: Path, dataset: str | None) -> Suspect:
+def _read(directory: Path, dataset: str | None) -> ModelArtifact:
     found = read_recorded(checkpoint.model_directory(directory), dataset=dataset)
     check_fingerprint(found.manifest, found.data, found.directory)
     if found.manifest.get("source"):
@@ -116,46 +116,46 @@ def _module(attack: str) -> Any:
     return module
 
 
-def _clean(suspect: Suspect, directory: Path | None, context: Context, dataset: str | None) -> Variables:
+def _clean(artifact: ModelArtifact, directory: Path | None, context: Context, dataset: str | None) -> Variables:
     """Variables of the clean model, of the suspect's architecture and data set."""
     if directory is None:
-        unfinished = suspect.directory.with_name(f".{suspect.directory.name}.clean-model")
-        own = _at_home(suspect)
-        return task_of(own, suspect.data, context, Recorder(context.tick), unfinished, Clock()).clean()
+        unfinished = artifact.directory.with_name(f".{artifact.directory.name}.clean-model")
+        own = _at_home(artifact)
+        return task_of(own, artifact.data, context, Recorder(context.tick), unfinished, Clock()).clean()
     other = _read(directory, dataset)
     for what in ("model", "shape", "classes"):
-        if other.manifest[what] != suspect.manifest[what]:
+        if other.manifest[what] != artifact.manifest[what]:
             raise InputError(
-                f"{directory} is not comparable: its {what} is {other.manifest[what]}, that of {suspect.directory} "
-                f"is {suspect.manifest[what]}. Train one alike with `bdjax train clean`."
+                f"{directory} is not comparable: its {what} is {other.manifest[what]}, that of {artifact.directory} "
+                f"is {artifact.manifest[what]}. Train one alike with `bdjax train clean`."
             )
     return other.victim.variables
 
 
-def _at_home(suspect: Suspect) -> Any:
+def _at_home(artifact: ModelArtifact) -> Any:
     """The experiment with the seed that the victim was trained with, not the defense's."""
-    return dataclasses.replace(suspect.experiment, seed=suspect.manifest["seed"])
+    return dataclasses.replace(artifact.experiment, seed=artifact.manifest["seed"])
 
 
 def _again(
-    suspect: Suspect, attack: str, configs: Mapping[str, Any], variables: Variables, clean: Variables, name: str,
-    context: Context, watch: Recorder, clock: Clock, key: Key,
+    artifact: ModelArtifact, attack: str, configs: Mapping[str, Any], variables: Variables, clean: Variables, name: str,
+    context: Context, callback: Recorder, clock: Clock, key: Key,
 ) -> Backdoor:  # fmt: skip
     """The attack on one model, after those that it needs."""
-    module, own, config = _module(attack), _at_home(suspect), configs[attack]
+    module, own, config = _module(attack), _at_home(artifact), configs[attack]
     earlier: dict[str, Variables] = {}
     for needed in getattr(module, "NEEDS", ()):
-        planted = _again(suspect, needed, configs, variables, clean, name, context, watch, clock, key)
+        planted = _again(artifact, needed, configs, variables, clean, name, context, callback, clock, key)
         earlier[needed] = planted.variables
-    unfinished = suspect.directory.with_name(f".{suspect.directory.name}.{attack}-{name}")
-    task = task_of(own, suspect.data, context, watch, unfinished, clock)
-    arrays = attacks.own_arrays(checkpoint.read_arrays(suspect.directory, "trigger"))
-    keys = jax.random.fold_in(key, 0), stream(own.seed, "attack")
+    unfinished = artifact.directory.with_name(f".{artifact.directory.name}.{attack}-{name}")
+    task = task_of(own, artifact.data, context, callback, unfinished, clock)
+    arrays = attacks.own_arrays(checkpoint.read_arrays(artifact.directory, "trigger"))
+    keys = jax.random.fold_in(key, 0), stage_key(own.seed, "attack")
     payload = attacks.payload(
         own.attack, own.attack_config, task, keys, arrays, config.count, config.payload == "triggered"
     )
     backdoor = Backdoor(own.attack, own.attack_config, variables, arrays)
-    defended = Defended(variables, earlier, clean, payload)
+    defended = ReactivationInputs(variables, earlier, clean, payload)
     found = module.reactivate(config, defended, backdoor, task, jax.random.fold_in(key, 1))
     shutil.rmtree(unfinished, ignore_errors=True)
     return found
@@ -168,14 +168,14 @@ def _measure(module: Any, config: Any, evaluation: Evaluation, planted: Backdoor
     return evaluation.measure(planted.variables, lambda images: module.perturb(config, images, arrays))
 
 
-def _write(out: Path, result: Mapping[str, Any], suspect: Suspect, planted: Backdoor) -> None:
+def _write(out: Path, result: Mapping[str, Any], artifact: ModelArtifact, planted: Backdoor) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    manifest = {k: v for k, v in suspect.manifest.items() if k not in ("files", "format")}
+    manifest = {k: v for k, v in artifact.manifest.items() if k not in ("files", "format")}
     reactivated = {"name": result["reactivation"], "config": result["config"], "seed": result["seed"]}
     checkpoint.write_model(
         out / "model",
         {**manifest, "kind": "reactivated", "reactivation": reactivated},
         planted.variables,
-        {"trigger": checkpoint.read_arrays(suspect.directory, "trigger"), "reactivation": planted.arrays},
+        {"trigger": checkpoint.read_arrays(artifact.directory, "trigger"), "reactivation": planted.arrays},
     )
     checkpoint.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from bdjax import datasets
-from bdjax.config import Experiment, SplitConfig, attack_record, digest, run_record, stream, to_json
+from bdjax.config import Experiment, SplitConfig, attack_record, digest, run_record, stage_key, to_json
 from bdjax.defenses import needs_trigger, purifier
 from bdjax.defenses._guard import guarded, split_off
 from bdjax.engine import parallel
@@ -25,7 +25,7 @@ from bdjax.io import checkpoint, records
 from bdjax.io.files import read_record
 from bdjax.pipelines import plausibility, verdicts
 from bdjax.pipelines import victim as victims
-from bdjax.pipelines.artifact import Suspect, read_clean, read_recorded, read_suspect
+from bdjax.pipelines.artifact import ModelArtifact, open_artifact, read_clean, read_recorded
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.evaluation import clean_indices
 from bdjax.pipelines.victim import Context, check_fingerprint, check_same, experiment_of, train
@@ -65,11 +65,11 @@ def defend(
     """
     context, victim, directory = context or Context(), Path(victim), Path(directory)
     module = purifier(defense)
-    suspect = read_suspect(
+    artifact = open_artifact(
         victim, defense, defense_config, split=split, seed=seed, dataset=dataset, data=data, attack=attack,
         attack_config=attack_config,
     )  # fmt: skip
-    manifest, experiment = suspect.manifest, suspect.experiment
+    manifest, experiment = artifact.manifest, artifact.experiment
     record = run_record(experiment, manifest["hash"])
     hashed = digest(record)
     clean = clean or _neighbour(victim, manifest)
@@ -78,9 +78,9 @@ def defend(
         return finished
     with checkpoint.locked(directory, context.waiting):
         if (finished := finished_result(directory, hashed)) is None:
-            return _defend(suspect, module, directory, record, clean, context, extra)
+            return _defend(artifact, module, directory, record, clean, context, extra)
         if clean is not None and finished.get("clean") is None:
-            beside = suspect.evaluation.measure(read_clean(clean, suspect).victim.variables)
+            beside = artifact.evaluation.measure(read_clean(clean, artifact).victim.variables)
             with records.reading(directory / "result.json"):
                 finished |= verdicts.beside(beside, finished["before"], finished["after"])
             _write_json(directory / "result.json", finished)
@@ -88,17 +88,17 @@ def defend(
 
 
 def _defend(
-    suspect: Suspect, module: Any, directory: Path, record: dict[str, Any], clean: Path | None, context: Context,
+    artifact: ModelArtifact, module: Any, directory: Path, record: dict[str, Any], clean: Path | None, context: Context,
     extra: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    victim, manifest, experiment, hashed = suspect.directory, suspect.manifest, suspect.experiment, digest(record)
-    evaluation = suspect.evaluation
+    victim, manifest, experiment, hashed = artifact.directory, artifact.manifest, artifact.experiment, digest(record)
+    evaluation = artifact.evaluation
     if context.measured:
         evaluation = evaluation.sample(context.measured)
-    guesses = evaluation.predictions(suspect.victim.variables)
+    guesses = evaluation.predictions(artifact.victim.variables)
     before = evaluation.rates(*guesses)
-    remarks = plausibility.about(suspect.data, manifest, victim, guesses[0], evaluation.labels, evaluation.targets)
-    rates = evaluation.measure(read_clean(clean, suspect).victim.variables) if clean else None
+    remarks = plausibility.about(artifact.data, manifest, victim, guesses[0], evaluation.labels, evaluation.targets)
+    rates = evaluation.measure(read_clean(clean, artifact).victim.variables) if clean else None
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", record)
     env = environment(context.devices)
@@ -108,31 +108,31 @@ def _defend(
 
     clock = Clock()
     curve = evaluation.sample(_CURVE)
-    watch = Recorder(context.tick, clock, curve.measure, lines if checkpoint.first() else None)
+    callback = Recorder(context.tick, clock, curve.measure, lines if checkpoint.is_main_process() else None)
     with parallel.using(context.devices):
-        key = stream(experiment.seed, "defense")
+        key = stage_key(experiment.seed, "defense")
         split = experiment.split
-        view = suspect.view(watch, needs_trigger(module, experiment.defense_config))
-        view = split_off(view, split.validation, jax.random.fold_in(stream(experiment.seed, "split"), 1))
-        cleaned = guarded(module, experiment.defense_config, suspect.victim, view, key, split.largest_drop)
+        view = artifact.view(callback, needs_trigger(module, experiment.defense_config))
+        view = split_off(view, split.validation, jax.random.fold_in(stage_key(experiment.seed, "split"), 1))
+        cleaned = guarded(module, experiment.defense_config, artifact.victim, view, key, split.largest_drop)
         jax.block_until_ready(cleaned)
     seconds, compiling = clock.read()
     after = evaluation.measure(cleaned)
     memory, what = peak_memory()
-    clock, found, verdict = Clock(), watch.scores, None
+    clock, found, verdict = Clock(), callback.scores, None
     if found is None and hasattr(module, "detect"):
         with parallel.using(context.devices):
-            found = module.detect(experiment.defense_config, suspect.victim, suspect.view(), key)
+            found = module.detect(experiment.defense_config, artifact.victim, artifact.view(), key)
     if found is not None:
         known = None if manifest["kind"] == "imported" else experiment.attack
         verdict = {**verdicts.verdict(found, known, evaluation), "seconds": clock.read()[0]}
     clock = Clock()
-    estimated = verdicts.estimate(suspect, cleaned, view, watch, context) if context.estimate else None
+    estimated = verdicts.estimate(artifact, cleaned, view, callback, context) if context.estimate else None
     result = {
         "attack": experiment.attack,
         "defense": experiment.defense,
-        "dataset": suspect.data.name,
-        "model": suspect.victim.model.name,
+        "dataset": artifact.data.name,
+        "model": artifact.victim.model.name,
         "seed": experiment.seed,
         "n_test": len(evaluation.images),
         "n_asr": int(evaluation.eligible.sum()),
@@ -152,7 +152,7 @@ def _defend(
         "peak_memory_bytes": memory,
         "peak_memory_of": what,
         **remarks,
-        "rounds": watch.rows,
+        "rounds": callback.rows,
         "n_rounds": len(curve.images),
         "attack_config": to_json(experiment.attack_config),
         "defense_config": to_json(experiment.defense_config),
@@ -163,7 +163,7 @@ def _defend(
         "env": env,
         **(extra or {}),
     }
-    pictures = {**evaluation.pictures(), **watch.arrays, "clean_indices": evaluation.clean_indices}
+    pictures = {**evaluation.pictures(), **callback.arrays, "clean_indices": evaluation.clean_indices}
     checkpoint.write_arrays(directory / "arrays.npz", pictures)
     purified = {
         **manifest,
@@ -180,7 +180,7 @@ def _defend(
         purified,
         cleaned,
         {
-            "trigger": suspect.trigger_arrays,
+            "trigger": artifact.trigger_arrays,
             "split": {"indices": evaluation.clean_indices},
             **({"original": checkpoint.read_arrays(victim, "original")} if (victim / "original.npz").exists() else {}),
         },
@@ -206,23 +206,23 @@ def evaluate(
     An imported model needs `dataset`, and for an ASR the attack that it is measured with.
     """
     directory = checkpoint.model_directory(directory)
-    suspect = read_recorded(directory, dataset=dataset, attack=attack, attack_config=attack_config)
-    imported = suspect.manifest["kind"] == "imported"
+    artifact = read_recorded(directory, dataset=dataset, attack=attack, attack_config=attack_config)
+    imported = artifact.manifest["kind"] == "imported"
     if dataset is not None:
-        suspect = replace(suspect, held_out=False)
+        artifact = replace(artifact, held_out=False)
     elif not imported:
-        check_fingerprint(suspect.manifest, suspect.data, directory)
-    evaluation, data = suspect.evaluation, suspect.data
-    guesses = evaluation.predictions(suspect.victim.variables)
+        check_fingerprint(artifact.manifest, artifact.data, directory)
+    evaluation, data = artifact.evaluation, artifact.data
+    guesses = evaluation.predictions(artifact.victim.variables)
     return {
         "directory": str(directory),
-        "kind": suspect.manifest["kind"],
-        "attack": None if imported and attack is None else suspect.experiment.attack,
+        "kind": artifact.manifest["kind"],
+        "attack": None if imported and attack is None else artifact.experiment.attack,
         "dataset": data.name,
         "n_test": len(evaluation.images),
         "n_asr": int(evaluation.eligible.sum()),
         **evaluation.rates(*guesses),
-        **plausibility.about(data, suspect.manifest, directory, guesses[0], evaluation.labels, evaluation.targets),
+        **plausibility.about(data, artifact.manifest, directory, guesses[0], evaluation.labels, evaluation.targets),
     }
 
 
@@ -302,8 +302,8 @@ def defense_directory_of(
     """
     manifest = checkpoint.read_record(victim)
     if manifest["kind"] == "imported":
-        suspect = read_suspect(victim, defense, defense_config, split=split, seed=seed, **imported)
-        manifest, experiment = suspect.manifest, suspect.experiment
+        artifact = open_artifact(victim, defense, defense_config, split=split, seed=seed, **imported)
+        manifest, experiment = artifact.manifest, artifact.experiment
     else:
         experiment = experiment_of(manifest, defense, defense_config, split, seed)
     return Path(root) / digest(run_record(experiment, manifest["hash"]))[:16]

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import hypergrad
-from bdjax.config import SplitConfig, stream, to_json
+from bdjax.config import SplitConfig, stage_key, to_json
 from bdjax.defenses import ibau
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock
 from bdjax.errors import InputError
-from bdjax.pipelines.artifact import read_suspect
+from bdjax.pipelines.artifact import open_artifact
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.evaluation import Evaluation
 from bdjax.pipelines.solver_reference import Reference, flat, gradient_of, reference_of
@@ -67,15 +67,15 @@ def compare(
         for spec in solvers
         for k in (iterations if hypergrad.iterates(spec.partition(":")[0]) else iterations[:1])
     ]
-    suspect = read_suspect(victim, "ibau", config, split=split, seed=seed, dataset=dataset)
-    experiment, evaluation, view = suspect.experiment, suspect.evaluation, suspect.view()
+    artifact = open_artifact(victim, "ibau", config, split=split, seed=seed, dataset=dataset)
+    experiment, evaluation, view = artifact.experiment, artifact.evaluation, artifact.view()
     if test_size:
         evaluation.shorten(test_size)
-    model, variables = suspect.victim.model, suspect.victim.variables
-    key = stream(experiment.seed, "defense")
-    problem = ibau.problem(config, suspect.victim, view, key)
+    model, variables = artifact.victim.model, artifact.victim.variables
+    key = stage_key(experiment.seed, "defense")
+    problem = ibau.problem(config, artifact.victim, view, key)
     context.tick("reference", 0, 1)
-    reference = reference_of(suspect.victim, config, problem, context.tick)
+    reference = reference_of(artifact.victim, config, problem, context.tick)
     direct = flat(gradient_of(model, problem, variables["params"], hypergrad.solver("none", 1))[0])
     rows = []
     for number, (spec, solve) in enumerate(plan):
@@ -84,14 +84,14 @@ def compare(
         solve = dataclasses.replace(solve, step=config.solver_step, ridge=solve.ridge + config.ridge)
         row |= _measure(model, problem, variables["params"], solve, reference, direct, repeats)
         if rounds is None or solve.iterations in rounds:
-            row |= _round(row, suspect.victim, view, key, config, solve, evaluation)
+            row |= _round(row, artifact.victim, view, key, config, solve, evaluation)
         rows.append(row)
     context.tick("solvers", len(plan), len(plan))
     return {
         "kind": "solver_comparison",
-        **{name: suspect.manifest[name] for name in ("model", "hash", "seed")},
+        **{name: artifact.manifest[name] for name in ("model", "hash", "seed")},
         "attack": experiment.attack,
-        "dataset": suspect.data.name,
+        "dataset": artifact.data.name,
         "problem": {
             "n_hessian": int(np.asarray(problem.arrays["shared"]["first"]["weight"] > 0).sum()),
             "n_outer": int(np.asarray(problem.arrays["split"]["weight"] > 0).sum()),

@@ -17,12 +17,12 @@ from types import ModuleType
 from typing import Any
 
 from bdjax import datasets, registry
-from bdjax.cli._options import whole_numbers
 from bdjax.config import Experiment, attack_record, digest
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
 from bdjax.pipelines import run
 from bdjax.pipelines.victim import Context
+from bdjax.text import parse_integers
 
 _ATTEMPTS = 2  # a worker that dies without a word (out of memory, killed) is tried once more
 
@@ -81,7 +81,7 @@ def sweep(
     Returns: a line for each failed cell, with its error.
     """
     module, out = _module(file), Path(out) if out else Path("runs") / Path(file).stem
-    chosen = whole_numbers("--seeds", seeds, "0,1,2") if seeds else tuple(module.SEEDS)
+    chosen = parse_integers("--seeds", seeds, "0,1,2") if seeds else tuple(module.SEEDS)
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}.")
     jobs = _shard([_Job(i, s, cell) for s in chosen for i, cell in enumerate(module.CELLS)], shard)

@@ -6,19 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bdjax.config import stream
+from bdjax.config import stage_key
 from bdjax.defenses import _success as success
 from bdjax.engine import parallel
 from bdjax.engine.callbacks import Recorder
 from bdjax.metrics import score
-from bdjax.pipelines.artifact import Suspect
+from bdjax.pipelines.artifact import ModelArtifact
 from bdjax.pipelines.evaluation import Evaluation
 from bdjax.pipelines.victim import Context
 from bdjax.types import DefenderView, Scores, Variables
 
 
 def estimate(
-    suspect: Suspect, cleaned: Variables, view: DefenderView, seen: Recorder, context: Context
+    artifact: ModelArtifact, cleaned: Variables, view: DefenderView, seen: Recorder, context: Context
 ) -> dict[str, Any] | None:
     """What is left of the attack by triggers recovered from the model; None without images to judge by.
 
@@ -29,13 +29,13 @@ def estimate(
     if seen.estimated is not None:
         return seen.estimated.plain()
     found = seen.scores
-    key = jax.random.fold_in(stream(suspect.experiment.seed, "defense"), 1)
-    watch = Recorder(context.tick)
-    own, judged = replace(view, watch=watch, trigger=None), view.validation
+    key = jax.random.fold_in(stage_key(artifact.experiment.seed, "defense"), 1)
+    callback = Recorder(context.tick)
+    own, judged = replace(view, callback=callback, trigger=None), view.validation
     with parallel.using(context.devices):
-        labels = success.most_suspicious(found) if found else success.suspicious(suspect.victim, own, key)
-        before = success.recover(suspect.victim, labels, own, jax.random.fold_in(key, 1))
-        return success.estimate(before, suspect.victim, cleaned, own, judged, jax.random.fold_in(key, 2)).plain()
+        labels = success.most_suspicious(found) if found else success.suspicious(artifact.victim, own, key)
+        before = success.recover(artifact.victim, labels, own, jax.random.fold_in(key, 1))
+        return success.estimate(before, artifact.victim, cleaned, own, judged, jax.random.fold_in(key, 2)).plain()
 
 
 def beside(clean: dict[str, Any] | None, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

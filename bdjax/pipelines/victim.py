@@ -19,18 +19,18 @@ from bdjax.config import (
     config_of,
     digest,
     from_json,
-    stream,
+    stage_key,
     to_json,
 )
 from bdjax.datasets._files import read_array
-from bdjax.engine import FitConfig, fit_controlled, parallel
+from bdjax.engine import FitConfig, fit_with_hook, parallel
 from bdjax.engine.callbacks import Recorder
 from bdjax.engine.clock import Clock
 from bdjax.errors import InputError
 from bdjax.io import checkpoint, records
 from bdjax.pipelines import plausibility
 from bdjax.pipelines.environment import environment
-from bdjax.types import Control, Data, Key, Model, Poison, Task, Variables, Watch
+from bdjax.types import Callback, Data, Key, Model, Poison, Task, TrainingHook, Variables
 
 
 @dataclass
@@ -81,12 +81,12 @@ def _train(
     targets = sorted({part.config.target for part, _ in parts})
     for line in [*plausibility.described(data), *(f"warning: {one}" for one in plausibility.of_data(data, targets))]:
         context.say(line)
-    clock, watch = Clock(), Recorder(context.tick)
+    clock, callback = Clock(), Recorder(context.tick)
     with parallel.using(context.devices):
-        task = task_of(experiment, data, context, watch, unfinished, clock)
-        planted = attacks.plant(experiment.attack, experiment.attack_config, task, stream(experiment.seed, "attack"))
+        task = task_of(experiment, data, context, callback, unfinished, clock)
+        planted = attacks.plant(experiment.attack, experiment.attack_config, task, stage_key(experiment.seed, "attack"))
     seconds, compiling = clock.read()
-    arrays = {"trigger": {**planted.arrays, **portraits(experiment, data, planted.arrays)}}
+    arrays = {"trigger": {**planted.arrays, **trigger_previews(experiment, data, planted.arrays)}}
     if planted.poison is not None:
         indices = planted.poison.indices
         arrays["poison"] = {
@@ -100,7 +100,7 @@ def _train(
         **describe(experiment, data),
         "poison": None if planted.poison is None else _facts(planted.poison),
         "seconds": {"attack": seconds, "compile": compiling},
-        "curve": watch.rows,
+        "curve": callback.rows,
         "env": environment(context.devices),
     }
     checkpoint.write_model(directory, manifest, planted.variables, arrays)
@@ -126,7 +126,9 @@ def poisoned_set(directory: Path, dataset: str | None = None) -> tuple[Data, np.
     model = models.create(experiment.model, data.shape, len(data.classes))
     task = Task(data.x_train, data.y_train, model, read_array)
     arrays = attacks.own_arrays(checkpoint.read_arrays(directory, "trigger"))
-    made = attacks.poison(experiment.attack, experiment.attack_config, task, stream(experiment.seed, "attack"), arrays)
+    made = attacks.poison(
+        experiment.attack, experiment.attack_config, task, stage_key(experiment.seed, "attack"), arrays
+    )
     if _facts(made)["sha256"] != manifest["poison"]["sha256"]:
         raise InputError(
             f"the poisoned images of {directory} cannot be made again bit for bit here (sha256 differs from the "
@@ -145,7 +147,9 @@ def _facts(poison: Poison) -> dict[str, Any]:
     return {"n": len(poison.indices), "copies": poison.copies, "sha256": digest.hexdigest()}
 
 
-def task_of(experiment: Experiment, data: Data, context: Context, watch: Watch, unfinished: Path, clock: Clock) -> Task:
+def task_of(
+    experiment: Experiment, data: Data, context: Context, callback: Callback, unfinished: Path, clock: Clock
+) -> Task:
     """What the attacker holds. Every stage of training keeps its last epoch in `unfinished`/STAGE."""
     own = models.create(experiment.model, data.shape, len(data.classes), experiment.fit.dtype)
     names: set[str] = set()
@@ -154,7 +158,7 @@ def task_of(experiment: Experiment, data: Data, context: Context, watch: Watch, 
         images: np.ndarray,
         labels: np.ndarray,
         key: Key,
-        control: Control | None,
+        hook: TrainingHook | None,
         attacker: Any,
         *,
         stage: str = "training",
@@ -165,10 +169,10 @@ def task_of(experiment: Experiment, data: Data, context: Context, watch: Watch, 
         if stage in names:
             raise ValueError(f"stage {stage!r} of {experiment.attack} is trained twice; give each its own name")
         names.add(stage)
-        return fit_controlled(
-            model or own, images, labels, replace(experiment.fit, **(recipe or {})), key, control, attacker,
+        return fit_with_hook(
+            model or own, images, labels, replace(experiment.fit, **(recipe or {})), key, hook, attacker,
             start=start, stage=stage, saver=checkpoint.EpochSaver(unfinished / stage.replace(" ", "-")),
-            watch=watch if stage == "training" else _Ticks(watch),
+            callback=callback if stage == "training" else _Ticks(callback),
         )  # fmt: skip
 
     def fit(images: np.ndarray, labels: np.ndarray, key: Key, **options: Any) -> Variables:
@@ -179,7 +183,7 @@ def task_of(experiment: Experiment, data: Data, context: Context, watch: Watch, 
         alike = clean_of(experiment)
         if context.store is None:
             return fit(
-                data.x_train, data.y_train, attacks.fit_key(stream(experiment.seed, "attack")), stage="clean model"
+                data.x_train, data.y_train, attacks.fit_key(stage_key(experiment.seed, "attack")), stage="clean model"
             )
         with clock:  # its time is not this attack's
             directory = directory_of(alike, context.store, data.fingerprint)
@@ -192,21 +196,21 @@ def task_of(experiment: Experiment, data: Data, context: Context, watch: Watch, 
         model=own,
         fit=fit,
         read_array=read_array,
-        watch=watch,
-        fit_controlled=controlled,
+        callback=callback,
+        fit_with_hook=controlled,
         clean=clean,
     )
 
 
-class _Ticks(Watch):
+class _Ticks(Callback):
     """Progress of a stage whose epochs are not the victim's curve."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, callback: Callback) -> None:
+        self._callback = callback
 
     def tick(self, stage: str, done: int, total: int) -> None:
         """Pass progress on."""
-        self._watch.tick(stage, done, total)
+        self._callback.on_progress(stage, done, total)
 
 
 def clean_of(experiment: Experiment) -> Experiment:
@@ -285,9 +289,9 @@ def check_fits(manifest: dict[str, Any], directory: Path, data: Data) -> None:
         )
 
 
-def portraits(experiment: Experiment, data: Data, arrays: Any) -> dict[str, np.ndarray]:
+def trigger_previews(experiment: Experiment, data: Data, arrays: Any) -> dict[str, np.ndarray]:
     """The trigger (each part's) on a black and on a white image: enough to recognise it without this library."""
-    key, found = stream(experiment.seed, "evaluate"), {}
+    key, found = stage_key(experiment.seed, "evaluate"), {}
     for part, stored in attacks.parts_of(experiment.attack, experiment.attack_config, arrays):
         for name, value in (("black", 0), ("white", 255)):
             paper = np.full((1, *data.shape), value, np.uint8)

@@ -9,11 +9,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from bdjax.cli._options import UNMEASURED
 from bdjax.io import checkpoint
 from bdjax.reports._html import Safe, code, el, facts, gallery, picture, table
 from bdjax.reports._style import CSS, PAGE
-from bdjax.text import visible
+from bdjax.text import UNMEASURED, visible
 
 __all__ = ["picture", "write"]
 

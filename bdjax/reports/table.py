@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bdjax.cli._options import UNMEASURED
 from bdjax.errors import InputError
 from bdjax.io import records
 from bdjax.io.files import read_record
 from bdjax.reports import papers as papers_
 from bdjax.reports import target as target_
+from bdjax.text import UNMEASURED
 
 _RATES = {  # column -> heading and place in a result
     "acc_before": ("ACC before", "before", "acc"),
