@@ -173,7 +173,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def from_json(kind: type, values: dict[str, Any], where: str = "the record") -> Any:
     """A Config from what :func:`to_json` gave. Raises InputError for fields that the class does not have or refuses."""
-    return records.typed(kind, values, where)
+    return records.from_plain(kind, values, where)
 
 
 def _plain(config: Any) -> dict[str, Any]:

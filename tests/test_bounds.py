@@ -138,7 +138,7 @@ def test_an_npz_that_unpacks_to_too_much_is_refused_before_it_is(tmp_path):
 
 
 def test_an_npz_is_bounded_in_its_entries_and_compared_with_its_checksums(tmp_path):
-    npz(tmp_path / "x.npz", {f"{place}.npy": b"" for place in range(arrays._MOST_ENTRIES + 1)})
+    npz(tmp_path / "x.npz", {f"{place}.npy": b"" for place in range(arrays._MAX_ENTRIES + 1)})
     assert "entries" in says(datasets.load, f"npz:{tmp_path}/x.npz")
     npz(tmp_path / "x.npz", entries(), zipfile.ZIP_STORED)
     body = bytearray((tmp_path / "x.npz").read_bytes())
@@ -216,7 +216,7 @@ def test_of_many_dictionaries_few_have_a_model_built_for_them(monkeypatch):
     monkeypatch.setattr(matching, "_fit", lambda *given: built.append(given) or fit(*given))
     wanted = matching.Wanted("small_vgg", None, None, None)
     assert matching.best("x", {**near, "right": good}, wanted, None).key == "right"
-    assert len(built) <= matching._MOST_TRIED
+    assert len(built) <= matching._MAX_TRIED
     with pytest.raises(InputError, match="does not fit small_vgg"):
         matching.best("x", near, wanted, None)
 

@@ -48,9 +48,9 @@ def test_a_pickle_of_very_many_opcodes_is_refused_at_the_bound(most, wrap, case,
 
 def test_names_of_classes_are_bounded_in_number_and_length(tmp_path):
     many, stacked = b"cm\nA\n0", text("m") + text("A") + b"\x930"
-    for body in (many * (_pickle.MOST_NAMES + 1), stacked * (_pickle.MOST_NAMES + 1)):
+    for body in (many * (_pickle.MAX_NAMES + 1), stacked * (_pickle.MAX_NAMES + 1)):
         (tmp_path / "x.pt").write_bytes(zipped(program(body + b"N")))
-        with pytest.raises(InputError, match=f"more than {_pickle.MOST_NAMES} classes"):
+        with pytest.raises(InputError, match=f"more than {_pickle.MAX_NAMES} classes"):
             reader.read(tmp_path / "x.pt")
     for name in ("_" * 300_000, "_a" * 300_000, "A" * 300_000):
         (tmp_path / "x.pt").write_bytes(zipped(program(b"cm\n" + name.encode() + b"\n)R")))
@@ -62,7 +62,7 @@ def test_names_of_classes_are_bounded_in_number_and_length(tmp_path):
 
 def test_tensors_are_bounded_in_number_and_in_the_length_of_their_names(tmp_path):
     held = tensor(1)
-    many = dict.fromkeys(map(str, range(reader._MOST_TENSORS + 1)), held)
+    many = dict.fromkeys(map(str, range(reader._MAX_TENSORS + 1)), held)
     parts = {f"d{part}": dict.fromkeys([f"{part}.{place}" for place in range(9000)], held) for part in range(12)}
     for value in (many, {"net": many}, list(many.items()), parts):
         with pytest.raises(Refused, match="tensors by name; at most 20000 in one dictionary and 100000 in all"):
@@ -79,14 +79,14 @@ def test_tensors_are_bounded_in_number_and_in_the_length_of_their_names(tmp_path
 
 def test_as_many_first_layers_as_tensors_are_sorted_in_linear_time():
     """Each prefix was compared with each other one."""
-    prefixes = [f"{place:x}." for place in range(reader._MOST_TENSORS)]
+    prefixes = [f"{place:x}." for place in range(reader._MAX_TENSORS)]
     assert matching._outermost(prefixes) == prefixes
     assert matching._outermost(["b.a.", "a.", "a.b.", "b.", "ab.", "a.b.c."]) == ["a.", "b.", "ab."]
     assert matching._outermost(["", "a.", "b."]) == [""] and matching._outermost([]) == []
 
 
 def test_normalisation_layers_are_looked_for_in_linear_time():
-    tensors = {f"{place}.mean": tensor(3) for place in range(reader._MOST_TENSORS)}
+    tensors = {f"{place}.mean": tensor(3) for place in range(reader._MAX_TENSORS)}
     assert _beside.normalised("f", dict.fromkeys(map(str, range(9)), tensors), None) == ({}, {})
 
 

@@ -66,7 +66,7 @@ def test_a_data_set_that_has_moved(square, blobs_npz, tmp_path, capsys):
     shutil.copytree(square, tmp_path / "victim")
     manifest = json.loads((tmp_path / "victim" / "manifest.json").read_text())
     manifest["dataset"]["spec"] = "npz:gone.npz"
-    (tmp_path / "victim" / "manifest.json").write_text(checkpoint.sealed(manifest))
+    (tmp_path / "victim" / "manifest.json").write_text(checkpoint.manifest_text(manifest))
     argv = ("poisoned", tmp_path / "victim", "--out", tmp_path / "set.npz")
     assert "gone.npz" in refused(capsys, *argv)
     assert "fingerprint" in refused(capsys, *argv, "--dataset", "digits")

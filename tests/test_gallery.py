@@ -230,7 +230,7 @@ def test_victims_of_other_data(victims, flat, tmp_path):
     shutil.copytree(victims["badnets"], other)
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["dataset"]["spec"] = flat
-    (other / "manifest.json").write_text(checkpoint.sealed(manifest))
+    (other / "manifest.json").write_text(checkpoint.manifest_text(manifest))
     with pytest.raises(InputError, match=r"several data sets: .*--dataset"):
         gallery.gallery((str(other), str(victims["badnets"])))
     with pytest.raises(InputError, match=r"square has a trigger for \(8, 8, 1\) images; flat has \(32, 32, 3\)"):

@@ -12,7 +12,7 @@ from commands import refused
 from bdjax import datasets, registry
 from bdjax.errors import InputError
 from bdjax.io import checkpoint, records
-from bdjax.io.files import MOST_TEXT
+from bdjax.io.files import MAX_TEXT
 from bdjax.text import visible
 
 NAMES = ("model", "attack.name", "defense.name", "reactivation.name", "dataset.spec")
@@ -175,7 +175,7 @@ def test_what_a_manifest_lists_and_what_lies_there(copied):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"a":' * 100_000, "damaged"), ("[" * 100_000, "damaged"), (" " * (MOST_TEXT + 1), "at most"),
+        ('{"a":' * 100_000, "damaged"), ("[" * 100_000, "damaged"), (" " * (MAX_TEXT + 1), "at most"),
         ('{"files": {}, "format": 2, "seal": ""}', "not its seal"),
         ('{"files": {}, "format": 2, "seal": "0"}', "not its seal"),
         ('{"files": {}, "format": 1e400}', "format"), ('{"files": {}, "format": true}', "format"),

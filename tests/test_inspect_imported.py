@@ -61,7 +61,7 @@ def test_another_models_purified_one_is_refused(models, blobs_npz, capsys, tmp_p
     other = shutil.copytree(models[0], tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["source"]["sha256"] = "0" * 63 + "1"
-    (other / "manifest.json").write_text(checkpoint.sealed(manifest))
+    (other / "manifest.json").write_text(checkpoint.manifest_text(manifest))
     said = refused(capsys, "inspect", other, models[1], "--dataset", blobs_npz, *TRIGGER, "--out", tmp_path / "in")
     assert "was made of another victim" in said
 

@@ -46,7 +46,7 @@ def altered(source, target, **changes):
     """A copy of a model directory with other entries in its manifest."""
     shutil.copytree(source, target)
     manifest = json.loads((target / "manifest.json").read_text())
-    (target / "manifest.json").write_text(checkpoint.sealed({**manifest, **changes}))
+    (target / "manifest.json").write_text(checkpoint.manifest_text({**manifest, **changes}))
     return target
 
 

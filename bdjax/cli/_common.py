@@ -261,13 +261,13 @@ def finish(result: dict[str, Any], directory: Path, as_json: bool) -> None:
 
     if not checkpoint.is_main_process():
         return
-    with records.reading(directory / "result.json"):
+    with records.reading_record(directory / "result.json"):
         say(table.one(result))
         remarks(result)
     picture = directory / "figure.png"
     if not picture.exists():
         arrays = checkpoint.read_arrays(directory, "arrays")
-        with records.reading(directory / "arrays.npz"):
+        with records.reading_record(directory / "arrays.npz"):
             figure.draw(result, arrays, picture)
     say(f"picture: {picture}\nresult:  {directory / 'result.json'}\nmodel:   {directory / 'purified'}")
     if as_json:

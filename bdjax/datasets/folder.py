@@ -17,7 +17,7 @@ from bdjax.datasets import _checks, _layout
 from bdjax.datasets._stratify import spread
 from bdjax.errors import InputError
 from bdjax.io.arrays import open_picture
-from bdjax.io.files import shown_size
+from bdjax.io.files import format_bytes
 from bdjax.types import Data
 
 USUAL = (".png", ".jpg", ".jpeg")
@@ -120,7 +120,7 @@ def _read(paths: list[Path]) -> tuple[np.ndarray, int]:
     if need > most:
         raise InputError(
             f"{len(paths)} images of {width}x{height} pixels as {paths[0]} take {need} bytes; at most {most} "
-            f"({shown_size(most)}) are read, {_TIMES} times what the files have. Bring them to a smaller size first."
+            f"({format_bytes(most)}) are read, {_TIMES} times what the files have. Bring them to a smaller size first."
         )
     out = np.empty((len(paths), height, width, 3), np.uint8)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from bdjax.datasets import _checks
 from bdjax.errors import InputError
-from bdjax.io.arrays import MOST_FILE, open_npz
+from bdjax.io.arrays import MAX_FILE, open_npz
 from bdjax.io.files import open_regular
 from bdjax.types import Data
 
@@ -33,7 +33,7 @@ def load(rest: str) -> Data:
         raise InputError(f"npz:{rest}: {path.absolute()} {found} Give the path of a .npz file.")
     if path.suffix.lower() == ".mat":
         raise InputError(f"{path} is not a .npz file. {_checks.SVHN}.")
-    with open_regular(path, MOST_FILE, "an .npz file") as opened:
+    with open_regular(path, MAX_FILE, "an .npz file") as opened:
         is_pickle = opened.read(1) == b"\x80"
     if is_pickle:
         cifar = path.name.startswith(("data_batch", "test_batch")) or path.name in ("train", "test")

@@ -152,7 +152,7 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
     if form not in FORMATS:
         raise InputError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}.")
     manifest = checkpoint.read_record(directory)
-    with records.reading(Path(directory) / checkpoint.MANIFEST):
+    with records.reading_record(Path(directory) / checkpoint.MANIFEST):
         model = model_of(manifest)
         like = names.like_of(model)
     source = manifest.get("source")
@@ -160,17 +160,17 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
     naming = names.usual(model.name)
     if source:
         naming = _named(directory, known, source["names"])
-    with records.reading(Path(directory) / checkpoint.MANIFEST):
+    with records.reading_record(Path(directory) / checkpoint.MANIFEST):
         entries = names.entries(naming, model)
     variables = checkpoint.read_variables(directory, like)
     if source:
-        with records.reading(Path(directory) / checkpoint.MANIFEST):
+        with records.reading_record(Path(directory) / checkpoint.MANIFEST):
             tensors = _original(directory, source, entries, variables)
     else:
         tensors = _fresh(entries, variables)
     need = sum(array.nbytes for array in tensors.values())
     checkpoint.check_space(out, need)
-    with checkpoint.whole_file(out) as file:
+    with checkpoint.atomic_file(out) as file:
         if form == "torch":
             writer.write_torch(file, tensors)
         else:
@@ -182,9 +182,9 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
 def model_of(manifest: Mapping[str, Any], dtype: Any = np.float32) -> models.Model:
     """The model that a manifest describes."""
     given = manifest.get("input")
-    done = None if not given else records.typed(Input, given, "input")
-    if done is not None and done.resize > records.MOST_SIDE:
-        raise InputError(f"input.resize is {done.resize}; images have sides of at most {records.MOST_SIDE} pixels.")
+    done = None if not given else records.from_plain(Input, given, "input")
+    if done is not None and done.resize > records.MAX_SIDE:
+        raise InputError(f"input.resize is {done.resize}; images have sides of at most {records.MAX_SIDE} pixels.")
     shape, classes = tuple(manifest["shape"]), len(manifest["classes"])
     own = models.variant(manifest.get("variant") or {})
     return models.create(manifest["model"], shape, classes, dtype, manifest.get("width"), done, own)

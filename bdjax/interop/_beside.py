@@ -34,7 +34,7 @@ _BACKDOORBENCH = {  # BackdoorBench's, by the data set that its results name
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
-_MOST_CHANNELS = 64
+_MAX_CHANNELS = 64
 _MOST = 64  # dictionaries, and normalisation layers in one, that are looked at
 _NAMES = ("classes", "class_names", "classnames", "class_labels", "label_names", "labels", "categories", "names",
           "idx_to_class", "idx2class", "id2label", "class_to_idx", "class2idx", "label2id")  # fmt: skip
@@ -146,7 +146,7 @@ def _is_kernel(tensor: Tensor) -> bool:
 def _is_by_channel(tensor: Tensor) -> bool:
     return (
         tensor.dtype in _FLOATS
-        and 1 <= prod(tensor.shape) <= _MOST_CHANNELS
+        and 1 <= prod(tensor.shape) <= _MAX_CHANNELS
         and sum(side > 1 for side in tensor.shape) <= 1
     )
 

@@ -5,7 +5,7 @@ import zlib
 from pathlib import Path
 
 from bdjax.interop._tensors import Refused, shown
-from bdjax.io.files import MOST_WEIGHTS, open_regular
+from bdjax.io.files import MAX_WEIGHTS, open_regular
 
 _PART = 1 << 20
 
@@ -15,7 +15,7 @@ def check(path: Path) -> None:
 
     A file in which every entry's is 0 was written without (torch.serialization.set_crc32_options).
     """
-    with open_regular(path, MOST_WEIGHTS, "a weight file") as file:
+    with open_regular(path, MAX_WEIGHTS, "a weight file") as file:
         if file.read(2) != b"PK":
             return
         try:

@@ -17,8 +17,8 @@ from bdjax.interop import _globals, _pickle
 from bdjax.interop._globals import Global, Skipped
 from bdjax.interop._tensors import Refused, Storage, Tensor, shown
 
-MOST_BYTES = 96 << 20  # of a pickle, in which NumPy's arrays may lie, or of six headers
-_MOST_ENTRIES = 20_000  # of an archive, and tensors of a safetensors file
+MAX_BYTES = 96 << 20  # of a pickle, in which NumPy's arrays may lie, or of six headers
+_MAX_ENTRIES = 20_000  # of an archive, and tensors of a safetensors file
 KERAS = (
     "Weights of Keras are not read. Load it where you trust it (keras.models.load_model(FILE)), give its "
     "arrays PyTorch's names and layouts, and save them: safetensors.numpy.save_file(arrays, 'weights.safetensors'); "
@@ -36,12 +36,12 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     with open(path, "rb") as opened:
         head = opened.read(8)
     length = int.from_bytes(head, "little")
-    if len(head) < 8 or length > min(path.stat().st_size - 8, MOST_BYTES // 6):
+    if len(head) < 8 or length > min(path.stat().st_size - 8, MAX_BYTES // 6):
         raise Refused(f"it claims a header of {length} bytes: it is cut off, or no safetensors file")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names = file.keys()
-            if len(names) > _MOST_ENTRIES:
+            if len(names) > _MAX_ENTRIES:
                 raise Refused(f"it holds {len(names)} tensors, more than any model that can be read")
             return {name: _safe_tensor(path, file, name) for name in names}
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
@@ -68,8 +68,8 @@ def open_zip(path: Path) -> Any:
     if len(pickles) != 1 or pickles[0].count("/") > 1:
         raise Refused("it is a zip without one data.pkl: torch.save did not write it")
     folder = pickles[0].removesuffix("data.pkl")
-    if entries[pickles[0]][1] > MOST_BYTES:
-        raise Refused(f"its data.pkl has more than {MOST_BYTES >> 20} MiB; weights lie in files of their own")
+    if entries[pickles[0]][1] > MAX_BYTES:
+        raise Refused(f"its data.pkl has more than {MAX_BYTES >> 20} MiB; weights lie in files of their own")
     with open(path, "rb") as file:
         start, size = entries.get(f"{folder}byteorder", (0, 0))
         file.seek(start)
@@ -98,7 +98,7 @@ def _entries(path: Path) -> dict[str, tuple[int, int]]:
                 infos = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError) as error:
             raise Refused(f"it is a damaged zip ({shown(str(error))})") from None
-        if len(infos) > _MOST_ENTRIES:
+        if len(infos) > _MAX_ENTRIES:
             raise Refused(f"it has {len(infos)} entries, more than any model that can be read")
         _check_kind([info.filename for info in infos])
         found: dict[str, tuple[int, int]] = {}
@@ -159,14 +159,14 @@ def _check_directory(file: Any, size: int) -> None:
         file.seek(max(0, size - 42 - 56))
         record = file.read(56)
         length = struct.unpack("<Q", record[40:48])[0] if record[:4] == b"PK\6\6" else size
-    if length > min(size, _MOST_ENTRIES * 200):
-        raise Refused(f"its directory claims {length} bytes, more than {_MOST_ENTRIES} entries of a model take")
+    if length > min(size, _MAX_ENTRIES * 200):
+        raise Refused(f"its directory claims {length} bytes, more than {_MAX_ENTRIES} entries of a model take")
 
 
 def open_legacy(path: Path) -> Any:
     """The value that torch.save wrote before PyTorch 1.6: pickles, then storages. Raises Refused for other files."""
     with open(path, "rb") as file:
-        stream = io.BytesIO(file.read(MOST_BYTES))
+        stream = io.BytesIO(file.read(MAX_BYTES))
     known: dict[str, Storage] = {}
     views: dict[str, tuple[str, int]] = {}
     first = _pickle.load(stream, _no_storage)

@@ -16,8 +16,8 @@ from bdjax.interop._globals import STORAGES, Global, Skipped
 from bdjax.interop._tensors import DTYPES, OTHER_STORAGES, Refused, Storage, Tensor, shown
 
 MOST = 1_000_000
-MOST_NAMES = 100_000  # of classes and functions; torch.save writes each once
-MOST_ENCODED = 96 << 20  # characters that Python 2's way of writing bytes takes, in all
+MAX_NAMES = 100_000  # of classes and functions; torch.save writes each once
+MAX_ENCODED = 96 << 20  # characters that Python 2's way of writing bytes takes, in all
 _MARK = object()
 _ENDED = Refused("the pickle takes more from its stack than is there: it is damaged")
 
@@ -50,12 +50,12 @@ def load(stream: BinaryIO, persistent: Callable[[Any], Any]) -> Any:
                 stack.append(own())
             elif kind == "reduce":
                 encoded += _reduce(stack)
-                if encoded > MOST_ENCODED:
-                    raise Refused(f"the pickle encodes more than {MOST_ENCODED} characters, more than it can hold")
+                if encoded > MAX_ENCODED:
+                    raise Refused(f"the pickle encodes more than {MAX_ENCODED} characters, more than it can hold")
             elif kind == "global":
                 named += 1
-                if named > MOST_NAMES:
-                    raise Refused(f"the pickle names more than {MOST_NAMES} classes, which no list of weights does")
+                if named > MAX_NAMES:
+                    raise Refused(f"the pickle names more than {MAX_NAMES} classes, which no list of weights does")
                 stack.append(_globals.known(_stacked(stack) if argument is None else argument.replace(" ", ".", 1)))
             elif kind == "outside":
                 stack.append(persistent(stack.pop()))
@@ -163,7 +163,7 @@ def _rebuilt_typed(arguments: tuple[Any, ...]) -> Tensor | Skipped:
     dtype = arguments[6].removeprefix("torch.")
     if dtype not in DTYPES:
         return Skipped(f"a tensor of {arguments[6]}")
-    if whole.itemsize != 1 or len(whole.views) >= MOST_VIEWS:
+    if whole.itemsize != 1 or len(whole.views) >= MAX_VIEWS:
         raise Refused(f"storage {shown(whole.key)} is described in more ways than torch.save writes")
     view = Storage(whole.key, dtype, whole.count // DTYPES[dtype].itemsize)
     whole.views.append(view)
@@ -263,7 +263,7 @@ def _append(stack: list[Any]) -> None:
     _into_list(stack, [item])
 
 
-MOST_VIEWS = 64  # types that one storage is seen as
+MAX_VIEWS = 64  # types that one storage is seen as
 _OF_TYPE = "torch._tensor._rebuild_from_type_v2"
 _TENSORS = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _DICTIONARIES = ("collections.OrderedDict", "collections.defaultdict")

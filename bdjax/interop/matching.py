@@ -15,11 +15,11 @@ from bdjax.types import Model
 
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
 _SHOWN = 20  # lines of what does not fit
-_MOST_PREFIXES = 8  # that are looked at in one dictionary
-_MOST_TRIED = 8  # places and namings that a model is built for
-_MOST_BUILT = 1_000  # tensors of the different models that are built until no other is
+_MAX_PREFIXES = 8  # that are looked at in one dictionary
+_MAX_TRIED = 8  # places and namings that a model is built for
+_MAX_BUILT = 1_000  # tensors of the different models that are built until no other is
 _WIDEST = 16  # times the usual width
-_MOST_CHANNELS = 64  # of images
+_MAX_CHANNELS = 64  # of images
 _AVERAGED = "n_averaged"  # how many models torch.optim.swa_utils took the mean of
 
 
@@ -75,7 +75,7 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     for likely in _likeliest(places):
         try:
             model = _sized(likely[0], likely[1], _shapes(*likely[1:]))[0]
-            if model in built or sum(built.values()) <= _MOST_BUILT:
+            if model in built or sum(built.values()) <= _MAX_BUILT:
                 found.append(_fit(*likely))
                 built[model] = len(found[-1].entries)
                 continue
@@ -141,8 +141,8 @@ _Place: TypeAlias = tuple[Wanted, names.Naming, str, str, Mapping[str, Tensor]] 
 
 
 def _likeliest(places: list[_Place]) -> list[_Place]:
-    """At most _MOST_TRIED, for a model is built for each: those whose names are nearest to the usual model's."""
-    if len(places) <= _MOST_TRIED:
+    """At most _MAX_TRIED, for a model is built for each: those whose names are nearest to the usual model's."""
+    if len(places) <= _MAX_TRIED:
         return places
 
     def differing(place: _Place) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def _likeliest(places: list[_Place]) -> list[_Place]:
         usual = _usual_names(naming.model, naming.label)
         return len(usual - inside), len(inside - usual) + len(tensors) - len(inside)  # a deeper one has more names
 
-    return sorted(places, key=differing)[:_MOST_TRIED]
+    return sorted(places, key=differing)[:_MAX_TRIED]
 
 
 @lru_cache
@@ -176,7 +176,7 @@ def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[_Plac
         ]
         prefixes = [place for place in places if not place or place.endswith(".")]
         outer = _outermost(prefixes)
-        here: list[_Place] = [(wanted, naming, key, prefix, tensors) for prefix in outer[:_MOST_PREFIXES]]
+        here: list[_Place] = [(wanted, naming, key, prefix, tensors) for prefix in outer[:_MAX_PREFIXES]]
         found += here
         whole += [place for place in here if place[3] + last in tensors]
     return whole or found
@@ -250,7 +250,7 @@ def _sized(wanted: Wanted, naming: names.Naming, of: names.Shapes) -> tuple[Mode
     if measured and naming.resized and size != (measured, measured) and not given.resize:
         given = replace(given, resize=measured)  # its positions belong to one size, so its owner brings images to it
     done = None if given == Input() else given
-    shape = (*size, min(max(channels, 1), _MOST_CHANNELS))
+    shape = (*size, min(max(channels, 1), _MAX_CHANNELS))
     options = dict(naming.options(of, (given.resize,) * 2 if given.resize else size))
     for option, value in wanted.chosen.items():
         if option not in options:

@@ -15,10 +15,10 @@ from bdjax.interop import _files, _globals
 from bdjax.interop._arrays import Array
 from bdjax.interop._globals import Global, Skipped
 from bdjax.interop._tensors import Refused, Tensor
-from bdjax.io.files import MOST_WEIGHTS, open_regular
+from bdjax.io.files import MAX_WEIGHTS, open_regular
 
-_DEPTH, _MOST_VISITED = 8, 10_000
-_MOST_TENSORS, _MOST_IN_ALL = 20_000, 100_000  # by name: in one dictionary, and in all of them
+_DEPTH, _MAX_VISITED = 8, 10_000
+_MAX_TENSORS, _MAX_IN_ALL = 20_000, 100_000  # by name: in one dictionary, and in all of them
 _LONGEST_NAME = 500  # characters
 _SHORT = 64  # entries of a list or tuple that are looked into
 _LONGEST = 200  # characters of a key, where it is part of a place
@@ -42,7 +42,7 @@ def read(path: Path) -> tuple[str, Any]:
     path = Path(path)
     if not path.exists() or path.is_dir():
         raise InputError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}. Give a weight file.")
-    with open_regular(path, MOST_WEIGHTS, "a weight file") as file:
+    with open_regular(path, MAX_WEIGHTS, "a weight file") as file:
         head = file.read(_HDF5_PLACES[-1] + len(_HDF5))
     try:
         return _opened(path, head)
@@ -83,8 +83,8 @@ def state_dicts(value: Any) -> dict[str, dict[str, Tensor]]:
         if tensors:
             found[place] = tensors
         count += len(tensors)
-        if len(tensors) > _MOST_TENSORS or count > _MOST_IN_ALL:
-            most = f"at most {_MOST_TENSORS} in one dictionary and {_MOST_IN_ALL} in all are read"
+        if len(tensors) > _MAX_TENSORS or count > _MAX_IN_ALL:
+            most = f"at most {_MAX_TENSORS} in one dictionary and {_MAX_IN_ALL} in all are read"
             raise Refused(f"it holds {count} tensors by name; {most}. Save the state dict alone")
         long = next((key for key in tensors if len(key) > _LONGEST_NAME), None)
         if long is not None:
@@ -168,11 +168,11 @@ def _visited(value: Any) -> Iterator[tuple[str, Any]]:
     for _ in range(_DEPTH):
         below: list[tuple[str, Any]] = []
         for place, one in level:
-            if not isinstance(one, dict | list | tuple) or id(one) in seen or len(seen) >= _MOST_VISITED:
+            if not isinstance(one, dict | list | tuple) or id(one) in seen or len(seen) >= _MAX_VISITED:
                 continue
             seen.add(id(one))
             yield place, one
             for key, held in _parts(one):
-                if isinstance(held, dict | list | tuple) and len(below) < _MOST_VISITED:
+                if isinstance(held, dict | list | tuple) and len(below) < _MAX_VISITED:
                     below.append((_below(place, key), held))
         level = below

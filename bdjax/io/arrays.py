@@ -17,17 +17,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bdjax.errors import InputError
-from bdjax.io.files import open_regular, shown_size
+from bdjax.io.files import open_regular, format_bytes
 from bdjax.text import visible
 
-MOST_FILE = 64 << 30
+MAX_FILE = 64 << 30
 """Bytes of a file of arrays, at most."""
-MOST_PICTURE_FILE = 64 << 20
-MOST_PIXELS = 4096 * 4096
+MAX_PICTURE_FILE = 64 << 20
+MAX_PIXELS = 4096 * 4096
 """Of one picture, at most."""
 _LEAST_ROOM, _TIMES = 512 << 20, 10
-_MOST_HEADER = 10_000  # bytes of what describes an array
-_MOST_ENTRIES = 4096  # of an .npz file
+_MAX_HEADER = 10_000  # bytes of what describes an array
+_MAX_ENTRIES = 4096  # of an .npz file
 _QUIET = threading.Lock()  # the filters of warnings belong to the process
 
 
@@ -50,11 +50,11 @@ class Npz:
             raise _damaged(path, error) from None
         self._entries = {info.filename.removesuffix(".npy"): info for info in self._archive.infolist()}
         need, most = sum(info.file_size for info in self._archive.infolist()), room(size)
-        if len(self._entries) > _MOST_ENTRIES:
-            raise InputError(f"{path} has {len(self._entries)} entries; an .npz file has at most {_MOST_ENTRIES}.")
+        if len(self._entries) > _MAX_ENTRIES:
+            raise InputError(f"{path} has {len(self._entries)} entries; an .npz file has at most {_MAX_ENTRIES}.")
         if need > most:
             raise InputError(
-                f"{path} has {size} bytes and claims to unpack to {need}; at most {most} ({shown_size(most)}) are "
+                f"{path} has {size} bytes and claims to unpack to {need}; at most {most} ({format_bytes(most)}) are "
                 "read. If the arrays are what they should be, save them uncompressed (numpy.savez)."
             )
         self.files = list(self._entries)
@@ -73,13 +73,13 @@ class Npz:
 @contextmanager
 def open_npz(path: Path) -> Iterator[Npz]:
     """The .npz file `path`. Raises InputError, one line, for anything else and for what is too large."""
-    with open_regular(path, MOST_FILE, "an .npz file") as file:
+    with open_regular(path, MAX_FILE, "an .npz file") as file:
         yield Npz(Path(path), file)
 
 
 def read_npy(path: Path) -> np.ndarray:
     """The array of an .npy file. Raises InputError when it is none, too large or a pickle."""
-    with open_regular(path, MOST_FILE, "an .npy file") as file:
+    with open_regular(path, MAX_FILE, "an .npy file") as file:
         size = file.seek(0, 2)
         file.seek(0)
         with _reading(str(path)):
@@ -95,11 +95,11 @@ def open_picture(path: Path, formats: tuple[str, ...], what: str) -> Iterator[An
 
     Args: formats: Pillow's names of those that are taken (not all of them: of EPS, it starts a program); what: such a
       file, for messages.
-    Raises InputError when it is no regular file, has more than MOST_PIXELS, or cannot be read in the block.
+    Raises InputError when it is no regular file, has more than MAX_PIXELS, or cannot be read in the block.
     """
     from PIL import Image
 
-    with open_regular(path, MOST_PICTURE_FILE, "a picture") as file:
+    with open_regular(path, MAX_PICTURE_FILE, "a picture") as file:
         try:
             with _QUIET, warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is a lower one
@@ -116,12 +116,12 @@ def open_picture(path: Path, formats: tuple[str, ...], what: str) -> Iterator[An
             raise InputError(f"{path} is not a readable {what} ({said}). Replace or remove it.") from error
 
 
-_PIXELS = f"a picture has at most {MOST_PIXELS} pixels (4096 x 4096). Make it smaller."
+_PIXELS = f"a picture has at most {MAX_PIXELS} pixels (4096 x 4096). Make it smaller."
 
 
 def check_pixels(path: Path, size: tuple[int, int]) -> None:
     """Raise InputError for a picture of too many pixels."""
-    if size[0] * size[1] > MOST_PIXELS:
+    if size[0] * size[1] > MAX_PIXELS:
         raise InputError(f"{path} has {size[0]}x{size[1]} pixels; {_PIXELS}")
 
 
@@ -140,8 +140,8 @@ def _header(file: Any, where: str) -> tuple[tuple[int, ...], np.dtype]:
     begin = file.tell()
     version = np.lib.format.read_magic(file)
     length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
-    if length > _MOST_HEADER:
-        raise ValueError(f"an .npy header of {length} bytes; one has at most {_MOST_HEADER}")
+    if length > _MAX_HEADER:
+        raise ValueError(f"an .npy header of {length} bytes; one has at most {_MAX_HEADER}")
     file.seek(begin)
     np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
@@ -164,7 +164,7 @@ def _check_size(where: str, shape: tuple[int, ...], dtype: np.dtype, there: int,
             "damaged. Copy or write the file again."
         )
     if most is not None and there > most:
-        raise InputError(f"{where} has {there} bytes; at most {most} ({shown_size(most)}) are read.")
+        raise InputError(f"{where} has {there} bytes; at most {most} ({format_bytes(most)}) are read.")
 
 
 def _check_directory(path: Path, file: BinaryIO, size: int) -> None:
@@ -178,8 +178,8 @@ def _check_directory(path: Path, file: BinaryIO, size: int) -> None:
     if length == 0xFFFFFFFF and start + end >= 76:  # the larger form keeps its numbers in a record before
         file.seek(start + end - 76)
         length = struct.unpack("<Q", file.read(56)[40:48])[0]
-    if length > min(size, _MOST_ENTRIES * 256):
-        raise InputError(f"{path} claims a directory of {length} bytes; {_MOST_ENTRIES} entries take less.")
+    if length > min(size, _MAX_ENTRIES * 256):
+        raise InputError(f"{path} claims a directory of {length} bytes; {_MAX_ENTRIES} entries take less.")
 
 
 def _damaged(path: Path, why: Any) -> InputError:

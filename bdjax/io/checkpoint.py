@@ -32,7 +32,7 @@ from bdjax.errors import InputError
 from bdjax.io import records
 from bdjax.io.arrays import open_npz
 from bdjax.io.files import (
-    MOST_TEXT,
+    MAX_TEXT,
     barrier,
     check_space,
     is_main_process,
@@ -41,10 +41,10 @@ from bdjax.io.files import (
     open_regular,
     partial_of,
     read_bytes,
-    refuse_link,
+    check_not_symlink,
     sha256,
-    shown_size,
-    whole_file,
+    format_bytes,
+    atomic_file,
     write_text,
 )
 from bdjax.text import visible
@@ -60,9 +60,9 @@ __all__ = [
     "read_manifest",
     "read_record",
     "read_variables",
-    "sealed",
+    "manifest_text",
     "sha256",
-    "whole_file",
+    "atomic_file",
     "write_arrays",
     "write_model",
     "write_text",
@@ -70,7 +70,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 had no seal
-MOST_BYTES = 2 << 30
+MAX_BYTES = 2 << 30
 """Of a model directory, at most: half a billion parameters."""
 
 
@@ -103,7 +103,7 @@ def write_model(
         for name, group in arrays.items():
             write_arrays(partial / f"{name}.npz", group)
         if is_main_process():
-            write_text(partial / MANIFEST, sealed({**manifest, "format": FORMAT, "files": _hashes(partial)}))
+            write_text(partial / MANIFEST, manifest_text({**manifest, "format": FORMAT, "files": _hashes(partial)}))
             os.rename(partial, directory)
         barrier("a model is there")
     finally:
@@ -111,7 +111,7 @@ def write_model(
     return directory
 
 
-def sealed(manifest: Mapping[str, Any]) -> str:
+def manifest_text(manifest: Mapping[str, Any]) -> str:
     """The text of a manifest. Its "seal" is the sha256 of this text with zeros in place of the seal."""
     text = json.dumps({**manifest, "seal": "0" * 64}, indent=1, sort_keys=True) + "\n"
     return text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest())
@@ -131,7 +131,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     return records.check_manifest(read_manifest(directory), Path(directory) / MANIFEST)
 
 
-def read_manifest(directory: Path, most: int = MOST_BYTES) -> dict[str, Any]:
+def read_manifest(directory: Path, most: int = MAX_BYTES) -> dict[str, Any]:
     """The manifest of a directory of ours, after every file in it was compared with its hash.
 
     Args: most: bytes of all its files.
@@ -144,7 +144,7 @@ def read_manifest(directory: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{directory} is not a bdjax model directory: {path} is missing.")
     try:
-        text = read_bytes(path, MOST_TEXT, "a manifest").decode()
+        text = read_bytes(path, MAX_TEXT, "a manifest").decode()
         manifest = json.loads(text)
         files = {str(name): str(expected) for name, expected in manifest["files"].items()}
         version, seal = manifest["format"], manifest.get("seal")
@@ -184,7 +184,7 @@ def _check_files(directory: Path, files: Mapping[str, str], most: int) -> None:
         with open_regular(file, most, "a file of a model directory") as opened:
             room -= os.fstat(opened.fileno()).st_size
         if room < 0:
-            raise InputError(f"{directory} holds more than {most} bytes ({shown_size(most)}), more than any model.")
+            raise InputError(f"{directory} holds more than {most} bytes ({format_bytes(most)}), more than any model.")
     for name, expected in files.items():
         if sha256(directory / name, most, "a file of a model directory") != expected:
             raise InputError(
@@ -205,7 +205,7 @@ def read_variables(directory: Path, like: Any) -> Any:
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Named arrays as an .npz file, which is there whole or not at all."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
 
 
@@ -228,7 +228,7 @@ class EpochSaver:
 
     def save(self, epoch: int, state: Any) -> None:
         """Keep `state` as epoch-N and drop what was there before. Where that fails, what was there stays."""
-        refuse_link(self.folder)
+        check_not_symlink(self.folder)
         check_space(self.folder, _bytes(state))
         target = self.folder / f"epoch-{epoch:06d}"
         partial = partial_of(target)
@@ -238,7 +238,7 @@ class EpochSaver:
         try:
             _save(partial, state)
             if is_main_process():
-                write_text(partial / MANIFEST, sealed({"format": FORMAT, "files": _hashes(partial)}))
+                write_text(partial / MANIFEST, manifest_text({"format": FORMAT, "files": _hashes(partial)}))
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(partial, target)
             barrier("an epoch is there")
@@ -251,12 +251,12 @@ class EpochSaver:
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """(epochs done, state) of the newest whole epoch, or None. Raises InputError when a file of it is damaged."""
-        refuse_link(self.folder)
+        check_not_symlink(self.folder)
         done = sorted(self.folder.glob("epoch-*")) if self.folder.is_dir() else []
         if not done:
             return None
         try:
-            read_manifest(done[-1], 8 * MOST_BYTES)  # with the state of its optimizer, and of our own making
+            read_manifest(done[-1], 8 * MAX_BYTES)  # with the state of its optimizer, and of our own making
         except InputError as error:
             raise InputError(f"{error} Without {self.folder} the training begins anew.") from None
         return int(done[-1].name.removeprefix("epoch-")), _load(done[-1], like)
@@ -286,7 +286,7 @@ def _load(path: Path, like: Any) -> Any:
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
     for file in path.rglob("*"):
         if file.parent.name != "d" and not file.is_dir():  # where values are; all else describes them
-            open_regular(file, MOST_TEXT, "a description of arrays").close()
+            open_regular(file, MAX_TEXT, "a description of arrays").close()
     cause = ""
     with _quiet():
         try:

@@ -25,9 +25,9 @@ import filelock
 
 from bdjax.errors import InputError
 
-MOST_TEXT = 16 << 20
+MAX_TEXT = 16 << 20
 """Bytes of a record (JSON), at most."""
-MOST_WEIGHTS = 16 << 30
+MAX_WEIGHTS = 16 << 30
 """Bytes of a weight file, at most: read are its description and the tensors of one network."""
 _SPARE_BYTES = 1 << 20
 
@@ -95,13 +95,13 @@ def _kind(path: Path) -> str:
     return next((name for test, name in kinds if test(mode)), "a device or a socket")
 
 
-def refuse_link(path: Path) -> None:
+def check_not_symlink(path: Path) -> None:
     """Raise InputError when `path`, a folder whose content will be replaced, is a symbolic link to another."""
     if Path(path).is_symlink():
         raise InputError(f"{path} is a symbolic link, and what it leads to would be replaced. Remove it.")
 
 
-def no_link(path: Path) -> Path:
+def remove_symlink(path: Path) -> Path:
     """`path`, where a file will be written, after a symbolic link that stands there was removed."""
     if path.is_symlink():
         path.unlink()
@@ -124,13 +124,13 @@ def open_regular(path: Path, most: int, what: str) -> BufferedReader:
     if not stat.S_ISREG(found.st_mode) or found.st_size > most:
         os.close(descriptor)
         if stat.S_ISREG(found.st_mode):
-            raise InputError(f"{path} has {found.st_size} bytes; {what} has at most {most} ({shown_size(most)}).")
+            raise InputError(f"{path} has {found.st_size} bytes; {what} has at most {most} ({format_bytes(most)}).")
         sort = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
         raise InputError(f"{path} is {sort}, not a regular file. Give {what} as a file.")
     return open(descriptor, "rb")
 
 
-def shown_size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes for people: 512 MiB, 2 GiB."""
     unit, name = (1 << 30, "GiB") if count >= 1 << 30 else (1 << 20, "MiB")
     return f"{count / unit:.4g} {name}"
@@ -145,19 +145,19 @@ def read_bytes(path: Path, most: int, what: str) -> bytes:
 def read_record(path: Path) -> Any:
     """The value of a JSON file. Raises ValueError when it is none, nests too deeply, or is refused by the above."""
     try:
-        return json.loads(read_bytes(path, MOST_TEXT, "a record").decode())
+        return json.loads(read_bytes(path, MAX_TEXT, "a record").decode())
     except RecursionError:
         raise ValueError("it nests too deeply") from None
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file that gets the name `path` when all of it is on the disk; nothing but the first process's is kept."""
     if not is_main_process():
         yield io.BytesIO()
@@ -185,7 +185,7 @@ def check_space(path: Path, need: int) -> None:
         )
 
 
-def sha256(path: Path, most: int = MOST_WEIGHTS, what: str = "a file to be hashed") -> str:
+def sha256(path: Path, most: int = MAX_WEIGHTS, what: str = "a file to be hashed") -> str:
     """Of a file, as hexadecimal digits. Raises InputError as :func:`open_regular`."""
     with open_regular(path, most, what) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

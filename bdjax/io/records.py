@@ -1,6 +1,6 @@
 """What stands in a directory's records is a stranger's word: types are checked before a value is used.
 
-A record is JSON. `typed` makes a Config of it, `check_manifest` looks at a model directory's: every field that is read
+A record is JSON. `from_plain` makes a Config of it, `check_manifest` looks at a model directory's: every field that is read
 later is there and of its type, every method that it names is installed, and no text in it makes code run.
 """
 
@@ -19,11 +19,11 @@ from bdjax.errors import InputError
 from bdjax.text import visible
 
 KINDS = ("victim", "imported", "purified", "reactivated")
-MOST_SIDE = 4096
+MAX_SIDE = 4096
 """Pixels of an image's side, at most."""
-MOST_CLASSES = 100_000
-_MOST_CHANNELS = 64
-_MOST_WIDTH = 1 << 16  # of a first convolution
+MAX_CLASSES = 100_000
+_MAX_CHANNELS = 64
+_MAX_WIDTH = 1 << 16  # of a first convolution
 _Number = int | float
 _CONFIG = {"name": str, "config": dict}
 _NEEDED: dict[str, Any] = {
@@ -47,7 +47,7 @@ _WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, R
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading_record(path: Path) -> Iterator[None]:
     """Turn what a damaged record raises in the block into one line that names it. Raises InputError."""
     try:
         yield
@@ -58,13 +58,13 @@ def reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is damaged or not ours ({why}). Remove it and run again, or restore it.") from None
 
 
-def shown(value: Any) -> Any:
+def make_visible(value: Any) -> Any:
     """A value of JSON with every text in it made visible, for tables and pages."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, list):
-        return [shown(one) for one in value]
-    return {visible(name): shown(one) for name, one in value.items()} if isinstance(value, dict) else value
+        return [make_visible(one) for one in value]
+    return {visible(name): make_visible(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 def check_manifest(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -99,11 +99,11 @@ def _check(name: str, value: Any, kind: Any) -> None:
     Fields "": or nothing in their place; "NAME?": may be missing.
     """
     if not isinstance(kind, dict):
-        if not fits(value, kind):
-            raise InputError(f"{name} is {_told(value)}, not {_called(kind)}.")
+        if not matches_type(value, kind):
+            raise InputError(f"{name} is {_describe_value(value)}, not {_describe_type(kind)}.")
     elif value is not None or "" not in kind:
         if not isinstance(value, dict):
-            raise InputError(f"{name} is {_told(value)}, not fields and values.")
+            raise InputError(f"{name} is {_describe_value(value)}, not fields and values.")
         for field, own in kind.items():
             own_name = field.removesuffix("?")
             if own_name in value and own_name:
@@ -115,22 +115,22 @@ def _check(name: str, value: Any, kind: Any) -> None:
 def _check_values(manifest: dict[str, Any]) -> None:
     kind, (height, width, channels) = manifest["kind"], manifest["shape"]
     if kind not in KINDS:
-        raise InputError(f"kind is {_told(kind)}, not one of {', '.join(KINDS)}.")
-    if not (1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE and 1 <= channels <= _MOST_CHANNELS):
+        raise InputError(f"kind is {_describe_value(kind)}, not one of {', '.join(KINDS)}.")
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE and 1 <= channels <= _MAX_CHANNELS):
         raise InputError(
-            f"shape is {list(manifest['shape'])}; images have sides of 1 to {MOST_SIDE} pixels and at most "
-            f"{_MOST_CHANNELS} channels."
+            f"shape is {list(manifest['shape'])}; images have sides of 1 to {MAX_SIDE} pixels and at most "
+            f"{_MAX_CHANNELS} channels."
         )
     for place, text in (("hash", manifest["hash"]), ("victim_hash", manifest.get("victim_hash", "0" * 64))):
         if not re.fullmatch("[0-9a-f]{64}", text):
-            raise InputError(f"{place} is {_told(text)}, not 64 hexadecimal digits.")
-    if not 2 <= (count := len(manifest["classes"])) <= MOST_CLASSES:
-        raise InputError(f"classes are {count}; there are 2 to {MOST_CLASSES}.")
-    if not 1 <= (manifest.get("width") or 1) <= _MOST_WIDTH:
-        raise InputError(f"width is {manifest['width']}; it is 1 to {_MOST_WIDTH} channels.")
+            raise InputError(f"{place} is {_describe_value(text)}, not 64 hexadecimal digits.")
+    if not 2 <= (count := len(manifest["classes"])) <= MAX_CLASSES:
+        raise InputError(f"classes are {count}; there are 2 to {MAX_CLASSES}.")
+    if not 1 <= (manifest.get("width") or 1) <= _MAX_WIDTH:
+        raise InputError(f"width is {manifest['width']}; it is 1 to {_MAX_WIDTH} channels.")
     for place, seed in (("seed", manifest["seed"]), ("defense.seed", (manifest.get("defense") or {}).get("seed", 0))):
         if not 0 <= seed < 1 << 32:
-            raise InputError(f"{place} is {_told(seed)}; it is 0 to {(1 << 32) - 1}.")
+            raise InputError(f"{place} is {_describe_value(seed)}; it is 0 to {(1 << 32) - 1}.")
     needs = {"imported": ("source",), "purified": ("defense", "split"), "reactivated": ("reactivation",)}
     for name in needs.get(kind, ()):
         if manifest.get(name) is None:
@@ -182,54 +182,54 @@ def _without_code(field: str, value: Any, depth: int = 8) -> Any:
     return value
 
 
-def typed(kind: type, values: Any, where: str) -> Any:
+def from_plain(kind: type, values: Any, where: str) -> Any:
     """An instance of the dataclass `kind` from a record's values, each of its field's type.
 
     Args: where: the record and its field, for messages.
     Raises InputError for a field that the class does not have, a value of another type, and what the class refuses.
     """
     if not isinstance(values, dict):
-        raise InputError(f"{where} is {_told(values)}, not fields and values.")
+        raise InputError(f"{where} is {_describe_value(values)}, not fields and values.")
     hints = typing.get_type_hints(kind)
     if unknown := sorted(str(name) for name in set(values) - {field.name for field in dataclasses.fields(kind)}):
         listed = ", ".join(map(visible, unknown[:5]))
         raise InputError(f"{where} ({kind.__module__}) has no field {listed}; it is of another version.")
-    found = {name: _back(hints[name], value) for name, value in values.items()}
+    found = {name: _from_json_value(hints[name], value) for name, value in values.items()}
     for name, value in found.items():
-        if not fits(value, hints[name]):
-            raise InputError(f"{where}: {name} is {_told(value)}, not {_called(hints[name])}.")
+        if not matches_type(value, hints[name]):
+            raise InputError(f"{where}: {name} is {_describe_value(value)}, not {_describe_type(hints[name])}.")
     try:
         return kind(**found)
     except (TypeError, LookupError, OverflowError) as error:
         raise InputError(f"{where} makes no {kind.__module__}.{kind.__name__} ({visible(str(error))}).") from None
 
 
-def _back(hint: Any, value: Any) -> Any:
+def _from_json_value(hint: Any, value: Any) -> Any:
     """A value as it was before JSON: a list is a tuple, "inf" a number where one belongs."""
     if isinstance(value, list):
-        return tuple(_back(None, one) for one in value)
+        return tuple(_from_json_value(None, one) for one in value)
     number = hint is float or (float in get_args(hint) and str not in get_args(hint))
     return float(value) if number and value in ("inf", "-inf", "nan") else value
 
 
-def fits(value: Any, kind: Any) -> bool:
+def matches_type(value: Any, kind: Any) -> bool:
     """Whether a value of JSON is of the annotation `kind`; whole numbers are numbers, truths are not."""
     origin, choices = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
     if isinstance(kind, typing.NewType):
-        return fits(value, kind.__supertype__)
+        return matches_type(value, kind.__supertype__)
     if origin is typing.Literal:
         return any(value == choice and type(value) is type(choice) for choice in choices)
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, choice) for choice in choices)
+        return any(matches_type(value, choice) for choice in choices)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             return False
         kinds = choices[:1] * len(value) if choices[-1] is ... else choices
-        return len(kinds) == len(value) and all(map(fits, value, kinds))
+        return len(kinds) == len(value) and all(map(matches_type, value, kinds))
     if origin in (list, dict):
-        return isinstance(value, origin) and (origin is list or all(fits(one, choices[1]) for one in value.values()))
+        return isinstance(value, origin) and (origin is list or all(matches_type(one, choices[1]) for one in value.values()))
     if kind in (None, types.NoneType):
         return value is None
     if kind is float:
@@ -239,20 +239,20 @@ def fits(value: Any, kind: Any) -> bool:
     return type(value) is kind if isinstance(kind, type) else True
 
 
-def _called(kind: Any) -> str:
+def _describe_type(kind: Any) -> str:
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "fields and values"}
     if get_origin(kind) is tuple:
         own = get_args(kind)
         many = "any number" if own[-1] is ... else str(len(own))
-        return f"a list ({many}) of {_called(own[0]).removeprefix('a ')}s"
+        return f"a list ({many}) of {_describe_type(own[0]).removeprefix('a ')}s"
     if get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_called, get_args(kind))))
+        return " or ".join(dict.fromkeys(map(_describe_type, get_args(kind))))
     if get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     return "nothing" if kind in (None, types.NoneType) else names.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def _told(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     """A value for a message: short, on one line."""
     if isinstance(value, str):
         return repr(visible(value[:60])) + ("..." if len(value) > 60 else "")

@@ -81,7 +81,7 @@ def defend(
             return _defend(artifact, module, directory, record, clean, context, extra)
         if clean is not None and finished.get("clean") is None:
             beside = artifact.evaluation.measure(read_clean(clean, artifact).victim.variables)
-            with records.reading(directory / "result.json"):
+            with records.reading_record(directory / "result.json"):
                 finished |= verdicts.beside(beside, finished["before"], finished["after"])
             _write_json(directory / "result.json", finished)
         return finished
@@ -314,7 +314,7 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     path = Path(directory) / "result.json"
     if not os.path.lexists(path):
         return None
-    with records.reading(path):
+    with records.reading_record(path):
         return {**read_record(path)}
 
 

@@ -273,7 +273,7 @@ def load_model(manifest: dict[str, Any], directory: Path, data: Data) -> tuple[M
     """The model of a directory and its variables. Raises InputError when `data` is of another shape or class count."""
     check_fits(manifest, directory, data)
     dtype = from_json(FitConfig, manifest["fit"] or {}, "fit").dtype
-    with records.reading(Path(directory) / checkpoint.MANIFEST):
+    with records.reading_record(Path(directory) / checkpoint.MANIFEST):
         model = interop.model_of(manifest, dtype)
         like = jax.eval_shape(model.init, jax.random.key(0))
     return model, checkpoint.read_variables(directory, like)

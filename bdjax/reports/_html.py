@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.io.files import no_link
+from bdjax.io.files import remove_symlink
 from bdjax.text import visible
 
 _LARGEST = 224  # pixels of a picture's longer side
@@ -68,5 +68,5 @@ def picture(folder: Path, name: str, image: np.ndarray) -> str:
     drawn = Image.fromarray(stored[..., 0] if stored.shape[-1] == 1 else stored[..., :3])
     drawn.thumbnail((_LARGEST, _LARGEST))
     (folder / "pictures").mkdir(exist_ok=True)
-    drawn.save(no_link(folder / "pictures" / f"{name}.png"))
+    drawn.save(remove_symlink(folder / "pictures" / f"{name}.png"))
     return f"pictures/{name}.png"

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.io.files import no_link
+from bdjax.io.files import remove_symlink
 
 
 def table(result: dict[str, Any]) -> str:
@@ -57,7 +57,7 @@ def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> P
             axis.set_title(title, fontsize=7, parse_math=False)
         line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
     figure.suptitle(verdict(result), fontsize=9, parse_math=False)
-    figure.savefig(no_link(path), dpi=130)
+    figure.savefig(remove_symlink(path), dpi=130)
     plt.close(figure)
     return path
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.io.files import no_link
+from bdjax.io.files import remove_symlink
 
 
 def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> Path:
@@ -48,7 +48,7 @@ def draw(result: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> P
     if len(recovered):
         _recovered(axes[-1], clean[0], triggered[0], recovered, arrays.get("recovered_labels"))
     _curve(right.subplots(), result)
-    figure.savefig(no_link(path), dpi=130)
+    figure.savefig(remove_symlink(path), dpi=130)
     plt.close(figure)
     return path
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.io.files import no_link
+from bdjax.io.files import remove_symlink
 
 _COLUMNS = (
     ("PSNR dB", "psnr", "{:.1f}"),
@@ -107,7 +107,7 @@ def draw(result: dict[str, Any], pictures: list[Any], path: Path) -> Path:
     for line, text in enumerate(foot):
         write(_MARGIN, size[1] - _FOOT + 14 + 18 * line, text, fontsize=9, color="0.4")
     figure.figimage(canvas)
-    figure.savefig(no_link(path), dpi=_DPI, pil_kwargs={"optimize": True})
+    figure.savefig(remove_symlink(path), dpi=_DPI, pil_kwargs={"optimize": True})
     plt.close(figure)
     return path
 

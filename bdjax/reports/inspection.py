@@ -9,7 +9,7 @@ import numpy as np
 
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.io.files import no_link
+from bdjax.io.files import remove_symlink
 from bdjax.pipelines.inspection import MAIN as _FRACTION
 
 MAIN = str(_FRACTION)
@@ -131,7 +131,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     left, right = lower.subplots(1, 2, width_ratios=(1.15, 1))
     _bars(left, result)
     _layers(right, result)
-    figure.savefig(no_link(path), dpi=110)
+    figure.savefig(remove_symlink(path), dpi=110)
     plt.close(figure)
     return path
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bdjax import hypergrad
-from bdjax.io.files import no_link
+from bdjax.io.files import remove_symlink
 
 _COLUMNS = (  # heading, key, format
     ("cos", "cosine", "{:.4f}"),
@@ -93,7 +93,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     )
     if cleaned:
         _bars(axes[0, 1], cleaned, result)
-    figure.savefig(no_link(path), dpi=130)
+    figure.savefig(remove_symlink(path), dpi=130)
     plt.close(figure)
     return path
 

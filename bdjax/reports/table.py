@@ -121,8 +121,8 @@ def report(directory: Path, form: Literal["text", "csv", "markdown"] = "text", p
 
 
 def _read(path: Path, parse: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    with records.reading(path):
-        return parse(records.shown(read_record(path)))
+    with records.reading_record(path):
+        return parse(records.make_visible(read_record(path)))
 
 
 def _sweep(value: Any) -> dict[str, Any]:
