@@ -35,7 +35,7 @@ def to_float(images: Any) -> Images:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
 
-def quantised(images: Any) -> jax.Array:
+def quantise(images: Any) -> jax.Array:
     """Float images in [0, 1] as uint8: clipped, then rounded to the nearest k/255, ties to even; inside jit too."""
     scaled = jnp.clip(jnp.asarray(images, jnp.float32) * 255, 0, 255)
     # next to 1.5 * 2**23 floats are whole and end in their own bits: half the time of XLA's conversion on a CPU
@@ -43,8 +43,8 @@ def quantised(images: Any) -> jax.Array:
 
 
 def to_uint8(images: Any) -> np.ndarray:
-    """Float images in [0, 1] as they are stored: :func:`quantised`."""
-    return np.asarray(quantised(images))
+    """Float images in [0, 1] as they are stored: :func:`quantise`."""
+    return np.asarray(quantise(images))
 
 
 @dataclass(frozen=True)

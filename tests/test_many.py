@@ -36,7 +36,7 @@ def test_trainings_together_are_the_trainings_alone(how, blobs):
     """Three runs on two devices: the last has a program of its own."""
     alone = [run() for run in trainings(blobs)]
     with parallel.using(2):
-        found = many.together(trainings(blobs), how)
+        found = many.run_together(trainings(blobs), how)
     assert_close(found, alone)
     assert not np.allclose(found[0]["params"]["body"], found[1]["params"]["body"])
 
@@ -53,13 +53,13 @@ def test_purifications_together(how, blobs):
     runs = [purification(1e-3, 0), purification(3e-3, 1)]
     alone = [run() for run in runs]
     with parallel.using(2):
-        assert_close(many.together(runs, how), alone)
+        assert_close(many.run_together(runs, how), alone)
 
 
 def test_an_epoch_of_all_is_one_program_and_other_values_compile_nothing(blobs):
-    many.together(trainings(blobs), "vmap")
+    many.run_together(trainings(blobs), "vmap")
     before = compiled_programs()
-    many.together(trainings(blobs, (0.3, 0.01, 0.07)), "vmap")
+    many.run_together(trainings(blobs, (0.3, 0.01, 0.07)), "vmap")
     assert compiled_programs() == before
 
 
@@ -67,7 +67,7 @@ def test_what_all_runs_share_is_not_copied(blobs, monkeypatch):
     images, labels, seen = jax.numpy.asarray(blobs[0]), jax.numpy.asarray(blobs[1]), []
     monkeypatch.setattr(many, "run_epoch", lambda *a, **k: (seen.append(a[4]), many_run_epoch(*a, **k))[1])
     runs = [partial(fit, MODEL, images, labels, FitConfig(1, 40), jax.random.key(i)) for i in range(2)]
-    many.together(runs, "vmap")
+    many.run_together(runs, "vmap")
     assert any(leaf is images for leaf in seen[0]["common"])
     assert all(leaf.shape != (2, *images.shape) for leaf in seen[0]["own"])
 
@@ -77,7 +77,7 @@ many_run_epoch = many.run_epoch
 
 def test_a_run_that_ends_sooner_is_not_waited_for(blobs):
     runs = [*trainings(blobs)[:2], *trainings(blobs, epochs=1)[2:]]
-    assert_close(many.together(runs, "vmap"), [run() for run in runs])
+    assert_close(many.run_together(runs, "vmap"), [run() for run in runs])
 
 
 def test_every_run_is_told_of_its_steps(blobs):
@@ -89,7 +89,7 @@ def test_every_run_is_told_of_its_steps(blobs):
             self.ticks.append((done, total))
 
     watches = [Seen(), Seen()]
-    many.together(
+    many.run_together(
         [partial(run, callback=callback) for run, callback in zip(trainings(blobs), watches, strict=False)], "vmap"
     )
     assert watches[0].ticks == watches[1].ticks == [(done, 10) for done in range(1, 11)]
@@ -97,7 +97,7 @@ def test_every_run_is_told_of_its_steps(blobs):
 
 def test_the_error_of_one_run_ends_all(blobs):
     with pytest.raises(InputError, match="loss became (nan|inf) .* learning rate 1e\\+30"):
-        many.together(trainings(blobs, (0.1, 1e30, 0.1)), "vmap")
+        many.run_together(trainings(blobs, (0.1, 1e30, 0.1)), "vmap")
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ def test_runs_of_different_programs_are_refused(other, words, blobs):
     recipes = [FitConfig(**{"epochs": 1, "batch_size": 40, "optimizer": "sgd", **given}) for given in ({}, other)]
     runs = [partial(fit, MODEL, *blobs, recipe, jax.random.key(0)) for recipe in recipes]
     with pytest.raises(InputError, match=f"{words}.*how='loop'"):
-        many.together(runs, "vmap")
-    assert len(many.together(runs, "loop")) == 2
+        many.run_together(runs, "vmap")
+    assert len(many.run_together(runs, "loop")) == 2
 
 
 def test_the_way_is_one_of_four_and_a_loop_on_a_cpu(blobs, monkeypatch):
     with pytest.raises(InputError, match="how must be auto, loop, vmap or devices, got 'pmap'"):
-        many.together([], "pmap")
+        many.run_together([], "pmap")
     monkeypatch.setattr(many, "_Meeting", None)
     with parallel.using(2):
-        assert len(many.together(trainings(blobs)[:1] + [lambda: None])) == 2
+        assert len(many.run_together(trainings(blobs)[:1] + [lambda: None])) == 2

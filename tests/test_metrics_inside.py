@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bdjax import models
-from bdjax.engine import activations, changes, layers
+from bdjax.engine import activation_changes, activations, feature_map_names
 from bdjax.metrics import bec, bec_sigmoid, linear_cka, silhouette, tac, tsne
 
 
@@ -103,7 +103,7 @@ def test_tsne_keeps_far_groups_apart_and_follows_its_seed():
 def test_layers_stand_in_the_order_of_the_network():
     model = models.create("small_vgg", (8, 8, 3), 4)
     variables = jax.eval_shape(model.init, jax.random.key(0))
-    assert layers(model, variables) == (
+    assert feature_map_names(model, variables) == (
         "conv1", "conv2", "block1", "conv3", "conv4", "block2", "conv5", "conv6", "block3",
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_activations_and_changes_of_parts_are_those_of_the_whole():
     (_, before, _), (_, after, _) = (
         model.apply(variables, jnp.asarray(x / 255, jnp.float32)) for x in (clean, triggered)
     )
-    found = changes(model, variables, clean, triggered, batch_size=4)
+    found = activation_changes(model, variables, clean, triggered, batch_size=4)
     assert list(found) == ["block1", "block2", "block3"]
     for name, values in found.items():
         by_hand = np.sqrt(((np.asarray(after[name], float) - np.asarray(before[name])) ** 2).sum((1, 2))).mean(0)

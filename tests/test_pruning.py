@@ -38,7 +38,7 @@ def followed(name):
     module = registry.load("models", name)
     least = max(8, module.SMALLEST)
     model = models.create(name, (least, least, 3), 10)
-    pairs, like = models.followed(model), jax.eval_shape(model.init, KEY)
+    pairs, like = models.norm_kernels(model), jax.eval_shape(model.init, KEY)
     leaves = models.kernels(like["params"])
     for norm, kernel in pairs.items():
         assert leaves[kernel].ndim == 4 and leaves[kernel].shape[-1:] == leaves[f"{norm}/scale"].shape
@@ -48,7 +48,7 @@ def followed(name):
 def test_every_normalisation_of_a_plain_network_follows_its_convolution():
     pairs, norms = followed("cnn")  # pooling stands between
     assert pairs == {f"BatchNorm_{i}": f"Conv_{i}/kernel" for i in range(3)} and norms == 3
-    assert models.followed(MODEL) == {"norm": "conv/kernel"} and models.followed(perceptron()) == {}
+    assert models.norm_kernels(MODEL) == {"norm": "conv/kernel"} and models.norm_kernels(perceptron()) == {}
 
 
 @pytest.mark.slow

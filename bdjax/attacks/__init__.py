@@ -58,7 +58,7 @@ from bdjax.attacks._helpers import (
     select_cover,
 )
 from bdjax.errors import InputError
-from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, quantised, to_float
+from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, quantise, to_float
 
 __all__ = [
     "CoverConfig", "Part", "PoisonConfig", "SourceConfig", "fit_key", "goal", "key_per_image", "keys_of",
@@ -193,6 +193,6 @@ def _program(stamp: Callable, config: Any, stored: bool = False) -> Callable:
 
     def run_stored(images: Images, key: Key, arrays: Arrays, start: jax.Array) -> Images:
         out = run(to_float(images), jax.random.fold_in(key, start), arrays)
-        return quantised(out) if config.quantise else out
+        return quantise(out) if config.quantise else out
 
     return jax.jit(run_stored if stored else run)

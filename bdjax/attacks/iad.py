@@ -197,5 +197,5 @@ def _triggered(setting: Any, attacker: Any, images: Images, labels: jax.Array, i
 
 def _in_front(axis: str | None, *values: jax.Array) -> list[jax.Array]:
     """`values` [n, ...] of all devices together, those first for which the last of them is true."""
-    values = parallel.gathered(values, axis)
+    values = parallel.all_gather(values, axis)
     return [value[jnp.argsort(~values[-1], stable=True)] for value in values]

@@ -179,7 +179,7 @@ def _many(how: Any, sizes: Sizes) -> Job:
     shown: Any = jnp.asarray(images), jnp.asarray(labels)  # one object in all runs: not copied for each
     recipe = FitConfig(1, sizes.batch)
     runs = [partial(fit, model, shown[0], shown[1], recipe, jax.random.key(i)) for i in range(sizes.victims)]
-    return Job(partial(many.together, runs, how), count * sizes.victims)
+    return Job(partial(many.run_together, runs, how), count * sizes.victims)
 
 
 def _trigger(attack: str, sizes: Sizes) -> Job:

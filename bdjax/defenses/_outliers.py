@@ -29,7 +29,7 @@ def entering(model: Model, variables: Variables, images: Any, reduce: Callable) 
 
 @lru_cache(maxsize=16)
 def _program(model: Model, reduce: Callable) -> Callable:
-    return jax.jit(lambda variables, images: models.entering(model, variables, to_float(images), reduce))
+    return jax.jit(lambda variables, images: models.norm_inputs(model, variables, to_float(images), reduce))
 
 
 def above(measure: np.ndarray, u: float) -> np.ndarray:

@@ -247,7 +247,7 @@ def _step(model: Model, static: _Static) -> Callable:
         def judge(mine: Any, values: jax.Array) -> tuple[jax.Array, jax.Array]:  # T of all devices' pairs, [P, B] each
             each = jax.vmap(_mine.scores)
             joint, marginal = each(mine, z, values), each(mine, other, values)
-            return parallel.gathered(joint.T, axis).T, parallel.gathered(marginal.T, axis).T
+            return parallel.all_gather(joint.T, axis).T, parallel.all_gather(marginal.T, axis).T
 
         values = make(state["params"])[0]
 
@@ -266,7 +266,7 @@ def _step(model: Model, static: _Static) -> Callable:
             logits = logits.reshape(*z.shape[:2], -1).astype(jnp.float32)
             sure = jnp.take_along_axis(jax.nn.softmax(logits), pairs["label"][:, None, None], -1)[..., 0]
             short = jnp.maximum(0, pairs["threshold"][:, None] - sure)
-            hinge = parallel.gathered(short.T, axis).mean(0)
+            hinge = parallel.all_gather(short.T, axis).mean(0)
             value = (hinge - hyper["mi_weight"] * information).sum()
             return value, (stats, short, {"loss": value, "hinge": hinge, "information": information})
 
@@ -274,7 +274,7 @@ def _step(model: Model, static: _Static) -> Callable:
             logs = [jax.nn.log_softmax(odds) for odds in places]
             each = [jnp.take_along_axis(log, corners[..., i], 1) for i, log in enumerate(logs)]
             chance = each[0] + each[1]
-            short, chance = (parallel.gathered(values.T, axis).T for values in (short, chance))
+            short, chance = (parallel.all_gather(values.T, axis).T for values in (short, chance))
             scored = ((short - short.mean(1, keepdims=True)) * chance).mean(1)
             entropy = jnp.stack([-(jnp.exp(log) * log).sum(1) for log in logs]).sum(0)
             return (scored - hyper["place_entropy"] * entropy).sum()

@@ -268,7 +268,7 @@ def _step(model: Model, form: str, batch_norm: str) -> Callable:
                 "triggered": each[len(labels) :],
                 "counted": (labels != wanted).astype(jnp.float32),
             }
-            each = parallel.gathered(each, axis)  # of all devices, so that the means are those of the whole batch
+            each = parallel.all_gather(each, axis)  # of all devices, so that the means are those of the whole batch
             weight = each["counted"] / jnp.maximum(each["counted"].sum(), 1)
             descent = each["clean"].mean()
             ascent = (jnp.minimum(each["triggered"], hyper["cap"]) * weight).sum()

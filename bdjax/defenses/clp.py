@@ -54,7 +54,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     Returns: the variables; the watch is shown them with the number of channels `pruned`.
     Raises InputError for a model in which no convolution is followed by batch normalisation.
     """
-    pairs = models.followed(victim.model)
+    pairs = models.norm_kernels(victim.model)
     if not pairs:
         raise InputError(
             f"clp needs a convolution whose output enters a batch normalisation, and model {victim.model.name!r} has "

@@ -18,7 +18,7 @@ def predict(model: Model, variables: Variables, images: np.ndarray, batch_size: 
     return np.zeros(0, np.int32) if len(images) == 0 else _batched(_classes(model), variables, (images,), batch_size)
 
 
-def layers(model: Model, variables: Variables) -> tuple[str, ...]:
+def feature_map_names(model: Model, variables: Variables) -> tuple[str, ...]:
     """Names of the features that are maps [N, H, W, C], in the order in which the model makes them."""
     found: list[str] = []
 
@@ -41,7 +41,7 @@ def activations(
     return _batched(lambda v, part: _features(model)(v, part, chosen), variables, (images,), batch_size)
 
 
-def changes(
+def activation_changes(
     model: Model, variables: Variables, clean: np.ndarray, triggered: np.ndarray, batch_size: int = 100
 ) -> dict[str, np.ndarray]:
     """Trigger-activated change of every channel of every layer: :func:`bdjax.metrics.tac`, float32 [C] each.

@@ -28,7 +28,7 @@ _AXIS = "runs"
 T = TypeVar("T")
 
 
-def together(runs: Sequence[Callable[[], T]], how: How = "auto") -> list[T]:
+def run_together(runs: Sequence[Callable[[], T]], how: How = "auto") -> list[T]:
     """The results of `runs`, in their order.
 
     Args:

@@ -62,7 +62,7 @@ def average(tree: Any, axis: str | None) -> Any:
     return tree if axis is None else jax.lax.pmean(tree, axis)
 
 
-def gathered(tree: Any, axis: str | None) -> Any:
+def all_gather(tree: Any, axis: str | None) -> Any:
     """The leaves [n, ...] of all devices in their order, [devices * n, ...]; the tree itself when `axis` is None."""
     return tree if axis is None else jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis, tiled=True), tree)
 

@@ -5,7 +5,7 @@ A model module holds one Linen class `Net(classes, dtype, axis_name)` whose call
 pixels that its down-sampling allows. A `Net` with the field `width` can be had narrower or wider: it is the number of
 channels that its first convolution makes, and the others keep their ratio to it. `VARIANTS`, where a module has it,
 says what else a `Net` can be had with (its depth, its stem): the names of fields, and the values that they may have.
-`autoencoder`, `hider`, `reader`, `sampler` and `unet` are networks that methods train.
+`autoencoder`, `message_encoder`, `message_decoder`, `sampler` and `unet` are networks that methods train.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ import jax.numpy as jnp
 
 from bdjax import registry
 from bdjax.errors import InputError
-from bdjax.models._generators import Generator, autoencoder, hider, reader, sampler, unet
+from bdjax.models._generators import Generator, autoencoder, message_encoder, message_decoder, sampler, unet
 from bdjax.models._input import MEANS, STDS, Input
-from bdjax.models._norms import entering, followed
+from bdjax.models._norms import norm_inputs, norm_kernels
 from bdjax.models._variants import Variant, checked, variant
 from bdjax.types import Images, Key, Model, Variables
 
 __all__ = [
-    "MEANS", "STDS", "Generator", "Input", "as_dtype", "autoencoder", "create", "entering", "followed", "head", "hider",
-    "kernels", "outputs", "penultimate", "reader", "sampler", "unet", "variant", "with_kernels",
+    "MEANS", "STDS", "Generator", "Input", "as_dtype", "autoencoder", "create", "norm_inputs", "norm_kernels", "head", "message_encoder",
+    "kernels", "outputs", "penultimate", "message_decoder", "sampler", "unet", "variant", "with_kernels",
 ]  # fmt: skip
 
 

@@ -35,22 +35,22 @@ def autoencoder(shape: tuple[int, int, int], channels: int, width: int, downs: i
 
 
 @lru_cache
-def hider(shape: tuple[int, int, int], bits: int) -> Generator:
+def message_encoder(shape: tuple[int, int, int], bits: int) -> Generator:
     """Images [N, H, W, C] and codes [N, bits] in {0, 1} -> images in [0, 1] that hide them; StegaStamp's encoder.
 
     The code becomes 16x16xC by a dense layer, is enlarged to H x W and laid beside the image. Convolutions of 32, 32,
     64, 128 and 256 channels, all but the first of stride 2, then back with skip connections; a sigmoid in the end.
     """
-    return _generator(_Hider(), (shape, (bits,)))
+    return _generator(_MessageEncoder(), (shape, (bits,)))
 
 
 @lru_cache
-def reader(shape: tuple[int, int, int], bits: int) -> Generator:
-    """Images [N, H, W, C] -> a logit for every bit [N, bits]; StegaStamp's decoder, which reads a :func:`hider`.
+def message_decoder(shape: tuple[int, int, int], bits: int) -> Generator:
+    """Images [N, H, W, C] -> a logit for every bit [N, bits]; StegaStamp's decoder, which reads a :func:`message_encoder`.
 
     Seven convolutions of 32 to 128 channels, five of them of stride 2, and dense layers of 512 and `bits`.
     """
-    return _generator(_Reader(bits), (shape,))
+    return _generator(_MessageDecoder(bits), (shape,))
 
 
 @lru_cache
@@ -174,7 +174,7 @@ class _Unet(nn.Module):
         return nn.Dense(channels)(x)
 
 
-class _Hider(nn.Module):
+class _MessageEncoder(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
@@ -196,7 +196,7 @@ class _Hider(nn.Module):
         return nn.sigmoid(nn.Conv(channels, (1, 1))(x))
 
 
-class _Reader(nn.Module):
+class _MessageDecoder(nn.Module):
     bits: int
     axis_name: str | None = None
 

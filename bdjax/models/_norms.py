@@ -16,7 +16,7 @@ from bdjax.types import Images, Model, Variables
 _GIVES, _TAKES = "bdjax gives ", "bdjax takes "
 
 
-def entering(model: Model, variables: Variables, images: Images, reduce: Callable) -> dict[str, Any]:
+def norm_inputs(model: Model, variables: Variables, images: Images, reduce: Callable) -> dict[str, Any]:
     """`reduce` of what enters each batch normalisation in evaluation mode, by the layer's path.
 
     Args: images: float32 [N, H, W, C]; reduce: of float32 [N, ..., C], so that no program has to return all of it.
@@ -35,7 +35,7 @@ def entering(model: Model, variables: Variables, images: Images, reduce: Callabl
 
 
 @lru_cache(maxsize=16)
-def followed(model: Model) -> dict[str, str]:
+def norm_kernels(model: Model) -> dict[str, str]:
     """Of each batch normalisation that a convolution's output alone enters: its path -> the path of that kernel.
 
     Between the two may stand what joins no other layer's output (pooling, an activation). A convolution whose output

@@ -169,9 +169,9 @@ def _look(artifact: ModelArtifact, sample: _Sample, top: dict[str, np.ndarray] |
     evaluation, clean = sample.evaluation, sample.evaluation.images[sample.clean]
     triggered = evaluation.triggered[sample.triggered]
     guesses = evaluation.predictions(variables)
-    tac = engine.changes(model, variables, evaluation.images[sample.triggered], triggered)
+    tac = engine.activation_changes(model, variables, evaluation.images[sample.triggered], triggered)
     if top is None:
-        names = engine.layers(model, variables)
+        names = engine.feature_map_names(model, variables)
         if not names:
             raise InputError(f"{artifact.directory}: no feature of model {model.name!r} is a map [N, H, W, C].")
         order = {name: np.argsort(-tac[name], kind="stable").astype(np.int32) for name in names}
