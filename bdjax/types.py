@@ -1,7 +1,7 @@
-"""What crosses a boundary between two modules: array aliases with their shapes, and the records.
+"""Types that modules exchange: array aliases with their shapes, and dataclasses.
 
 Images are NHWC everywhere. At every method's boundary they are float32 in [0, 1]; in storage and
-on the device they are uint8 (:func:`to_float` converts). Labels are int32. Nothing here imports bdjax.
+on the device they are uint8 (:func:`to_float` converts). Labels are int32. This module does not import bdjax.
 """
 
 import hashlib
@@ -20,36 +20,36 @@ Images: TypeAlias = jax.Array
 Labels: TypeAlias = jax.Array
 """int32 [N], 0 <= label < classes."""
 Key: TypeAlias = jax.Array
-"""A typed JAX random key, as made by `jax.random.key`."""
+"""A typed JAX random key, as `jax.random.key` returns."""
 Variables: TypeAlias = Mapping[str, Any]
 """{"params": pytree, "batch_stats": pytree}; params are float32."""
 Arrays: TypeAlias = Mapping[str, Any]
-"""Named arrays that belong to an attack: a trigger's pattern, mask, warp ..."""
+"""Named arrays of an attack, for example the pattern, mask or warping field of its trigger."""
 ArrayFile = NewType("ArrayFile", str)
-"""Path of a .png, .jpg or .npy file in a Config: a run reads it for the method and hashes its content."""
+"""Path of a .png, .jpg or .npy file in a Config. The run reads the file for the method and hashes its content."""
 
 
 def to_float(images: Any) -> Images:
-    """Stored images [..., H, W, C] as float32 in [0, 1]: uint8 is divided by 255, floats pass."""
+    """Convert stored images [..., H, W, C] to float32: uint8 is divided by 255, floats keep their values."""
     images = jnp.asarray(images)
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
 
 def quantise(images: Any) -> jax.Array:
-    """Float images in [0, 1] as uint8: clipped, then rounded to the nearest k/255, ties to even; inside jit too."""
+    """Quantise float images to uint8: clip to [0, 1], then round to the nearest k/255, ties to even. Traceable."""
     scaled = jnp.clip(jnp.asarray(images, jnp.float32) * 255, 0, 255)
-    # next to 1.5 * 2**23 floats are whole and end in their own bits: half the time of XLA's conversion on a CPU
+    # adding 1.5 * 2**23 leaves the rounded integer in the low bits: half the time of XLA's conversion on a CPU
     return lax.bitcast_convert_type(scaled + jnp.float32(1.5 * 2**23), jnp.uint32).astype(jnp.uint8)
 
 
 def to_uint8(images: Any) -> np.ndarray:
-    """Float images in [0, 1] as they are stored: :func:`quantise`."""
+    """Quantise float images in [0, 1] to a NumPy uint8 array, as images are stored (see :func:`quantise`)."""
     return np.asarray(quantise(images))
 
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled data set with its published split, as stored (uint8 NHWC, int32 labels)."""
+    """A labelled data set with its published train/test split: images uint8 [N, H, W, C], labels int32 [N]."""
 
     name: str
     x_train: np.ndarray
@@ -58,7 +58,7 @@ class Data:
     y_test: np.ndarray
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """What its source left out or did to the images: sentences."""
+    """Sentences that state which images the loader left out and how it changed the others."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,7 +68,7 @@ class Data:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over every pixel and label of both splits."""
+        """SHA-256 of all pixels and labels of both splits, as hexadecimal digits."""
         digest = hashlib.sha256()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(str((array.shape, array.dtype.name)).encode())
@@ -82,9 +82,9 @@ class Model:
 
     `init(key) -> variables`.
     `apply(variables, images, train=False, keys=None, axis_name=None) -> (logits, features, batch_stats)`
-    with float32 images [N, H, W, C] in [0, 1], float32 logits [N, classes], `features` a dict of every
-    stage's activations. `train` uses batch statistics and returns the updated running ones; `keys` [N],
-    one random key an image, switches dropout on; `axis_name` averages statistics over a mapped axis.
+    with float32 images [N, H, W, C] in [0, 1], float32 logits [N, classes], and `features` a dict with the
+    activations of every stage. `train` uses batch statistics and returns the updated running statistics; `keys` [N],
+    one random key per image, enables dropout; `axis_name` averages the statistics over a mapped axis.
     """
 
     name: str
@@ -93,11 +93,12 @@ class Model:
     init: Callable[[Key], Variables]
     apply: Callable[..., tuple[jax.Array, dict[str, jax.Array], Any]]
     outputs: Callable[..., tuple[dict[str, jax.Array], Any]] | None = None
-    """`outputs(variables, images, train=False, axis_name=None) -> (outputs, batch_stats)`: what each convolution and
-    dense layer gives, bias included and before normalisation, [N, ..., O], in forward order, by the path of its kernel
-    in the parameters ("Conv_0/kernel"). None: the model does not tell. Call it by :func:`bdjax.models.outputs`."""
+    """`outputs(variables, images, train=False, axis_name=None) -> (outputs, batch_stats)`: the output [N, ..., O] of
+    each convolution and dense layer, bias included and before normalisation, in forward order, keyed by the path of
+    its kernel in the parameters ("Conv_0/kernel"). None: not available. Call it through
+    :func:`bdjax.models.outputs`."""
     options: tuple[tuple[str, Any], ...] = ()
-    """What `models.create` was given beside name, shape, classes and dtype."""
+    """Further arguments of `models.create` (width, input, variant) as pairs."""
 
     def logits(self, variables: Variables, images: Images) -> jax.Array:
         """Evaluation-mode logits, float32 [N, classes]."""
@@ -105,86 +106,92 @@ class Model:
 
 
 class Callback:
-    """Hooks that a method calls while it runs. They return nothing, so nothing measured flows back into the method."""
+    """Hooks that a method calls while it runs. They return None, so no measurement can influence the method."""
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` steps of `stage` are finished."""
+        """Report progress.
+
+        Args:
+          stage: name of the stage, for example "training".
+          done: number of finished steps.
+          total: number of steps of the stage.
+        """
 
     def on_round_end(self, step: int, variables: Variables, **arrays: Any) -> None:
-        """A round or an epoch has ended.
+        """Report the end of a round or an epoch.
 
-        Some array names have a meaning. In a run's figure: `perturbation` [n, H, W, C], which is added to images, and
-        `recovered` [n, h, w, C], recovered triggers (patches in [0, 1], or added where h x w is H x W), with
-        `recovered_labels` int32 [n]. In its table: `suspected` int32 [k], labels that the method takes for targets.
+        Reports use these array names. Figures: `perturbation` [n, H, W, C], added to images, and `recovered`
+        [n, h, w, C], recovered triggers (patches in [0, 1], or additive where h x w is H x W), with
+        `recovered_labels` int32 [n]. Tables: `suspected` int32 [k], the suspected target labels.
 
         Args:
           step: number of the round, from 0.
-          variables: the model after the round. Its buffers are donated to the next step when the call returns: copy
-            what is to be kept.
-          arrays: scalars and arrays to record.
+          variables: the model after the round. Its buffers are donated to the next step when the call returns, so
+            copy them to keep them.
+          **arrays: scalars and arrays to record.
         """
 
     def on_round_restored(self, step: int, **values: Any) -> None:
-        """A round ended before the run was killed and resumed: its recorded scalars, without its variables."""
+        """Report the recorded scalars of a round that ended before the run was interrupted and resumed."""
 
     def on_detection(self, scores: "Scores") -> None:
-        """A defense has also detected: its :class:`Scores`. Its `detect` is then not called again."""
+        """Report the :class:`Scores` of a defense that also detects; its `detect` is then not called again."""
 
     def on_estimate(self, estimated: Any) -> None:
-        """A defense has estimated its own success for the model that it returns; None withdraws the estimate."""
+        """Report a defense's estimate of its own success for the model it returns; None withdraws the estimate."""
 
 
 class SampleInfo(NamedTuple):
-    """Where the images of a batch (of this device's share of it) stand, for an attacker who controls training."""
+    """Positions, roles and keys of the images of a batch (on this device), for an attacker who controls training."""
 
     position: jax.Array
-    """int32 [B], of each image in the training set."""
+    """int32 [B], index of each image in the training set."""
     role: Any
-    """int8 [B]: 1, 2, ... for the shares of the :class:`TrainingHook`, spread evenly over the batch; 0 for the rest."""
+    """int8 [B]: 1, 2, ... for the shares of the :class:`TrainingHook`, spread evenly over the batch; 0 otherwise."""
     key: Any
-    """[B], a random key each."""
+    """[B], one random key per image."""
     axis: str | None
-    """The mapped axis to average statistics over, or None on one device."""
+    """Name of the mapped axis to average statistics over, or None on a single device."""
 
 
 class Batch(NamedTuple):
-    """A batch as an attacker hands it to the model; of the same shape as it was."""
+    """A batch after the attacker's transformation; shapes do not change."""
 
     images: Images
     labels: Labels
     loss: jax.Array | float = 0.0
-    """Added to the cross-entropy."""
+    """Scalar that is added to the cross-entropy."""
     state: Any = None
-    """attacker["state"] from now on; None: as it was."""
+    """New value of attacker["state"]; None keeps the current one."""
 
 
 @dataclass(frozen=True)
 class TrainingHook:
-    """What an attacker who runs the training does to it, inside the jitted step, before augmentation.
+    """Interventions of an attacker who controls training. They run inside the jitted step, before augmentation.
 
-    `attacker` is {"fixed": arrays, "params": trained with the model, "state": carried from step to step}, each
-    optional. Functions are compared by identity and `config` by value: give functions of a module, for another object
-    is compiled anew.
+    `attacker` is {"fixed": constant arrays, "params": trained with the model, "state": updated at each step}, each
+    optional. Functions are compared by identity and `config` by value, so use module-level functions: a new function
+    object triggers a recompilation.
     """
 
     config: Any
-    """Hashable; the first argument of every function."""
+    """Hashable; passed as the first argument of every function."""
     shares: tuple[float, ...] = ()
-    """Of the images of an epoch, which get role 1, 2, ..."""
+    """Fractions of the images of an epoch that get role 1, 2, ..."""
     transform: Callable[..., Batch] | None = None
     """`transform(config, attacker, images, labels, info) -> Batch`, images float32 [B, H, W, C] in [0, 1]."""
     penalty: Callable[..., jax.Array] | None = None
-    """`penalty(config, attacker, features, labels, info) -> scalar`, added to the loss; labels are the batch's own."""
+    """`penalty(config, attacker, features, labels, info) -> scalar`, added to the loss;  of the batch."""
     optimizer: Callable[[Any], Any] | None = None
-    """`optimizer(config) -> optax.GradientTransformation`, of attacker["params"]."""
+    """`optimizer(config) -> optax.GradientTransformation` for attacker["params"]."""
     refresh: Callable[..., Any] | None = None
-    """`refresh(config, attacker, variables, epoch, key) -> attacker`, outside the step, before each epoch from 0. It is
-    no part of the compiled step, so it may be a closure (over images, which do not belong into the saved state)."""
+    """`refresh(config, attacker, variables, epoch, key) -> attacker`, called before each epoch (from 0), outside the
+    compiled step. It may therefore be a closure, for example over images that are not part of the saved state."""
 
 
 @dataclass(frozen=True)
 class Poison:
-    """Training images that an attacker replaces: `images` are what stands at `indices`, labelled `labels`."""
+    """Training images that an attacker replaces by `images` with `labels`, at the positions `indices`."""
 
     indices: np.ndarray
     """int32 [n], positions in the training set, ascending."""
@@ -193,11 +200,11 @@ class Poison:
     labels: np.ndarray
     """int32 [n]."""
     copies: int = 1
-    """The training set is repeated so often, and `indices` go through all copies."""
+    """Number of repetitions of the training set; `indices` run over all copies."""
 
 
 class NeedsTraining(Exception):
-    """A method asked a :class:`Task` that cannot train for a trained model."""
+    """Raised when a method requests training from a :class:`Task` that cannot train."""
 
 
 def _cannot_train(*_: Any, **__: Any) -> Any:
@@ -206,7 +213,7 @@ def _cannot_train(*_: Any, **__: Any) -> Any:
 
 @dataclass(frozen=True)
 class Task:
-    """What an attacker holds: the training set, the model, the recipe, and a way to read a file."""
+    """An attacker's resources: training set, model, training recipe, and a function that reads files."""
 
     images: np.ndarray
     """Stored uint8 [N, H, W, C]."""
@@ -214,16 +221,16 @@ class Task:
     """int32 [N]."""
     model: Model
     read_array: Callable[[ArrayFile], np.ndarray]
-    """`read_array(path) -> array`: pictures uint8 [H, W, C], .npy as stored."""
+    """`read_array(path) -> array`: pictures as uint8 [H, W, C], .npy files as stored."""
     callback: Callback = field(default_factory=Callback)
     fit: Callable[..., Variables] = _cannot_train
-    """`fit(images, labels, key, *, stage="training", start=None, recipe={}, model=None) -> variables`: train by the
-    user's recipe. `stage` names it, so that a killed run resumes there (each name once); `start`: variables to go on
-    from; `recipe`: fields of the recipe that differ; `model`: another than the task's."""
+    """`fit(images, labels, key, *, stage="training", start=None, recipe={}, model=None) -> variables`: train with
+    the user's recipe. `stage`: unique name by which an interrupted run resumes; `start`: initial variables; `recipe`:
+    fields of the recipe to change; `model`: another model than the task's."""
     fit_with_hook: Callable[..., tuple[Variables, Any]] = _cannot_train
-    """`fit_with_hook(images, labels, key, control, attacker, **as fit) -> (variables, attacker)`."""
+    """`fit_with_hook(images, labels, key, hook, attacker, **as fit) -> (variables, attacker)`."""
     clean: Callable[[], Variables] = _cannot_train
-    """`clean() -> variables`: the task's model trained without any attack by the user's recipe."""
+    """`clean() -> variables`: the task's model, trained without an attack with the user's recipe."""
 
     @property
     def classes(self) -> int:
@@ -233,7 +240,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Backdoor:
-    """A planted backdoor: the model that carries it and what wakes it."""
+    """A planted backdoor: the backdoored model and the arrays of the trigger that activates it."""
 
     attack: str
     config: Any
@@ -247,18 +254,18 @@ class ReactivationInputs:
     """The inputs of a re-activation attack."""
 
     purified: Variables
-    """The model that a defense gave back."""
+    """The model that a defense returned."""
     reactivated: Mapping[str, Variables]
-    """By name, what earlier re-activations made of it (a module's NEEDS says which)."""
+    """Results of earlier re-activation attacks on it, by attack name (those that the module lists in NEEDS)."""
     clean: Variables
-    """A model trained alike without any attack."""
+    """A model trained with the same recipe without an attack."""
     payload: Poison
-    """Training images with the training trigger and the attacker's label, `count` of the attack's Config."""
+    """Training images with the training trigger and the attacker's label; their number is `count` of the Config."""
 
 
 @dataclass(frozen=True)
 class Victim:
-    """The suspicious model that a defender is handed."""
+    """The suspicious model that a defender receives."""
 
     model: Model
     variables: Variables
@@ -266,30 +273,30 @@ class Victim:
 
 @dataclass(frozen=True)
 class Scores:
-    """What an audit of a model finds: which class an attack would aim at, and whether there is one."""
+    """Result of auditing a model: the anomaly of each class as a backdoor target, and the verdict."""
 
     classes: np.ndarray
-    """float32 [C], how suspicious each class is; NaN where it could not be judged."""
+    """float32 [C], anomaly score of each class; NaN where it could not be computed."""
     target: int
-    """The most suspicious class."""
+    """The class with the highest anomaly score."""
     score: float
-    """How suspicious the model is: the value of that class."""
+    """Anomaly score of that class, and so of the model."""
     poisoned: bool
-    """The verdict."""
+    """Whether the model is judged to be backdoored."""
 
     def plain(self) -> dict[str, Any]:
-        """As JSON values; None for what is not finite."""
+        """Return the scores as JSON values, with None in place of NaN and infinity."""
         values = [float(value) if np.isfinite(value) else None for value in (self.score, *self.classes)]
         return {"poisoned": self.poisoned, "target": self.target, "score": values[0], "classes": values[1:]}
 
 
 Trigger: TypeAlias = Callable[[Images, Key], Images]
-"""A test-time trigger: float32 [N, H, W, C] in [0, 1] and a key -> the same shape and range."""
+"""A test-time trigger: maps images float32 [N, H, W, C] in [0, 1] and a key to images of the same shape and range."""
 
 
 @dataclass(frozen=True)
 class DefenderView:
-    """All that a defense may see beside the victim: clean images with labels. No poisoned image is in it."""
+    """A defense's data: clean labelled images. It contains no poisoned image."""
 
     images: np.ndarray
     """Stored uint8 [n, H, W, C]."""
@@ -297,24 +304,29 @@ class DefenderView:
     """int32 [n]."""
     callback: Callback = field(default_factory=Callback)
     trigger: Trigger | None = None
-    """The true trigger, only for a method that asks for it (:func:`bdjax.defenses.needs_trigger`)."""
+    """The true trigger, only for a method that requires it (:func:`bdjax.defenses.needs_trigger`)."""
     validation: "DefenderView | None" = None
-    """Clean images kept apart from these, to judge a round by; nothing is learnt from them. None: there are none."""
+    """Held-out clean images for model selection, never trained on; None when there are none."""
 
     def split(self, share: float, key: Key) -> tuple["DefenderView", "DefenderView"]:
-        """Two views with images of every class in both, as far as a class has two: to learn from, and to judge by.
+        """Split into a training and a validation view, stratified: a class of two or more images is in both.
 
-        Args: share: of the images that the first view gets, in (0, 1), rounded by class; key: draws them.
+        Args:
+          share: fraction of each class that the training view gets, in (0, 1), rounded per class.
+          key: random key of the draw.
+
+        Returns:
+          (training view, validation view).
         """
         order = np.asarray(jax.random.permutation(key, len(self.labels)))
-        first = []
+        training = []
         for label in np.unique(self.labels):
             of_class = order[self.labels[order] == label]
             count = round(share * len(of_class))
-            first.append(of_class[: min(max(count, 1), max(len(of_class) - 1, 1))])
+            training.append(of_class[: min(max(count, 1), max(len(of_class) - 1, 1))])
         chosen = np.zeros(len(self.labels), bool)
-        chosen[np.concatenate(first)] = True
-        if chosen.all():  # every class has one image: the last in the drawn order judges
+        chosen[np.concatenate(training)] = True
+        if chosen.all():  # one image per class: the last in the drawn order is for validation
             chosen[order[-1]] = False
-        learn, judge = (replace(self, images=self.images[part], labels=self.labels[part]) for part in (chosen, ~chosen))
-        return learn, judge
+        train, validate = (replace(self, images=self.images[m], labels=self.labels[m]) for m in (chosen, ~chosen))
+        return train, validate
