@@ -181,7 +181,7 @@ class TrainingHook:
     transform: Callable[..., Batch] | None = None
     """`transform(config, attacker, images, labels, info) -> Batch`, images float32 [B, H, W, C] in [0, 1]."""
     penalty: Callable[..., jax.Array] | None = None
-    """`penalty(config, attacker, features, labels, info) -> scalar`, added to the loss;  of the batch."""
+    """`penalty(config, attacker, features, labels, info) -> scalar`, added to the loss; `labels` of the batch."""
     optimizer: Callable[[Any], Any] | None = None
     """`optimizer(config) -> optax.GradientTransformation` for attacker["params"]."""
     refresh: Callable[..., Any] | None = None
