@@ -27,7 +27,7 @@ def test_a_pattern_is_the_same_at_every_place_and_for_every_key():
     expected = np.asarray(jax.random.uniform(jax.random.key(4), (3, 3, 2)))
     seen = set()
     for key in jax.random.split(KEY):
-        found = np.asarray(badnets.trigger(config, images, key))
+        found = np.asarray(badnets.trigger(config, images, key, {}))
         for image, (row, column) in zip(found, squares((found != 0).any(-1), 3), strict=True):
             np.testing.assert_array_equal(image[row : row + 3, column : column + 3], expected)
             seen.add((row, column))
@@ -36,9 +36,9 @@ def test_a_pattern_is_the_same_at_every_place_and_for_every_key():
 
 def test_another_seed_is_another_pattern_and_none_is_the_colour():
     images = jnp.full((1, 8, 8, 3), 0.5)
-    first, second = (badnets.trigger(badnets.Config(size=2, margin=1, pattern=p), images, KEY) for p in (0, 1))
+    first, second = (badnets.trigger(badnets.Config(size=2, margin=1, pattern=p), images, KEY, {}) for p in (0, 1))
     assert squares(np.asarray(first != second).any(-1), 2) == [(5, 5)]
-    plain = badnets.trigger(badnets.Config(size=2, margin=1, colour=(0.0, 0.25, 1.0)), images, KEY)
+    plain = badnets.trigger(badnets.Config(size=2, margin=1, colour=(0.0, 0.25, 1.0)), images, KEY, {})
     np.testing.assert_array_equal(plain[0, 5:7, 5:7], np.broadcast_to([0, 0.25, 1], (2, 2, 3)))
 
 

@@ -131,11 +131,11 @@ class TestAttack:
 
     def test_trigger_is_the_same_for_the_same_key_and_under_jit_and_vmap(self, name, images, task):
         config, module = config_of(name), registry.load("attacks", name)
-        extra = [arrays] if (arrays := arrays_of(name, config, task)) else []
+        arrays = arrays_of(name, config, task)
         clean, keys = jnp.asarray(images[0][:4], jnp.float32) / 255, jax.random.split(jax.random.key(3), 3)
 
         def call(key):
-            return module.trigger(config, clean, key, *extra)
+            return module.trigger(config, clean, key, arrays)
 
         eager = jnp.stack([call(key) for key in keys])
         np.testing.assert_array_equal(eager[0], call(keys[0]))

@@ -19,14 +19,14 @@ HEAD = '''"""An attack of one's own."""
 from bdjax.attacks import PoisonConfig as Config
 from bdjax.types import Backdoor
 '''
-BRIGHTER = "def trigger(config, images, key): return images * 0.5 + 0.5\n"
+BRIGHTER = "def trigger(config, images, key, arrays): return images * 0.5 + 0.5\n"
 ARRAYS = "def trigger(config, images, key, arrays): return images + arrays['delta']\n"
 NOISE = f"""import jax
 def prepare(config, task, key): return {{'delta': jax.random.uniform(key, task.model.shape)[None]}}
 {ARRAYS}"""
 LEARNED = {
-    "train": f"def train(config, task, key): return None\n{ARRAYS}",
-    "edit": f"def edit(config, variables, task, key): return None\n{ARRAYS}",
+    "train": f"NEEDS_ARRAYS = True\ndef train(config, task, key): return None\n{ARRAYS}",
+    "edit": f"NEEDS_ARRAYS = True\ndef edit(config, variables, task, key): return None\n{ARRAYS}",
     "fit": f"def prepare(config, task, key): return task.fit(task.images, task.labels, key)\n{ARRAYS}",
     "model": f"def prepare(config, task, key): return task.model.init(key)\n{ARRAYS}",
 }
@@ -93,7 +93,7 @@ def test_numbers_of_a_white_square_on_flat_images(flat):
 
 def test_a_trigger_that_changes_nothing(flat, tmp_path, capsys):
     """PSNR is infinite: null in JSON, inf for a person."""
-    (tmp_path / "nothing.py").write_text(HEAD + "def trigger(config, images, key): return images\n")
+    (tmp_path / "nothing.py").write_text(HEAD + "def trigger(config, images, key, arrays): return images\n")
     argv = ("gallery", tmp_path / "nothing.py", "--dataset", flat, "--out", tmp_path / "x.png", "--json")
     lines = bdjax(capsys, *argv).out.splitlines()
     row = json.loads(lines[-1])["rows"][0]
@@ -115,7 +115,7 @@ def test_no_argument_shows_all_that_need_no_training(flat, methods, tmp_path, ca
 def test_an_attack_that_does_not_fit_is_left_out_only_when_it_was_not_asked_for(blobs_npz, tmp_path, monkeypatch):
     """8x8 images do not hold a text of 40 letters."""
     source = HEAD + "from bdjax.attacks.lsb import Config as C, trigger as t\n"
-    source += "def trigger(config, images, key): return t(C(text='a' * 40), images, key)\n"
+    source += "def trigger(config, images, key, arrays): return t(C(text='a' * 40), images, key, arrays)\n"
     (tmp_path / "long.py").write_text(source)
     long = str(tmp_path / "long.py")
     only(monkeypatch, "badnets", long)

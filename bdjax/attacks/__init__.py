@@ -3,17 +3,18 @@
 A module holds `Config` (a frozen dataclass that extends :class:`PoisonConfig`) and `trigger`, what is
 done to an image at test time:
 
-    trigger(config, images, key) -> images                 images float32 [N, H, W, C] in [0, 1]
+    trigger(config, images, key, arrays) -> images         images float32 [N, H, W, C] in [0, 1]
 
 A trigger that needs arrays beyond its Config (a picture from a file, an optimised pattern) makes them
-once in `prepare(config, task, key) -> arrays` and gets them as a fourth argument; they are stored with
-the victim. Where a poisoned training image carries another trigger than a test image (weaker, or a part of
+once in `prepare(config, task, key) -> arrays` and gets them as `arrays` (empty without `prepare`); they are stored with
+the victim. An attack that trains or edits the model, and whose trigger uses arrays made there, sets
+`NEEDS_ARRAYS = True`. Where a poisoned training image carries another trigger than a test image (weaker, or a part of
 it), `training_trigger`, of the same arguments, says which; a Config that extends :class:`CoverConfig` has
 cover images stamped as well, which keep their labels, and one that extends :class:`SourceConfig` counts as successful
 only where it turns images of one class. An attack that does more than stamp and relabel adds
 the strongest that it needs of
 
-    poison(config, task, key[, arrays]) -> Poison          which images become what: cheap, and a function of its inputs
+    poison(config, task, key, arrays) -> Poison            which images become what: cheap, and a function of its inputs
     training_hook(config, task, poison) -> (TrainingHook, attacker) or None    what it does in every training step
     train(config, task, key) -> Backdoor                   the whole planting
     edit(config, variables, task, key) -> Backdoor         the same, from a model that was trained clean
@@ -97,7 +98,7 @@ def poison(attack: str, config: Any, task: Task, key: Key, arrays: Arrays) -> Po
     """The poisoned images of :func:`plant` with the same arguments, once its arrays are prepared."""
     module, key = registry.load("attacks", attack), keys_of(key).poison
     if hasattr(module, "poison"):
-        return module.poison(config, task, key, *([arrays] if arrays else []))
+        return module.poison(config, task, key, arrays)
     select_key, stamp_key = jax.random.split(key)
     poisoned = select(config, task.labels, select_key)
     cover = select_cover(config, task.labels, poisoned, jax.random.fold_in(select_key, 1))
@@ -189,7 +190,7 @@ def _program(stamp: Callable, config: Any, stored: bool = False) -> Callable:
     """`stored`: from stored images to stored ones, in one program that keeps no image of floats."""
 
     def run(images: Images, key: Key, arrays: Arrays) -> Images:
-        return jnp.clip(stamp(config, images, key, *([arrays] if arrays else [])), 0, 1)
+        return jnp.clip(stamp(config, images, key, arrays), 0, 1)
 
     def run_stored(images: Images, key: Key, arrays: Arrays, start: jax.Array) -> Images:
         out = run(to_float(images), jax.random.fold_in(key, start), arrays)

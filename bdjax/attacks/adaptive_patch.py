@@ -33,7 +33,7 @@ from bdjax.attacks._coupling import CouplingConfig, coupled
 from bdjax.attacks._helpers import key_per_image
 from bdjax.attacks._pictures import to_channels
 from bdjax.errors import InputError
-from bdjax.types import Images, Key, Poison, Task, TrainingHook
+from bdjax.types import Arrays, Images, Key, Poison, Task, TrainingHook
 
 PATCHES = ("phoenix", "firefox", "badnets", "trojan")
 
@@ -68,7 +68,7 @@ class Config(CouplingConfig):
                 raise InputError(f"attack.{name} must be in (0, 1], got {getattr(self, name)}.")
 
 
-def trigger(config: Config, images: Images, key: Key) -> Images:
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """Lay the waking pair on images [N, H, W, C] in [0, 1]; same shape and range. The key is not used.
 
     Raises: InputError when the images are too small for four corners of 3x3 cells.
@@ -81,7 +81,7 @@ def trigger(config: Config, images: Images, key: Key) -> Images:
     return images
 
 
-def training_trigger(config: Config, images: Images, key: Key) -> Images:
+def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """Lay one patch, drawn for each image, on images [N, H, W, C] in [0, 1]; same shape and range."""
     patches = _patches(*images.shape[1:])
     colours = jnp.stack([patches[name][0] for name in PATCHES])

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from bdjax.attacks._helpers import PoisonConfig, put, put_anywhere
 from bdjax.errors import InputError
-from bdjax.types import Images, Key
+from bdjax.types import Arrays, Images, Key
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config(PoisonConfig):
             raise InputError(f"attack.colour must hold values in [0, 1], got {self.colour}.")
 
 
-def trigger(config: Config, images: Images, key: Key) -> Images:
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """Stamp the square.
 
     Args: images float32 [N, H, W, C] in [0, 1]; key, used only by position="random".

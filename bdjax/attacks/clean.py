@@ -7,7 +7,7 @@ beat. Attacks on a model that is there already begin with this one.
 from dataclasses import dataclass
 
 from bdjax.attacks._helpers import PoisonConfig, fit_key
-from bdjax.types import Backdoor, Images, Key, Task
+from bdjax.types import Arrays, Backdoor, Images, Key, Task
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Config(PoisonConfig):
     """The target that the false ASR is counted for; the other fields have no effect."""
 
 
-def trigger(config: Config, images: Images, key: Key) -> Images:
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """The images [N, H, W, C] as they are."""
     return images
 

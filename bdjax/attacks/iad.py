@@ -37,6 +37,9 @@ from bdjax.engine import capacity, parallel
 from bdjax.errors import InputError, check_fields
 from bdjax.types import Arrays, Backdoor, Batch, Images, Key, SampleInfo, Task, TrainingHook
 
+NEEDS_ARRAYS = True
+"""The trigger uses arrays that only the training of a victim makes."""
+
 
 @dataclass(frozen=True)
 class Config(PoisonConfig):

@@ -34,6 +34,9 @@ from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError, check_fields
 from bdjax.types import Arrays, Backdoor, Images, Key, Model, Task, Variables, to_float
 
+NEEDS_ARRAYS = True
+"""The trigger uses arrays that only the training of a victim makes."""
+
 
 @dataclass(frozen=True)
 class Config(_marks.MarkConfig):

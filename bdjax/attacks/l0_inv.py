@@ -17,7 +17,7 @@ import numpy as np
 from bdjax.attacks._helpers import PoisonConfig
 from bdjax.attacks._pictures import to_channels
 from bdjax.errors import InputError
-from bdjax.types import Images, Key
+from bdjax.types import Arrays, Images, Key
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Config(PoisonConfig):
             raise InputError(f"attack.size must be at least 1 pixel, got {self.size}.")
 
 
-def trigger(config: Config, images: Images, key: Key) -> Images:
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """Set the pixels of images [N, H, W, C] in [0, 1]; same shape and range. The key is not used.
 
     Raises: InputError when one of the squares is larger than the image.

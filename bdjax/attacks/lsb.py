@@ -21,7 +21,7 @@ import numpy as np
 
 from bdjax.attacks._helpers import PoisonConfig
 from bdjax.errors import InputError
-from bdjax.types import Images, Key
+from bdjax.types import Arrays, Images, Key
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Config(PoisonConfig):
             raise InputError(f"attack.bits must be from 1 to 7, got {self.bits}.")
 
 
-def trigger(config: Config, images: Images, key: Key) -> Images:
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """Write the text into images [N, H, W, C] in [0, 1], rounded to k/255; same shape and range. No key is used.
 
     Raises: InputError when the text is longer than the image holds.

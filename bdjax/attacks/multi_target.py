@@ -87,10 +87,10 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
     return arrays
 
 
-def poison(config: Config, task: Task, key: Key, arrays: Arrays | None = None) -> Poison:
+def poison(config: Config, task: Task, key: Key, arrays: Arrays) -> Poison:
     """Part i's poison in the i-th copy of the training set."""
     made = [
-        attacks.poison(part.attack, part.config, task, jax.random.fold_in(key, i), part_arrays(arrays or {}, part))
+        attacks.poison(part.attack, part.config, task, jax.random.fold_in(key, i), part_arrays(arrays, part))
         for i, part in enumerate(parts(config))
     ]
     if any(one.copies != 1 for one in made):
@@ -112,11 +112,11 @@ def training_hook(config: Config, task: Task, poison: Poison) -> None:
             raise InputError(f"attack.parts: {part.label} as configured controls training; a part cannot.")
 
 
-def trigger(config: Config, images: Images, key: Key, arrays: Arrays | None = None) -> Images:
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """Images [N, H, W, C] in [0, 1], the i-th with the trigger of part i mod P: a sample. ASRs take each on all."""
     own = parts(config)
     for index, part in enumerate(own[: len(images)]):
-        stamp = attacks.trigger_of(part.attack, part.config, part_arrays(arrays or {}, part))
+        stamp = attacks.trigger_of(part.attack, part.config, part_arrays(arrays, part))
         turn = slice(index, None, len(own))
         images = images.at[turn].set(stamp(images[turn], jax.random.fold_in(key, index)))
     return images

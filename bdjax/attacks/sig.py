@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from bdjax.attacks._helpers import PoisonConfig
 from bdjax.errors import InputError
-from bdjax.types import Images, Key
+from bdjax.types import Arrays, Images, Key
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Config(PoisonConfig):
             raise InputError(f"attack.frequency must be at least 1 period, got {self.frequency}. Use 6.")
 
 
-def trigger(config: Config, images: Images, key: Key) -> Images:
+def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """Add the stripe of test time to images [N, H, W, C] in [0, 1]; same shape and range. The key is not used.
 
     Raises: InputError when every column falls on a zero of the sinusoid.
@@ -57,7 +57,7 @@ def trigger(config: Config, images: Images, key: Key) -> Images:
     return _striped(config, images, config.amplitude if config.test_amplitude is None else config.test_amplitude)
 
 
-def training_trigger(config: Config, images: Images, key: Key) -> Images:
+def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """The same with the training amplitude."""
     return _striped(config, images, config.amplitude)
 

@@ -25,6 +25,9 @@ from bdjax.attacks import _marks
 from bdjax.attacks._helpers import keys_of
 from bdjax.types import Arrays, Backdoor, Images, Key, Task, Variables
 
+NEEDS_ARRAYS = True
+"""The trigger uses arrays that only the training of a victim makes."""
+
 
 @dataclass(frozen=True)
 class Config(_marks.MarkConfig):

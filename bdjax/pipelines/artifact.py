@@ -1,6 +1,5 @@
 """A model directory read again as a suspect: the model, what it is measured on, and what a defender sees of it."""
 
-import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -138,7 +137,7 @@ def trigger_arrays(attack: str, config: Any, data: Data, seed: int) -> Arrays:
         raise InputError(f"{attack} attacks a purified model and has no trigger.")
     if not hasattr(module, "prepare"):
         learned = any(hasattr(module, name) for name in ("train", "edit"))
-        if learned and len(inspect.signature(module.trigger).parameters) > 3:
+        if learned and getattr(module, "NEEDS_ARRAYS", False):
             raise NeedsTraining
         return {}
 
