@@ -1,4 +1,4 @@
-"""jaxopt without its warning: it is archived and says so on import; it works, see pyproject.toml."""
+"""Import jaxopt without its deprecation warning: it is archived but works (see pyproject.toml)."""
 
 import warnings
 

@@ -1,4 +1,8 @@
-"""MINRES (Paige and Saunders, SIAM J. Numer. Anal. 12, 1975) in JAX: neither jax, jaxopt nor lineax has it."""
+"""MINRES: the minimum-residual method for symmetric indefinite systems.
+
+C. C. Paige and M. A. Saunders, "Solution of sparse indefinite systems of linear equations", SIAM Journal on Numerical
+Analysis 12, 1975. Implemented here because neither jax, jaxopt nor lineax has it.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +14,7 @@ from bdjax.hypergrad._repeat import repeat
 
 
 class _State(NamedTuple):
-    """Lanczos vectors v, search directions w (last and the one before), solution, and the last two rotations."""
+    """Current and previous Lanczos vectors v, search directions w and plane rotations, and the solution x."""
 
     v: jax.Array
     v_last: jax.Array
@@ -23,18 +27,27 @@ class _State(NamedTuple):
     sine: jax.Array
     sine_last: jax.Array
     residual: jax.Array
-    """Signed: its size is ‖b − A x‖."""
+    """Residual with a sign; its absolute value is ‖b − A x‖."""
 
 
 def minres(
     matvec: Callable[[jax.Array], jax.Array], b: jax.Array, iterations: int, tolerance: float = 0.0
 ) -> jax.Array:
-    """x of the smallest ‖b − A x‖ in the Krylov space of K products, A symmetric, b [d].
+    """Minimise ‖b − A x‖ over the Krylov space of K products with a symmetric matrix A.
 
-    Lanczos makes A tridiagonal, T; a plane rotation a step keeps its QR factors. Once the residual is below
-    `tolerance` ‖b‖ nothing changes any more.
+    The Lanczos process reduces A to a tridiagonal matrix T; one plane rotation per step updates the QR factorisation
+    of T.
+
+    Args:
+      matvec: product with A, [d] -> [d].
+      b: right-hand side [d].
+      iterations: K, the number of products.
+      tolerance: relative residual below which the solution is no longer updated.
+
+    Returns:
+      x [d].
     """
-    size, zero, one = jnp.linalg.norm(b), jnp.zeros_like(b), jnp.ones((), b.dtype)
+    b_norm, zero, one = jnp.linalg.norm(b), jnp.zeros_like(b), jnp.ones((), b.dtype)
     nil = jnp.zeros((), b.dtype)
 
     def step(s: _State) -> _State:
@@ -42,7 +55,7 @@ def minres(
         alpha = jnp.vdot(s.v, p)
         p = p - alpha * s.v
         beta = jnp.linalg.norm(p)
-        # the new column of T under the last two rotations, then the rotation that zeroes its last entry
+        # apply the last two rotations to the new column of T, then compute the rotation that zeroes its last entry
         top = s.sine_last * s.beta
         middle = s.sine * alpha + s.cosine * s.cosine_last * s.beta
         bottom = s.cosine * alpha - s.cosine_last * s.sine * s.beta
@@ -53,8 +66,8 @@ def minres(
             p / jnp.maximum(beta, jnp.finfo(b.dtype).tiny), s.v, w, s.w, s.x + cosine * s.residual * w,
             beta, cosine, s.cosine, sine, s.sine, -sine * s.residual,
         )  # fmt: skip
-        going = jnp.abs(s.residual) > tolerance * size
-        return jax.tree.map(lambda x, y: jnp.where(going, x, y), new, s)
+        continues = jnp.abs(s.residual) > tolerance * b_norm
+        return jax.tree.map(lambda x, y: jnp.where(continues, x, y), new, s)
 
-    start = _State(b / jnp.where(size > 0, size, 1), zero, zero, zero, zero, nil, one, one, nil, nil, size)
+    start = _State(b / jnp.where(b_norm > 0, b_norm, 1), zero, zero, zero, zero, nil, one, one, nil, nil, b_norm)
     return repeat(step, start, iterations).x

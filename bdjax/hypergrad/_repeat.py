@@ -1,4 +1,4 @@
-"""Loops of a known length."""
+"""Loops with a static number of iterations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +6,20 @@ from typing import Any
 import jax
 
 UNROLLED = 8
-"""Steps up to which a loop is written out: XLA:CPU is slow at strided convolutions inside a loop."""
+"""Largest number of iterations that is unrolled: XLA:CPU is slow at strided convolutions inside a loop."""
 
 
 def repeat(step: Callable[[Any], Any], state: Any, times: int) -> Any:
-    """`step` applied `times` times, written out when short, a compiled loop when long."""
+    """Apply `step` repeatedly, unrolled when the loop is short and as a compiled loop otherwise.
+
+    Args:
+      step: function of the state; it must keep structure, shapes and dtypes.
+      state: initial state, a pytree.
+      times: number of applications, a Python integer.
+
+    Returns:
+      The state after `times` applications.
+    """
     if times <= UNROLLED:
         for _ in range(times):
             state = step(state)
