@@ -98,7 +98,7 @@ def test_the_command_measures_cold_cached_and_after(capsys, tmp_path):
 @pytest.mark.slow
 def test_a_start_is_timed_from_outside(monkeypatch):
     """The one that fills the cache is told apart; the child says when its first step is over."""
-    monkeypatch.setattr(bench, "_ask", lambda *_: time.sleep(next(pauses)))
+    monkeypatch.setattr(bench, "_run_worker", lambda *_: time.sleep(next(pauses)))
     pauses = iter((0.2, 0.01, 0.02))
     found = bench._startup(2, {}, 100)
     assert found["n"] == 2 and found["cold"] >= 0.2 > found["median"] >= 0.015
@@ -109,18 +109,20 @@ def test_a_start_is_timed_from_outside(monkeypatch):
 
 @pytest.mark.slow
 def test_what_fails_or_takes_too_long_is_a_row(monkeypatch):
-    monkeypatch.setattr(bench, "_row", lambda *_: bench._ask(["measure", "ibau/none", "cpu", "1", "nothing"], {}, 60))
+    monkeypatch.setattr(
+        bench, "_row", lambda *_: bench._run_worker(["measure", "ibau/none", "cpu", "1", "nothing"], {}, 60)
+    )
     (row,) = bench.bench(only="age")["rows"]
     assert "schedules" in row["failed"] or "none" in row["failed"], row
     assert report.line(row).startswith("age ")
-    monkeypatch.setattr(bench, "_row", lambda *_: bench._ask(["first-step"], {}, 0.01))
+    monkeypatch.setattr(bench, "_row", lambda *_: bench._run_worker(["first-step"], {}, 0.01))
     assert bench.bench(only="age", limit=0.01)["rows"][0]["failed"] == "longer than 0.01 s"
 
 
 def test_where_minutes_count_a_workload_is_started_once_with_the_cache_that_there_is(monkeypatch):
     asked = []
     answer = lambda arguments, given, limit: asked.append((arguments[0], given)) or '{"name": "age", "compile": 1}'  # noqa: E731
-    monkeypatch.setattr(bench, "_ask", answer)
+    monkeypatch.setattr(bench, "_run_worker", answer)
     (row,) = bench.bench(only="age", cold=False)["rows"]
     assert asked == [("measure", {})] and "compile_cached" not in row
     (row,) = bench.bench(only="age")["rows"]

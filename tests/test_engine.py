@@ -67,12 +67,12 @@ def assert_same(a, b):
 
 
 class Seen(Callback):
-    """Remembers what it was told."""
+    """Records its calls."""
 
     def __init__(self):
         self.ticks, self.steps, self.arrays = [], [], []
 
-    def tick(self, stage, done, total):
+    def on_progress(self, stage, done, total):
         self.ticks.append((stage, done, total))
 
     def on_round_end(self, step, variables, **arrays):

@@ -85,7 +85,7 @@ def test_every_run_is_told_of_its_steps(blobs):
         def __init__(self):
             self.ticks = []
 
-        def tick(self, stage, done, total):
+        def on_progress(self, stage, done, total):
             self.ticks.append((done, total))
 
     watches = [Seen(), Seen()]
@@ -102,7 +102,7 @@ def test_the_error_of_one_run_ends_all(blobs):
 
 @pytest.mark.parametrize(
     ("other", "words"),
-    [({"optimizer": "adam"}, "one compiled step"), ({"batch_size": 50}, "shapes of their arrays")],
+    [({"optimizer": "adam"}, "share a compiled step"), ({"batch_size": 50}, "shapes of their arrays")],
 )
 def test_runs_of_different_programs_are_refused(other, words, blobs):
     recipes = [FitConfig(**{"epochs": 1, "batch_size": 40, "optimizer": "sgd", **given}) for given in ({}, other)]

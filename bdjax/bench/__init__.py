@@ -1,8 +1,8 @@
-"""How fast this machine runs what the library does: every workload in a process of its own, compilation apart.
+"""Benchmark of the library on this machine, with each workload in its own process and compilation timed separately.
 
-Each is started twice with a compilation cache of its own, empty the first time: that tells the compile time cold and
-cached, and the peak of memory is this workload's alone. `cold=False` starts each once, for when minutes count. Nothing
-here imports jax: a parent that holds an accelerator would leave its children none.
+Each workload runs in two processes with a new compilation cache, which gives the compile time with an empty and with a
+filled cache and the peak memory of this workload alone. `cold=False` starts one process per workload and takes less
+time. This module does not import jax, because a parent process that holds an accelerator would block its children.
 """
 
 import json
@@ -35,7 +35,7 @@ NAMES = (
     *("trigger/badnets", "trigger/blended", "trigger/sig"),
     STARTUP,
 )
-"""All workloads, in the order in which they are run: KIND/ARGUMENT/..."""
+"""All workloads in the order of their execution, named KIND/ARGUMENT/..."""
 
 
 def bench(
@@ -51,13 +51,20 @@ def bench(
     """Measure the workloads of a suite whose names match.
 
     Args:
-      only: names or patterns with commas between, such as "ibau/*,age"; "": all.
-      repeats: timed runs of each. limit: seconds after which one is given up. say: is given each row as it is made.
-      cold: measure compilation with an empty cache, then with the filled one. False: one process a workload, with the
-        cache that JAX_COMPILATION_CACHE_DIR names; "compile" is what that left to do.
+      suite: "cpu" or "gpu", which determines the sizes of the workloads.
+      only: comma-separated names or patterns such as "ibau/*,age"; "": all workloads.
+      repeats: number of timed runs of each workload, at least 1.
+      small: use tiny sizes, to test the benchmark itself.
+      limit: time limit of one process in seconds.
+      cold: measure compilation with an empty cache, then with the filled one. False: one process per workload, with
+        the cache in JAX_COMPILATION_CACHE_DIR; "compile" is then the remaining compile time.
+      say: called with each row when it is complete.
 
-    Returns: {"suite", "rows", "env"}; a row that failed has "failed" in place of numbers.
-    Raises InputError for a pattern that matches nothing.
+    Returns:
+      {"kind", "suite", "small", "rows", "env", "xla_flags"}; a failed row has "failed" in place of numbers.
+
+    Raises:
+      InputError: when the suite is unknown, `repeats` is less than 1, or a pattern matches no workload.
     """
     if suite not in SUITES:
         raise InputError(f"--suite must be {' or '.join(SUITES)}, got {suite!r}.")
@@ -67,16 +74,16 @@ def bench(
     env: dict[str, Any] = {}
     for name in chosen(only):
         with tempfile.TemporaryDirectory() as cache:
-            given = {"JAX_COMPILATION_CACHE_DIR": cache} if cold else {}
+            variables = {"JAX_COMPILATION_CACHE_DIR": cache} if cold else {}
             try:
                 row = (
-                    _startup(repeats, given, limit)
+                    _startup(repeats, variables, limit)
                     if name == STARTUP
-                    else _row(name, suite, repeats, small, given, limit, cold)
+                    else _row(name, suite, repeats, small, variables, limit, cold)
                 )
             except (subprocess.TimeoutExpired, RuntimeError) as error:
-                told = f"longer than {limit:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
-                row = {"name": name, "failed": told}
+                timed_out = isinstance(error, subprocess.TimeoutExpired)
+                row = {"name": name, "failed": f"longer than {limit:g} s" if timed_out else str(error)}
         env = row.pop("env", None) or env
         rows.append(row)
         say(row)
@@ -84,7 +91,10 @@ def bench(
 
 
 def chosen(only: str, known: Sequence[str] = NAMES) -> list[str]:
-    """The names that match; all for "". Raises InputError for a pattern that matches none."""
+    """Return the names that match a comma-separated list of patterns, all names for "".
+
+    Raises InputError for a pattern that matches no name.
+    """
     patterns = parse_names(only)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
@@ -93,37 +103,38 @@ def chosen(only: str, known: Sequence[str] = NAMES) -> list[str]:
 
 
 def _row(
-    name: str, suite: str, repeats: int, small: bool, given: dict[str, str], limit: float, cold: bool
+    name: str, suite: str, repeats: int, small: bool, variables: dict[str, str], limit: float, cold: bool
 ) -> dict[str, Any]:
+    """Measure one workload; `variables` are environment variables of its process."""
     size = "small" if small else "full"
-    row = json.loads(_ask(["measure", name, suite, str(repeats), size], given, limit).splitlines()[-1])
+    row = json.loads(_run_worker(["measure", name, suite, str(repeats), size], variables, limit).splitlines()[-1])
     if not cold:
         return row
-    again = json.loads(_ask(["measure", name, suite, "0", size], given, limit).splitlines()[-1])
-    return row | {"compile_cached": again["compile"]}
+    cached = json.loads(_run_worker(["measure", name, suite, "0", size], variables, limit).splitlines()[-1])
+    return row | {"compile_cached": cached["compile"]}
 
 
-def _startup(repeats: int, given: dict[str, str], limit: float) -> dict[str, Any]:
-    """Seconds from starting a process to the end of its first training step; the first fills the cache."""
+def _startup(repeats: int, variables: dict[str, str], limit: float) -> dict[str, Any]:
+    """Measure the seconds from the start of a process to its first training step; the first run fills the cache."""
     seconds = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
-        _ask(["first-step"], given, limit)
+        _run_worker(["first-step"], variables, limit)
         seconds.append(time.perf_counter() - begin)
     cold, *seconds = seconds
     row = {"name": STARTUP, "unit": "starts", "units": 1, "seconds": seconds, "n": repeats, "cold": cold}
     return row | {"median": median(seconds), "rate": 1 / median(seconds)}
 
 
-def _ask(arguments: list[str], given: dict[str, str], limit: float) -> str:
-    """What a worker says. Raises RuntimeError with its last line when it fails."""
+def _run_worker(arguments: list[str], variables: dict[str, str], limit: float) -> str:
+    """Run a worker process and return its output. Raises RuntimeError with its last error line when it fails."""
     command = [sys.executable, "-m", "bdjax", "_bench", *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=limit, env={**os.environ, **given}, check=False
+    process = subprocess.run(
+        command, capture_output=True, text=True, timeout=limit, env={**os.environ, **variables}, check=False
     )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    return done.stdout
+    if process.returncode:
+        raise RuntimeError((process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+    return process.stdout
 
 
 def _flags() -> str:

@@ -1,4 +1,4 @@
-"""What is measured: each workload prepares its data once and gives a :class:`Job` of the library's own functions."""
+"""Benchmark workloads: each prepares its data once and returns a :class:`Job` that calls the library's functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from bdjax.config import config_of
 from bdjax.datasets._files import read_array
 from bdjax.defenses import age, bibau, ibau, neural_cleanse
 from bdjax.engine import FitConfig, fit, fit_with_hook, many, predict, run_epoch
-from bdjax.engine.epoch import carried
+from bdjax.engine.epoch import intercept_epochs
 from bdjax.types import DefenderView, Task, Victim
 
 CLASSES = 10
@@ -22,32 +22,32 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; the shapes are CIFAR-10's unless the run is a small one."""
+    """Sizes of the workloads; images have CIFAR-10's shape except in small runs."""
 
     shape: tuple[int, int, int] = (32, 32, 3)
     """(H, W, C) of an image."""
     width: int | None = None
-    """Channels of the networks' first convolution; None: their own."""
+    """Channels of the networks' first convolution; None: the default of each network."""
     batch: int = 128
-    """Images a training step."""
+    """Images per training step."""
     steps: int = 6
-    """Training steps of small_vgg that one run takes; of resnet18, a third."""
+    """Training steps per run of small_vgg; a third of it for resnet18."""
     test: int = 2000
-    """Images of an evaluation."""
+    """Images per evaluation."""
     clean: int = 5000
-    """The defender's images."""
+    """Number of the defender's images."""
     clean_batch: int = 100
-    """Of I-BAU."""
+    """Batch size of I-BAU."""
     edited: int = 512
-    """Images that AGE looks at."""
+    """Images for AGE."""
     searched: int = 512
-    """Images of the trigger inversion."""
+    """Images for the trigger inversion."""
     adversarial: int = 256
-    """Images of an outer step of BI-BAU."""
+    """Images per outer step of BI-BAU."""
     victims: int = 8
-    """Trained at once."""
+    """Models trained at the same time."""
     stamped: int = 50_000
-    """Images that get a static trigger."""
+    """Images that receive a static trigger."""
 
 
 SUITES = {
@@ -58,21 +58,30 @@ SMALL = Sizes((8, 8, 3), 4, 32, 3, 20, 20, 10, 16, 16, 16, 2, 40)
 
 
 class Job(NamedTuple):
-    """One workload, ready to run."""
+    """A prepared workload."""
 
     run: Callable[[], Any]
-    """Once; returns the arrays that must be there when it is over."""
+    """Execute the workload once; the result is waited for."""
     units: float
-    """How many of `unit` one run is."""
+    """Number of units (see `unit`) per run."""
     unit: str = "images"
     dtype: str = "float32"
-    """Of the activations, and of the matrix product that it is set beside."""
+    """Type of the activations, and of the matrix product that the rate is compared with."""
     extra: tuple[tuple[float, Callable, tuple], ...] = ()
-    """(times, function, arguments) of programs that do not go through `engine.run_epoch`."""
+    """(executions, function, arguments) of programs that `engine.run_epoch` does not run."""
 
 
 def random_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Noise as stored images, uint8 [N, H, W, C], and labels that mean nothing, int32 [N]."""
+    """Draw random images and labels.
+
+    Args:
+      count: number of images N.
+      shape: (H, W, C).
+      seed: seed of the random generator.
+
+    Returns:
+      (uint8 [N, H, W, C], int32 [N]).
+    """
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (count, *shape), dtype=np.uint8), rng.integers(0, CLASSES, count).astype(np.int32)
 
@@ -87,28 +96,28 @@ def _victim(name: str, sizes: Sizes) -> Victim:
 
 
 def _train(name: str, attack: str, dtype: str, sizes: Sizes) -> Job:
-    """One epoch of training as the attack does it; what it trains before (IAD's mask network) is not measured."""
+    """One epoch of training under an attack; networks that the attack trains before (IAD's mask) are not measured."""
     model, steps = _model(name, sizes, dtype), sizes.steps if name == "small_vgg" else max(1, sizes.steps // 3)
     images, labels = random_images(steps * sizes.batch, sizes.shape)
     recipe = FitConfig(1, sizes.batch, precision=dtype)  # type: ignore[arg-type]
-    asked: list[tuple] = []
+    calls: list[tuple] = []
 
-    def controlled(*arguments: Any, stage: str = "training", **_: Any) -> tuple[Any, Any]:
+    def record_call(*arguments: Any, stage: str = "training", **_: Any) -> tuple[Any, Any]:
         if stage != "training":
             return model.init(jax.random.key(0)), arguments[4]
-        asked.append(arguments)
+        calls.append(arguments)
         return model.init(jax.random.key(0)), arguments[4]
 
     task = Task(
         images, labels, model, read_array,
-        fit=lambda *arguments, **options: controlled(*arguments, None, None, **options)[0],
-        fit_with_hook=controlled,
+        fit=lambda *arguments, **options: record_call(*arguments, None, None, **options)[0],
+        fit_with_hook=record_call,
     )  # fmt: skip
     config = config_of("attacks", attack)()
     attacks.plant(attack, config, task, jax.random.key(0))
-    shown, called, key, hook, attacker = asked[-1]
+    poisoned_images, poisoned_labels, key, hook, attacker = calls[-1]
     start = jax.jit(model.init)(jax.random.key(0))
-    run = partial(fit_with_hook, model, shown, called, recipe, key, hook, attacker, start=start)
+    run = partial(fit_with_hook, model, poisoned_images, poisoned_labels, recipe, key, hook, attacker, start=start)
     return Job(run, steps * sizes.batch, dtype=dtype)
 
 
@@ -123,36 +132,37 @@ def _floats(sizes: Sizes, count: int) -> jax.ShapeDtypeStruct:
 
 
 def _ibau(schedule: Any, sizes: Sizes) -> Job:
-    """One round, with batches of `clean_batch` in both schedules."""
+    """One round of I-BAU with batches of `clean_batch` images."""
     victim, view = _victim("small_vgg", sizes), DefenderView(*random_images(sizes.clean, sizes.shape))
     config = ibau.Config(schedule, rounds=1, batch_size=sizes.clean_batch)
     return Job(partial(ibau.purify, config, victim, view, jax.random.key(0)), 1, "rounds")
 
 
 def _bibau(sizes: Sizes) -> Job:
-    """One ascent and one outer step, as `purify` hands them to the engine."""
+    """One inner ascent and one outer step of BI-BAU, with the arguments that `purify` passes to the engine."""
     victim, view = _victim("small_vgg", sizes), DefenderView(*random_images(2 * sizes.adversarial, sizes.shape))
     view.labels[:CLASSES] = np.arange(CLASSES)
-    config, found = bibau.Config(procedure="paper", epochs=1, batch_size=sizes.adversarial, fisher_batch=8), []
+    config, calls = bibau.Config(procedure="paper", epochs=1, batch_size=sizes.adversarial, fisher_batch=8), []
 
-    def keep(step: Any, state: Any, split: Any, whole: Any, shared: Any, **_: Any) -> Any:
-        found.append((step, state, *jax.tree.map(lambda leaf: leaf[:1], (split, whole)), shared))
-        raise _Kept
+    def record_call(step: Any, state: Any, batch: Any, per_step: Any, constants: Any, **_: Any) -> Any:
+        calls.append((step, state, *jax.tree.map(lambda leaf: leaf[:1], (batch, per_step)), constants))
+        raise _Recorded
 
     try:
-        with carried(keep):
+        with intercept_epochs(record_call):
             bibau.purify(config, victim, view, jax.random.key(0))
-    except _Kept:
+    except _Recorded:
         pass
-    step, state, *rest = found[0]
+    step, state, *rest = calls[0]
     return Job(lambda: run_epoch(step, jax.tree.map(jnp.copy, state), *rest), sizes.adversarial)
 
 
-class _Kept(Exception):
-    """The arguments that were wanted are there."""
+class _Recorded(Exception):
+    """The arguments of the first call have been recorded."""
 
 
 def _age(sizes: Sizes) -> Job:
+    """AGE on ResNet-18."""
     victim, view = _victim("resnet18", sizes), DefenderView(*random_images(sizes.edited, sizes.shape))
     config = age.Config(batch_size=min(age.Config().batch_size, sizes.edited))
     number = -(-sizes.edited // config.batch_size)
@@ -165,7 +175,7 @@ def _age(sizes: Sizes) -> Job:
 
 
 def _inversion(sizes: Sizes) -> Job:
-    """One epoch of the search for the triggers of all classes; an image counts once for each class."""
+    """One epoch of the trigger inversion for all classes; an image counts once per class."""
     victim, view = _victim("small_vgg", sizes), DefenderView(*random_images(sizes.searched, sizes.shape))
     config = neural_cleanse.Config(epochs=1)
     run = partial(neural_cleanse.search, config, victim, view, jax.random.key(0))
@@ -173,17 +183,17 @@ def _inversion(sizes: Sizes) -> Job:
 
 
 def _many(how: Any, sizes: Sizes) -> Job:
-    """Victims that differ in their seed, a few steps each."""
+    """A few training steps of several models that differ in their seed."""
     model, count = _model("small_vgg", sizes), sizes.batch * max(1, sizes.steps // 3)
     images, labels = random_images(count, sizes.shape)
-    shown: Any = jnp.asarray(images), jnp.asarray(labels)  # one object in all runs: not copied for each
+    data: Any = jnp.asarray(images), jnp.asarray(labels)  # the same object in all runs, so it is not copied
     recipe = FitConfig(1, sizes.batch)
-    runs = [partial(fit, model, shown[0], shown[1], recipe, jax.random.key(i)) for i in range(sizes.victims)]
+    runs = [partial(fit, model, data[0], data[1], recipe, jax.random.key(i)) for i in range(sizes.victims)]
     return Job(partial(many.run_together, runs, how), count * sizes.victims)
 
 
 def _trigger(attack: str, sizes: Sizes) -> Job:
-    """Stored images to stored images."""
+    """Apply a static trigger to stored images."""
     images, labels = random_images(sizes.stamped, sizes.shape)
     module, config = attacks.registry.load("attacks", attack), config_of("attacks", attack)()
     task = Task(images, labels, _model("small_vgg", sizes), read_array)
@@ -199,6 +209,6 @@ _KINDS: dict[str, Callable[..., Job]] = {
 
 
 def job(name: str, sizes: Sizes) -> Job:
-    """The workload KIND/ARGUMENT/... of :data:`bdjax.bench.NAMES`, prepared."""
+    """Prepare the workload KIND/ARGUMENT/... of :data:`bdjax.bench.NAMES`."""
     kind, *arguments = name.split("/")
     return _KINDS[kind](*arguments, sizes)

@@ -1,7 +1,7 @@
-"""Callbacks: what records a run (progress, curve, first and last arrays), and the base of those that forward calls."""
+"""Callbacks: one that records progress, curve and arrays of a run, and one that forwards calls to another callback."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,36 @@ from bdjax.engine.clock import Clock
 from bdjax.types import Callback, Scores, Variables
 
 _MEASURED = {*range(6), *(5 * 2**power for power in range(20))}
-"""Rounds that a model is measured after: the first five, then whenever their number has doubled."""
+"""Rounds after which the model is measured: 0 to 5, then 10, 20, 40, ..."""
 
 
 class Recorder(Callback):
-    """Records progress, a curve of scalars, and the first and last arrays of a method; its own time is not counted.
+    """Record progress, a curve of scalars, and the first and last arrays of a method.
+
+    The clock is stopped while it measures.
 
     Attributes:
-      rows: one dictionary of scalars a round.
-      arrays: by name, the last value of every array, and the first as NAME_first.
-      scores: the detection that the method reported, or None.
-      estimated: the estimate of success that the method reported, or None.
+      rows: one dictionary of scalars per round.
+      arrays: the last value of each array by name, and its first value as NAME_first.
+      scores: the detection result that the method reported, or None.
+      estimated: the estimate of its success that the method reported, or None.
     """
 
     def __init__(
         self,
         tick: Callable[[str, int, int], None],
         clock: Clock | None = None,
-        measure: Callable[[Variables], dict[str, float]] | None = None,
+        measure: Callable[[Variables], Mapping[str, Any]] | None = None,
         lines: Path | None = None,
     ) -> None:
+        """Create a recorder.
+
+        Args:
+          tick: called with (stage, done, total) to show progress.
+          clock: clock of the method, stopped while measuring; None: rows have no seconds.
+          measure: `measure(variables) -> scalars` to add to a row of the curve; None: measure nothing.
+          lines: file to which each row is appended as a line of JSON; None: no file.
+        """
         self._tick, self._clock, self._measure, self._lines = tick, clock, measure, lines
         self.rows: list[dict[str, Any]] = []
         self.arrays: dict[str, np.ndarray] = {}
@@ -55,7 +65,13 @@ class Recorder(Callback):
         self.estimated = estimated
 
     def on_round_end(self, step: int, variables: Variables, **arrays: Any) -> None:
-        """Measure `variables` if asked to (not after every round of many), add a row to the curve, keep the arrays."""
+        """Measure the model after selected rounds, add a row to the curve, and keep the arrays.
+
+        Args:
+          step: number of the round.
+          variables: the model after the round.
+          **arrays: scalars and arrays to record.
+        """
         with self._clock or Clock():
             row: dict[str, Any] = {"step": step}
             for name, value in arrays.items():
@@ -77,7 +93,7 @@ class Recorder(Callback):
 
 
 class ForwardingCallback(Callback):
-    """Passes every call on to another callback; a subclass overrides what it changes."""
+    """Forward every call to another callback; subclasses override the hooks that they change."""
 
     def __init__(self, callback: Callback) -> None:
         self._callback = callback

@@ -1,4 +1,4 @@
-"""Wall time with compilation apart, and the peak of memory."""
+"""Wall time with compilation measured separately, and peak memory."""
 
 import resource
 import sys
@@ -11,7 +11,7 @@ _EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
-_spans: list[tuple[float, float]] = []  # disjoint (begin, end) spent tracing, lowering and compiling
+_spans: list[tuple[float, float]] = []  # disjoint (begin, end) of tracing, lowering and compiling
 _programs = [0]
 
 
@@ -30,40 +30,41 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compiled_programs() -> int:
-    """How many programs this process has compiled or fetched from the persistent cache."""
+    """Return the number of programs that this process compiled or loaded from the persistent cache."""
     return _programs[0]
 
 
 def _compiling() -> float:
+    """Seconds of tracing, lowering and compiling so far."""
     return sum(end - begin for begin, end in _spans)
 
 
 class Clock:
-    """Seconds since it was made, without compilation and without what ran while it was stopped."""
+    """Stopwatch that separates running time from compilation and can be stopped by a `with` block."""
 
     def __init__(self) -> None:
-        """Starts at once."""
+        """Start the clock."""
         self._began, self._compile = time.perf_counter(), _compiling()
         self._stopped = self._stopped_compile = self._since = self._since_compile = 0.0
 
     def __enter__(self) -> None:
-        """Stop the clock for a `with` block: what is measured inside is not the method's time."""
+        """Stop the clock for a `with` block, so that measurements inside do not count."""
         self._since, self._since_compile = time.perf_counter(), _compiling()
 
     def __exit__(self, *_: object) -> None:
-        """Go on."""
+        """Continue after the `with` block."""
         self._stopped += time.perf_counter() - self._since
         self._stopped_compile += _compiling() - self._since_compile
 
     def read(self) -> tuple[float, float]:
-        """(seconds of running, seconds of tracing and compiling), both without the stops."""
+        """Return (running seconds, seconds of tracing and compiling), both without the stopped intervals."""
         compiling = _compiling() - self._compile - self._stopped_compile
         running = time.perf_counter() - self._began - self._stopped - compiling
         return max(running, 0.0), max(compiling, 0.0)
 
 
 def peak_memory() -> tuple[int, str]:
-    """(bytes, what they are): the device's peak where it tells, else the process's peak resident set."""
+    """Return (bytes, kind): the peak of the device if it reports one, else the peak resident set of the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"]), "device"

@@ -1,7 +1,7 @@
-"""One pass over batches with the same body as a compiled scan or as a Python loop.
+"""One pass over batches, either as a compiled scan or as a Python loop over the same step.
 
 XLA:CPU runs convolution gradients inside `lax.scan` 10 to 50 times slower than outside (jax issue
-12868), so "auto" loops on a CPU and scans elsewhere; both give the same numbers.
+12868), so "auto" means a loop on a CPU and a scan elsewhere. Both give the same numbers.
 """
 
 import contextlib
@@ -17,58 +17,60 @@ from bdjax.engine import parallel
 from bdjax.errors import InputError
 
 Mode = Literal["auto", "scan", "loop"]
-_carrier: ContextVar[Callable | None] = ContextVar("bdjax_carrier", default=None)
+_runner: ContextVar[Callable | None] = ContextVar("bdjax_epoch_runner", default=None)
 
 
 @contextlib.contextmanager
-def carried(by: Callable | None) -> Iterator[None]:
-    """Within the block, `by` is called in place of :func:`run_epoch`, with its arguments, and gives the result.
+def intercept_epochs(runner: Callable | None) -> Iterator[None]:
+    """Within the block, call `runner` in place of :func:`run_epoch`, with the same arguments and result.
 
-    It may call :func:`run_epoch` itself. So the steps of several runs are brought together, or counted.
+    The runner may call :func:`run_epoch` itself. This serves to merge the steps of several runs, or to count them.
     """
-    token = _carrier.set(by)
+    token = _runner.set(runner)
     try:
         yield
     finally:
-        _carrier.reset(token)
+        _runner.reset(token)
 
 
 def run_epoch(
     step: Callable,
     state: Any,
-    split: Any,
-    whole: Any,
-    shared: Any,
+    batch: Any,
+    per_step: Any,
+    constants: Any,
     *,
     mode: Mode = "auto",
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Any, Any]:
-    """Apply `step` (see :mod:`bdjax.engine.parallel`) to each batch in turn.
+    """Apply a step to each batch in turn.
 
     Args:
-      step: must be the same object from run to run, or it is compiled anew.
-      state: pytree, donated: do not use it afterwards.
-      split: pytree of [steps, batch, ...], cut over the devices along `batch`.
-      whole: pytree of [steps, ...], given to every device.
-      shared: pytree, the same at every step.
-      tick: called with (steps done, steps), after every step of a loop, once after a scan.
+      step: `step(state, batch, per_step, constants, axis) -> (state, metrics)` (see :mod:`bdjax.engine.parallel`).
+        Pass the same object on every call: another object is compiled again.
+      state: pytree; its buffers are donated, so do not use it afterwards.
+      batch: pytree of arrays [steps, batch, ...], split over the devices along `batch`.
+      per_step: pytree of arrays [steps, ...], replicated on every device.
+      constants: pytree, the same at every step, replicated on every device.
+      mode: "scan", "loop", or "auto" (a loop on a CPU, else a scan).
+      tick: called with (steps done, steps) after every step of a loop, or once after a scan.
 
     Returns:
       (state, metrics with a leading axis [steps]).
     """
-    if (carrier := _carrier.get()) is not None:
-        with carried(None):
-            return carrier(step, state, split, whole, shared, mode=mode, tick=tick)
-    steps = jax.tree.leaves(split)[0].shape[0]
+    if (runner := _runner.get()) is not None:
+        with intercept_epochs(None):
+            return runner(step, state, batch, per_step, constants, mode=mode, tick=tick)
+    steps = jax.tree.leaves(batch)[0].shape[0]
     if mode == "scan" or (mode == "auto" and jax.default_backend() != "cpu"):
-        state, metrics = parallel.compiled(_scanned(step), batch_axis=1)(state, split, whole, shared)
+        state, metrics = parallel.compiled(_scanned(step), batch_axis=1)(state, batch, per_step, constants)
         jax.block_until_ready(metrics)
         tick(steps, steps)
         return state, metrics
-    one, collected = parallel.compiled(step), []
+    compiled_step, collected = parallel.compiled(step), []
     for index in range(steps):
-        at = jax.tree.map(lambda leaf, index=index: leaf[index], (split, whole))
-        state, metrics = one(state, *at, shared)
+        of_step = jax.tree.map(lambda leaf, index=index: leaf[index], (batch, per_step))
+        state, metrics = compiled_step(state, *of_step, constants)
         collected.append(jax.block_until_ready(metrics))
         tick(index + 1, steps)
     return state, jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *collected)
@@ -77,22 +79,31 @@ def run_epoch(
 def check_finite(losses: Any, rates: Any, before: int, what: str, field: str) -> None:
     """Raise InputError for the first loss that is not finite.
 
-    Args: losses [steps]; rates [steps] or one learning rate; before: steps of earlier epochs;
-    what: names the quantity; field: the Config field that the remedy is about.
+    Args:
+      losses: [steps].
+      rates: learning rates [steps], or one learning rate.
+      before: number of steps of earlier epochs, for the message.
+      what: name of the loss, for the message.
+      field: Config field of the learning rate, for the remedy.
+
+    Raises:
+      InputError: when a loss is NaN or infinite.
     """
     losses = np.asarray(losses)
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if bad.size:
-        rate = np.broadcast_to(np.asarray(rates), losses.shape)[bad[0]]
+    invalid = np.flatnonzero(~np.isfinite(losses))
+    if invalid.size:
+        rate = np.broadcast_to(np.asarray(rates), losses.shape)[invalid[0]]
         raise InputError(
-            f"the {what} became {losses[bad[0]]} at step {before + int(bad[0])} with learning rate {rate:g}. "
+            f"the {what} became {losses[invalid[0]]} at step {before + int(invalid[0])} with learning rate {rate:g}. "
             f"Use a smaller {field}, or check the images and labels."
         )
 
 
 @lru_cache(maxsize=256)
 def _scanned(step: Callable) -> Callable:
-    def run(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        return jax.lax.scan(lambda s, x: step(s, x[0], x[1], shared, axis), state, (split, whole))
+    """Return a step in the engine's form that scans over the leading axis of `batch` and `per_step`."""
 
-    return run
+    def scan(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        return jax.lax.scan(lambda s, x: step(s, x[0], x[1], constants, axis), state, (batch, per_step))
+
+    return scan

@@ -1,4 +1,4 @@
-"""The optimisers of the papers as directions, and their learning rates: the caller multiplies the two."""
+"""Update directions of the optimisers, and learning-rate schedules; the caller multiplies the two."""
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -12,10 +12,17 @@ Schedule: TypeAlias = Literal["constant", "cosine", "step"]
 
 
 def direction(name: Name, momentum: jax.Array | float | None = None) -> optax.GradientTransformation:
-    """Update direction of Adam (betas 0.9 and 0.999) or of SGD with `momentum` (may be traced; None: plain SGD).
+    """Return the update direction of an optimiser, without the learning rate.
 
-    "amsgrad" is Adam as PyTorch has it with that flag, "nesterov" SGD with Nesterov's momentum. A step is
-    `params - rate * update`, so that other learning rates compile nothing new.
+    A step is `params - rate * update`, so changing the learning rate does not recompile anything.
+
+    Args:
+      name: "adam" (betas 0.9 and 0.999), "amsgrad" (Adam with PyTorch's `amsgrad` flag), "sgd", or "nesterov" (SGD with
+        Nesterov momentum).
+      momentum: momentum of SGD, may be traced; None: plain SGD.
+
+    Returns:
+      The optax transformation.
     """
     if name == "adam":
         base = optax.scale_by_adam()
@@ -34,6 +41,8 @@ def direction(name: Name, momentum: jax.Array | float | None = None) -> optax.Gr
 
 
 class _Amsgrad(NamedTuple):
+    """State of AMSGrad: number of steps, first and second moments, running maximum of the second moments."""
+
     steps: jax.Array
     first: Any
     second: Any
@@ -41,12 +50,12 @@ class _Amsgrad(NamedTuple):
 
 
 def _amsgrad_init(params: Any) -> _Amsgrad:
-    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(3)]  # apart, for they are donated
+    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(3)]  # distinct buffers, because they are donated
     return _Amsgrad(jnp.zeros((), jnp.int32), *zeros)
 
 
 def _amsgrad_update(gradient: Any, state: _Amsgrad, params: Any = None) -> tuple[Any, _Amsgrad]:
-    # optax takes the maximum after the bias is corrected, which keeps a large first gradient for ever; PyTorch before
+    # PyTorch takes the maximum before the bias correction; optax takes it after, which keeps a large first gradient
     steps = state.steps + 1
     first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state.first, gradient)
     second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, state.second, gradient)
@@ -57,12 +66,21 @@ def _amsgrad_update(gradient: Any, state: _Amsgrad, params: Any = None) -> tuple
 
 
 def learning_rates(schedule: Schedule, peak: float, total: int) -> np.ndarray:
-    """Learning rate of each of `total` steps, float32 [total]: constant, cosine to zero, or x0.1 at 50 % and 75 %."""
+    """Return the learning rate of each step.
+
+    Args:
+      schedule: "constant", "cosine" (to zero), or "step" (times 0.1 at 50 % and 75 % of the steps).
+      peak: initial learning rate.
+      total: number of steps.
+
+    Returns:
+      float32 [total].
+    """
     if schedule == "cosine":
-        of = optax.cosine_decay_schedule(peak, total)
+        rate_of = optax.cosine_decay_schedule(peak, total)
     elif schedule == "step":
-        of = optax.piecewise_constant_schedule(peak, {total // 2: 0.1, total * 3 // 4: 0.1})
+        rate_of = optax.piecewise_constant_schedule(peak, {total // 2: 0.1, total * 3 // 4: 0.1})
     else:
-        of = optax.constant_schedule(peak)
+        rate_of = optax.constant_schedule(peak)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its step counter with floats
-        return np.broadcast_to(np.asarray(of(jnp.arange(total)), np.float32), (total,))
+        return np.broadcast_to(np.asarray(rate_of(jnp.arange(total)), np.float32), (total,))

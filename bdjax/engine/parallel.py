@@ -1,17 +1,18 @@
-"""Data parallelism: one per-device step, mapped over all devices of all processes; the only user of pmap.
+"""Data parallelism: map a per-device step over all devices of all processes. The only module that uses pmap.
 
-A step is `step(state, split, whole, shared, axis) -> (state, metrics)`:
+A step is `step(state, batch, per_step, constants, axis) -> (state, metrics)`:
 
-- `state` is replicated and donated; `split` is the batch, cut along its first axis; `whole` belongs to
-  the step (learning rate), `shared` to the run (data set, hyper-parameters): both are replicated;
+- `state` is replicated and its buffers are donated;
+- `batch` is split over the devices along its first axis;
+- `per_step` (for example the learning rate) and `constants` (data set, hyper-parameters) are replicated;
 - `axis` is the name of the mapped axis, or None on a single device. The step itself averages over it
-  (:func:`total`, :func:`average`), so that every device ends with the same state.
+  (:func:`total`, :func:`average`), so that the state stays the same on every device.
 
-Where several processes train together (`jax.distributed`), each runs the same program on the whole batch's indices and
-keys, and computes its own devices' rows of them; everything that a step is given and gives is the same in all.
+With several processes (`jax.distributed`), each process runs the same program with the indices and keys of the full
+batch and computes the rows of its own devices. Inputs and outputs of a step are the same in all processes.
 
-Two forms are equal to 1e-5 and tested to be: "pmap" (the default) and "jit" (one program over a
-NamedSharding, in which XLA places the collectives and `axis` is None).
+There are two forms, tested to agree to 1e-5: "pmap" (the default) and "jit" (one program over a NamedSharding, in which
+XLA inserts the collectives and `axis` is None).
 """
 
 import contextlib
@@ -33,9 +34,14 @@ _plan: ContextVar[tuple[int, Form]] = ContextVar("bdjax_devices", default=(0, "p
 
 @contextlib.contextmanager
 def using(devices: int = 0, form: Form = "pmap") -> Iterator[None]:
-    """Within the block, steps run on the first `devices` local devices (0: all of them, those of other processes too).
+    """Within the block, run steps on the first `devices` local devices.
 
-    Raises InputError when the machine has fewer.
+    Args:
+      devices: number of devices; 0: all devices, including those of other processes.
+      form: "pmap" or "jit", see the module's docstring.
+
+    Raises:
+      InputError: when this process has fewer devices.
     """
     have = jax.local_device_count()
     if devices > have:
@@ -48,32 +54,32 @@ def using(devices: int = 0, form: Form = "pmap") -> Iterator[None]:
 
 
 def count() -> int:
-    """How many devices a step is mapped over."""
+    """Return the number of devices that a step is mapped over."""
     return _plan.get()[0] or jax.device_count()
 
 
 def total(tree: Any, axis: str | None) -> Any:
-    """Sum of a pytree over the devices; the tree itself when `axis` is None."""
+    """Sum a pytree over the devices; return it unchanged when `axis` is None."""
     return tree if axis is None else jax.lax.psum(tree, axis)
 
 
 def average(tree: Any, axis: str | None) -> Any:
-    """Mean of a pytree over the devices; the tree itself when `axis` is None."""
+    """Average a pytree over the devices; return it unchanged when `axis` is None."""
     return tree if axis is None else jax.lax.pmean(tree, axis)
 
 
 def all_gather(tree: Any, axis: str | None) -> Any:
-    """The leaves [n, ...] of all devices in their order, [devices * n, ...]; the tree itself when `axis` is None."""
+    """Concatenate leaves [n, ...] of all devices to [devices * n, ...]; return the tree unchanged without `axis`."""
     return tree if axis is None else jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis, tiled=True), tree)
 
 
 def size(axis: str | None) -> int:
-    """Number of devices on `axis`, 1 when it is None."""
+    """Return the number of devices on `axis`, 1 when it is None."""
     return 1 if axis is None else jax.lax.axis_size(axis)
 
 
 def check_batch(batch_size: int) -> None:
-    """Raise InputError when `batch_size` images cannot be cut evenly over the devices."""
+    """Raise InputError when `batch_size` images cannot be split evenly over the devices."""
     if batch_size % count():
         raise InputError(
             f"batch_size={batch_size} cannot be split evenly over {count()} devices. "
@@ -82,9 +88,16 @@ def check_batch(batch_size: int) -> None:
 
 
 def compiled(step: Callable, batch_axis: int = 0) -> Callable:
-    """`step` compiled for the devices in use; `batch_axis` is the axis of `split` that is cut.
+    """Compile a step for the devices in use.
 
-    The same step on the same devices gives the same compiled program, so nothing is compiled twice.
+    The result is cached, so the same step on the same devices is compiled once.
+
+    Args:
+      step: a step as described above.
+      batch_axis: axis of the leaves of `batch` that is split over the devices.
+
+    Returns:
+      `f(state, batch, per_step, constants) -> (state, metrics)`.
     """
     devices, form = count(), _plan.get()[1]
     return _compiled(step, batch_axis, devices, form)
@@ -97,34 +110,35 @@ def _compiled(step: Callable, batch_axis: int, devices: int, form: Form) -> Call
     if form == "jit":
         return _sharded(step, batch_axis, devices)
     here = jax.local_device_count()
-    shared = devices > here
+    distributed = devices > here
     mapped = jax.pmap(
         partial(step, axis=AXIS),
         axis_name=AXIS,
         in_axes=(None, batch_axis, None, None),
         out_axes=(None, None),
-        donate_argnums=() if shared else 0,  # between processes jax uses a donated state twice
-        devices=None if shared else jax.local_devices()[:devices],
+        donate_argnums=() if distributed else 0,  # across processes jax uses a donated state twice
+        devices=None if distributed else jax.local_devices()[:devices],
     )
 
-    def cut(leaf: Any) -> Any:
+    def split(leaf: Any) -> Any:
         shape = leaf.shape
         rows = leaf.reshape(*shape[:batch_axis], devices, shape[batch_axis] // devices, *shape[batch_axis + 1 :])
-        if not shared:
+        if not distributed:
             return rows
-        own = slice(jax.process_index() * here, (jax.process_index() + 1) * here)
-        return rows[(slice(None),) * batch_axis + (own,)]
+        local = slice(jax.process_index() * here, (jax.process_index() + 1) * here)
+        return rows[(slice(None),) * batch_axis + (local,)]
 
-    return lambda state, split, whole, shared: mapped(state, jax.tree.map(cut, split), whole, shared)
+    return lambda state, batch, per_step, constants: mapped(state, jax.tree.map(split, batch), per_step, constants)
 
 
 def _sharded(step: Callable, batch_axis: int, devices: int) -> Callable:
+    """Compile a step as one program over a mesh; XLA inserts the collectives."""
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    cut = NamedSharding(mesh, PartitionSpec(*([None] * batch_axis), AXIS))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec(*([None] * batch_axis), AXIS))
     return jax.jit(
         partial(step, axis=None),
-        in_shardings=(everywhere, cut, everywhere, everywhere),
-        out_shardings=(everywhere, everywhere),
+        in_shardings=(replicated, split, replicated, replicated),
+        out_shardings=(replicated, replicated),
         donate_argnums=0,
     )

@@ -1,4 +1,4 @@
-"""The training step: gather, let the attacker at the batch, augment, take one gradient, update."""
+"""Training step: gather the batch, apply the attacker's hook, augment, compute the gradient, update."""
 
 import math
 from collections.abc import Callable
@@ -16,19 +16,28 @@ from bdjax.types import Batch, Key, Model, SampleInfo, TrainingHook, to_float
 
 
 def draw(key: Key, total: int, steps: int, batch: int, shares: tuple[float, ...] | None = None) -> dict[str, jax.Array]:
-    """Which image stands where in this epoch, and the keys of each place: all [steps, batch].
+    """Draw the order of the images in an epoch and the random keys of each position.
 
-    `shares` (of a :class:`TrainingHook`) adds each place's role and its key for the attacker.
+    Args:
+      key: random key of the epoch.
+      total: number of images.
+      steps: number of batches.
+      batch: images per batch.
+      shares: fractions of the images with role 1, 2, ... (see :class:`bdjax.types.TrainingHook`); None: no roles.
+
+    Returns:
+      Arrays [steps, batch]: "index" (int32 indices of the images), "augment" and "dropout" (keys), and, with `shares`,
+      "role" (int8) and "key" (keys for the attacker).
     """
-    drawn = _drawer(total, steps, batch)(key)
+    arrays = _draw_jit(total, steps, batch)(key)
     if shares is not None:
-        drawn["role"] = jnp.asarray(roles(shares, steps * batch).reshape(steps, batch))
-        drawn["key"] = jax.random.split(jax.random.fold_in(key, 2), (steps, batch))
-    return drawn
+        arrays["role"] = jnp.asarray(roles(shares, steps * batch).reshape(steps, batch))
+        arrays["key"] = jax.random.split(jax.random.fold_in(key, 2), (steps, batch))
+    return arrays
 
 
 @lru_cache(maxsize=8)
-def _drawer(total: int, steps: int, batch: int) -> Callable:
+def _draw_jit(total: int, steps: int, batch: int) -> Callable:
     def run(key: Key) -> dict[str, jax.Array]:
         order = jax.random.permutation(jax.random.fold_in(key, 0), total)[: steps * batch]
         keys = jax.random.split(jax.random.fold_in(key, 1), (2, steps, batch))
@@ -38,69 +47,91 @@ def _drawer(total: int, steps: int, batch: int) -> Callable:
 
 
 def roles(shares: tuple[float, ...], places: int) -> np.ndarray:
-    """int8 [places]: exactly int(share * places) places of each role, spread so evenly that any run of B places holds
-    at most :func:`capacity` of one."""
-    found = np.zeros(places, np.int8)
+    """Assign roles to the positions of an epoch, spread evenly.
+
+    Each role gets exactly int(share * places) positions, and any B consecutive positions contain at most
+    :func:`capacity` of one role.
+
+    Args:
+      shares: fractions of the positions with role 1, 2, ...
+      places: number of positions.
+
+    Returns:
+      int8 [places]; 0 where a position has no role.
+    """
+    assigned = np.zeros(places, np.int8)
     for role, share in enumerate(shares, 1):
-        free = np.flatnonzero(found == 0)
-        wanted = min(int(share * places + 1e-9), len(free))  # 0.1 * 10 is one, whatever floats say
-        steps = np.arange(len(free) + 1) * wanted // max(len(free), 1)
-        found[free[steps[1:] > steps[:-1]]] = role
-    return found
+        free = np.flatnonzero(assigned == 0)
+        count = min(int(share * places + 1e-9), len(free))  # 1e-9 guards against rounding: 0.1 * 10 is 1
+        steps = np.arange(len(free) + 1) * count // max(len(free), 1)
+        assigned[free[steps[1:] > steps[:-1]]] = role
+    return assigned
 
 
 def capacity(share: float, batch: int) -> int:
-    """How many of `batch` neighbouring places can have one role (see :func:`roles`)."""
+    """Return the largest number of `batch` consecutive positions that can have one role (see :func:`roles`)."""
     return min(batch, math.ceil(share * batch) + 2)
 
 
 @lru_cache(maxsize=64)
 def training_step(model: Model, optimizer: Any, policy: str, hook: TrainingHook | None = None) -> Callable:
-    """The step in the engine's form; one object per set of arguments, whatever the other hyper-parameters."""
-    distort = augment.policy(policy)
+    """Return the training step of a model, the same object for the same arguments.
 
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
+    Args:
+      model: the classifier.
+      optimizer: name of the optimiser (see :func:`bdjax.engine.optimizer.direction`).
+      policy: name of the augmentation (see :func:`bdjax.engine.augment.policy`).
+      hook: an attacker's interventions, or None.
+
+    Returns:
+      A step in the form that :mod:`bdjax.engine.parallel` describes. `constants` holds "images", "labels", "momentum"
+      and "weight_decay"; `per_step` the learning rate "rate"; `batch` the arrays of :func:`draw`.
+    """
+    augmented = augment.policy(policy)
+
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
         attacker = state.get("attacker", {})
-        own_images, own_labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
+        images, labels = to_float(constants["images"][batch["index"]]), constants["labels"][batch["index"]]
 
         def loss(trained: Any) -> tuple[jax.Array, Any]:
-            params, learned = trained
-            given, info = (
-                {**attacker, "params": learned},
-                SampleInfo(split["index"], split.get("role"), split.get("key"), axis),
+            params, attacker_params = trained
+            arrays, info = (
+                {**attacker, "params": attacker_params},
+                SampleInfo(batch["index"], batch.get("role"), batch.get("key"), axis),
             )
-            batch = Batch(own_images, own_labels)
+            samples = Batch(images, labels)
             if hook and hook.transform:
-                batch = hook.transform(hook.config, given, own_images, own_labels, info)
+                samples = hook.transform(hook.config, arrays, images, labels, info)
             variables = {"params": params, "batch_stats": state["batch_stats"]}
             logits, features, stats = model.apply(
-                variables, distort(batch.images, split["augment"]), True, split["dropout"], axis
+                variables, augmented(samples.images, batch["augment"]), True, batch["dropout"], axis
             )
-            value = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean() + batch.loss
+            value = optax.softmax_cross_entropy_with_integer_labels(logits, samples.labels).mean() + samples.loss
             if hook and hook.penalty:
-                value = value + hook.penalty(hook.config, given, features, batch.labels, info)
-            hits = (logits.argmax(-1) == batch.labels).mean()
-            return value, (hits, stats, batch.state)
+                value = value + hook.penalty(hook.config, arrays, features, samples.labels, info)
+            hits = (logits.argmax(-1) == samples.labels).mean()
+            return value, (hits, stats, samples.state)
 
         trained = state["params"], attacker.get("params", {})
-        (value, (hits, stats, carried)), (gradient, learned) = jax.value_and_grad(loss, has_aux=True)(trained)
+        (value, (hits, stats, new_state)), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
         metrics = {"loss": value, "accuracy": hits}
-        gradient, learned, metrics = parallel.average((gradient, learned, metrics), axis)
-        gradient = jax.tree.map(lambda g, p: g + shared["weight_decay"] * p, gradient, state["params"])
-        update, opt_state = direction(optimizer, shared["momentum"]).update(gradient, state["opt_state"])
-        params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
+        (gradient, attacker_gradient), metrics = parallel.average((gradients, metrics), axis)
+        gradient = jax.tree.map(lambda g, p: g + constants["weight_decay"] * p, gradient, state["params"])
+        update, opt_state = direction(optimizer, constants["momentum"]).update(gradient, state["opt_state"])
+        params = jax.tree.map(lambda p, u: p - per_step["rate"] * u, state["params"], update)
         after = {"params": params, "batch_stats": stats, "opt_state": opt_state}
         if hook:
-            after["attacker"] = _next(hook, attacker, learned, carried)
+            after["attacker"] = _update_attacker(hook, attacker, attacker_gradient, new_state)
         return after, metrics
 
     return step
 
 
-def _next(hook: TrainingHook, attacker: Any, gradient: Any, carried: Any) -> Any:
+def _update_attacker(hook: TrainingHook, attacker: Any, gradient: Any, new_state: Any) -> Any:
+    """Return the attacker's arrays after a step: the new state, and parameters updated by the hook's optimiser."""
     after = {**attacker}
-    if carried is not None:
-        after["state"] = carried
+    if new_state is not None:
+        after["state"] = new_state
     if hook.optimizer:
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
             update, after["opt"] = hook.optimizer(hook.config).update(gradient, attacker["opt"], attacker["params"])
