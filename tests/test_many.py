@@ -69,7 +69,7 @@ def test_what_all_runs_share_is_not_copied(blobs, monkeypatch):
     runs = [partial(fit, MODEL, images, labels, FitConfig(1, 40), jax.random.key(i)) for i in range(2)]
     many.run_together(runs, "vmap")
     assert any(leaf is images for leaf in seen[0]["common"])
-    assert all(leaf.shape != (2, *images.shape) for leaf in seen[0]["own"])
+    assert all(leaf.shape != (2, *images.shape) for leaf in seen[0]["stacked"])
 
 
 many_run_epoch = many.run_epoch
@@ -115,6 +115,6 @@ def test_runs_of_different_programs_are_refused(other, words, blobs):
 def test_the_way_is_one_of_four_and_a_loop_on_a_cpu(blobs, monkeypatch):
     with pytest.raises(InputError, match="how must be auto, loop, vmap or devices, got 'pmap'"):
         many.run_together([], "pmap")
-    monkeypatch.setattr(many, "_Meeting", None)
+    monkeypatch.setattr(many, "_Scheduler", None)
     with parallel.using(2):
         assert len(many.run_together(trainings(blobs)[:1] + [lambda: None])) == 2

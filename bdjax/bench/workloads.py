@@ -195,9 +195,9 @@ def _many(how: Any, sizes: Sizes) -> Job:
 def _trigger(attack: str, sizes: Sizes) -> Job:
     """Apply a static trigger to stored images."""
     images, labels = random_images(sizes.stamped, sizes.shape)
-    module, config = attacks.registry.load("attacks", attack), config_of("attacks", attack)()
+    spec, config = attacks.registry.load("attacks", attack), config_of("attacks", attack)()
     task = Task(images, labels, _model("small_vgg", sizes), read_array)
-    arrays = module.prepare(config, task, jax.random.key(0)) if hasattr(module, "prepare") else {}
+    arrays = spec.prepare(config, task, jax.random.key(0)) if spec.prepare is not None else {}
     stamp = partial(attacks.stamped, attack, config, images, jax.random.key(0), arrays)
     return Job(stamp, sizes.stamped)
 
