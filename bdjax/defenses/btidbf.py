@@ -32,8 +32,8 @@ from typing import Any
 import jax
 import optax
 
-from bdjax.defenses import _inversion
-from bdjax.defenses._inversion import InversionConfig, alternate, mixed, most_of
+from bdjax.defenses._inversion import InversionConfig, alternate
+from bdjax.defenses._inversion_steps import classify, features_of, mixed, most_of
 from bdjax.defenses._tuning import begin, descend
 from bdjax.engine import augment, parallel
 from bdjax.errors import check_fields
@@ -87,11 +87,9 @@ def _step(model: Model, generator: Callable, policy: str, fraction: float, size:
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state["batch_stats"]}
-            clean, stats = _inversion.features_of(model, variables, images, True, split["dropout"], axis)
-            found, stats = _inversion.features_of(
-                model, {**variables, "batch_stats": stats}, changed, True, again, axis
-            )
-            each = optax.softmax_cross_entropy_with_integer_labels(_inversion.classify(params, found), labels)
+            clean, stats = features_of(model, variables, images, True, split["dropout"], axis)
+            found, stats = features_of(model, {**variables, "batch_stats": stats}, changed, True, again, axis)
+            each = optax.softmax_cross_entropy_with_integer_labels(classify(params, found), labels)
             called, moved = each.mean(), ((clean - found) ** 2).mean()
             return called + moved, (stats, {"loss": called + moved, "label_loss": called, "feature_loss": moved})
 

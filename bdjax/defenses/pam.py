@@ -32,7 +32,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bdjax.defenses._inversion import InversionConfig, alternate, mixed, most_of
+from bdjax.defenses._inversion import InversionConfig, alternate
+from bdjax.defenses._inversion_steps import mixed, most_of
 from bdjax.defenses._tuning import begin, descend
 from bdjax.engine import augment, parallel
 from bdjax.errors import check_fields
