@@ -116,7 +116,7 @@ def test_a_foreign_directory_or_none_is_refused(tmp_path):
 )
 def test_a_manifest_that_is_not_ours_is_refused(text, tmp_path):
     (tmp_path / "manifest.json").write_text(text, errors="surrogateescape")
-    assert f"{tmp_path / 'manifest.json'} is damaged or not ours" in refusal(tmp_path)
+    assert f"{tmp_path / 'manifest.json'} is damaged or not written by bdjax" in refusal(tmp_path)
 
 
 def test_a_manifest_cut_anywhere_is_refused(copied):
@@ -145,7 +145,7 @@ def test_arrays_are_never_unpickled(tmp_path):
         read_arrays(tmp_path, "evil")
 
 
-@pytest.mark.parametrize("culprit", ["numpy.savez", "bdjax.io.checkpoint.ocp.save", "bdjax.io.checkpoint.write_text"])
+@pytest.mark.parametrize("culprit", ["numpy.savez", "bdjax.io._orbax.ocp.save", "bdjax.io.checkpoint.write_text"])
 def test_a_write_that_fails_midway_leaves_nothing(culprit, tmp_path, monkeypatch):
     def fail(*_args, **_named):
         raise OSError(28, "No space left on device")

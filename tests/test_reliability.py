@@ -142,7 +142,7 @@ def test_a_command_says_that_the_disk_is_full(undisturbed, tmp_path, capsys, mon
     def full(*_):
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write [os_error_code='28']")
 
-    monkeypatch.setattr("bdjax.io.checkpoint.ocp.save", full)
+    monkeypatch.setattr("bdjax.io._orbax.ocp.save", full)
     data = f"npz:{undisturbed[0].parent / 'b.npz'}"
     argv = ["train", "clean", "--dataset", data, "--fit.epochs", "1", "--devices", "1", "--out", tmp_path / "v"]
     said = refused(capsys, *argv)

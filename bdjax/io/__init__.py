@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, read within bounds, and checkpoints with a hash of every file."""
+"""Files: atomic writes, bounded reads, and checkpoints with a hash of every file."""
