@@ -9,7 +9,7 @@ from hostile_pickles import number, program, text
 
 from bdjax import models
 from bdjax.errors import InputError
-from bdjax.interop import _beside, _globals, _pickle, import_model, matching, names, reader
+from bdjax.interop import _globals, _metadata, _pickle, import_model, matching, names, reader
 from bdjax.interop._tensors import Refused, Tensor
 
 SECONDS = 2  # of this process, in which nothing is compiled
@@ -87,7 +87,7 @@ def test_as_many_first_layers_as_tensors_are_sorted_in_linear_time():
 
 def test_normalisation_layers_are_looked_for_in_linear_time():
     tensors = {f"{place}.mean": tensor(3) for place in range(reader._MAX_TENSORS)}
-    assert _beside.normalised("f", dict.fromkeys(map(str, range(9)), tensors), None) == ({}, {})
+    assert _metadata.normalised("f", dict.fromkeys(map(str, range(9)), tensors), None) == ({}, {})
 
 
 def claimed(blocks, convolutions=2):

@@ -16,7 +16,7 @@ import numpy as np
 
 from bdjax import models
 from bdjax.errors import InputError
-from bdjax.interop import _beside, _crc, assumptions, matching, names, reader, writer
+from bdjax.interop import _crc, _metadata, assumptions, matching, names, reader, writer
 from bdjax.interop._tensors import DTYPES, Refused, shown
 from bdjax.io import checkpoint, records
 from bdjax.models import Input
@@ -50,7 +50,7 @@ def import_model(
       size: (H, W) of the images; default what the file or its weights tell, else the model's usual.
       input: what the owner did to images in [0, 1] before; default nothing, or what BackdoorBench does to its sets.
       key: which dictionary of the file holds the weights, where several fit.
-      ignore: names of tensors that the model need not have (`_beside.waived`); they are kept for the export.
+      ignore: names of tensors that the model need not have (`_metadata.waived`); they are kept for the export.
       network: options of it that no file tells ({"stem": "max"}); default what is usual. The manifest lists under
         "assumed" what was taken and what else the file would fit.
       measure: `measure(model, variables) -> accuracy` on clean images; of the networks that the file fits, the most
@@ -70,25 +70,25 @@ def import_model(
         reader.check_some(file, value, others)
     facts = value if isinstance(value, dict) else {}
     name = _model(file, model, facts)
-    classes, size, input = _beside.facts(facts, classes, size, input)
+    classes, size, input = _metadata.facts(facts, classes, size, input)
     wanted = matching.Wanted(name, classes, size, input, chosen=network or {})
     strangers = reader.strangers(value)
-    waived = _beside.waived(file, dicts, ignore, (name for held in strangers.values() for name in held))
-    dicts = {place: _beside.folded(tensors, waived[place]) for place, tensors in dicts.items()}
+    waived = _metadata.waived(file, dicts, ignore, (name for held in strangers.values() for name in held))
+    dicts = {place: _metadata.folded(tensors, waived[place]) for place, tensors in dicts.items()}
     every = frozenset[str]().union(*waived.values())
     dicts = dicts if key is None else {key: matching.under(file, dicts, key)}
     ignored = {place: waived.get(place, every) for place in dicts}
-    inputs, layers = _beside.normalised(file, dicts, wanted.input, ignored)
+    inputs, layers = _metadata.normalised(file, dicts, wanted.input, ignored)
     left = {place: names | layers.get(place, frozenset()) for place, names in ignored.items()}
-    strange = {place: _beside.among(place, strangers) for place in dicts}
+    strange = {place: _metadata.among(place, strangers) for place in dicts}
     wanted = dataclasses.replace(wanted, inputs=inputs, waived=left, strange=strange)
     fit = matching.best(file, dicts, wanted, None)
     try:
         _crc.check(file)
     except Refused as refused:
         raise InputError(f"{file} is not read: {refused}.") from None
-    _beside.check_plain(file, fit.key, strange[fit.key], ignore)
-    named = _beside.class_names(value, fit.model.classes)
+    _metadata.check_plain(file, fit.key, strange[fit.key], ignore)
+    named = _metadata.class_names(value, fit.model.classes)
     variables, kept = _variables(file, fit)
     tried: list[dict[str, Any]] = []
     if measure is not None:
@@ -121,8 +121,8 @@ def import_model(
             "ignored": sorted(every & set(fit.tensors)),
             "normalised": sorted(layers.get(fit.key, ())),
             "classes": named[1] if named else None,
-            "unnamed": None if named else _beside.unused_names(value, fit.model.classes),
-            "accuracy": _beside.accuracy(value),
+            "unnamed": None if named else _metadata.unused_names(value, fit.model.classes),
+            "accuracy": _metadata.accuracy(value),
         },
     }
     described = {what: manifest[what] for what in ("model", "width", "input", "shape", "classes")}
