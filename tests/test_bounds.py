@@ -214,23 +214,23 @@ def test_of_many_dictionaries_few_have_a_model_built_for_them(monkeypatch):
     near = {f"d{place}": dict(list(good.items())[: 3 + place % 7]) for place in range(400)}
     built, fit = [], matching._fit
     monkeypatch.setattr(matching, "_fit", lambda *given: built.append(given) or fit(*given))
-    wanted = matching.Wanted("small_vgg", None, None, None)
-    assert matching.best("x", {**near, "right": good}, wanted, None).key == "right"
+    wanted = matching.ModelFacts("small_vgg", None, None, None)
+    assert matching.best_fit("x", {**near, "right": good}, wanted, None).key == "right"
     assert len(built) <= matching._MAX_TRIED
     with pytest.raises(InputError, match="does not fit small_vgg"):
-        matching.best("x", near, wanted, None)
+        matching.best_fit("x", near, wanted, None)
 
 
 @pytest.mark.slow
 def test_a_deeper_network_than_usual_is_found_among_many():
     """Its names are more than the usual ones, and the others' are fewer."""
-    naming = names.of_model("resnet_cifar")[0]
+    naming = names.namings_of_model("resnet_cifar")[0]
     deep = models.create("resnet_cifar", (32, 32, 3), 10, variant=models.variant({"blocks": (18, 18, 18)}))
     whole = {entry.name: Tensor("float32", entry.shape, lambda: None) for entry in names.entries(naming, deep)}
     near = {f"d{place}": dict(list(whole.items())[: 3 + place % 7]) for place in range(50)}
     near = {place: {**one, **dict(list(whole.items())[-2:])} for place, one in near.items()}
-    wanted = matching.Wanted("resnet_cifar", None, None, None)
-    assert matching.best("x", {**near, "right": whole}, wanted, None).key == "right"
+    wanted = matching.ModelFacts("resnet_cifar", None, None, None)
+    assert matching.best_fit("x", {**near, "right": whole}, wanted, None).key == "right"
 
 
 def test_the_bounds_of_readers_are_said(tmp_path):

@@ -36,13 +36,13 @@ OPCODES = {
 
 @pytest.mark.parametrize("case", OPCODES)
 @pytest.mark.parametrize("wrap", [zipped, legacy])
-@pytest.mark.parametrize("most", [10**4, pytest.param(_pickle.MOST, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [10**4, pytest.param(_pickle.MAX_OPCODES, marks=pytest.mark.slow)])
 def test_a_pickle_of_very_many_opcodes_is_refused_at_the_bound(most, wrap, case, tmp_path, monkeypatch):
-    assert _pickle.MOST <= 10**6
+    assert _pickle.MAX_OPCODES <= 10**6
     monkeypatch.setattr(_pickle, "MOST", most)
     begin, again = OPCODES[case]
     (tmp_path / "x.pt").write_bytes(wrap(b"\x80\x04" + begin + again * most + b"."))
-    with pytest.raises(InputError, match=f"more than {_pickle.MOST} opcodes"):
+    with pytest.raises(InputError, match=f"more than {_pickle.MAX_OPCODES} opcodes"):
         reader.read(tmp_path / "x.pt")
 
 
@@ -57,7 +57,7 @@ def test_names_of_classes_are_bounded_in_number_and_length(tmp_path):
         with pytest.raises(InputError, match=f"by {len(name) + 2} characters; at most"):
             reader.read(tmp_path / "x.pt")
     with pytest.raises(Refused, match="asks to run"):
-        _globals.made(_globals.known("m." + "_" * (_globals._LONGEST - 2)), ())
+        _globals.placeholder(_globals.checked_global("m." + "_" * (_globals._LONGEST - 2)), ())
 
 
 def test_tensors_are_bounded_in_number_and_in_the_length_of_their_names(tmp_path):
@@ -87,7 +87,7 @@ def test_as_many_first_layers_as_tensors_are_sorted_in_linear_time():
 
 def test_normalisation_layers_are_looked_for_in_linear_time():
     tensors = {f"{place}.mean": tensor(3) for place in range(reader._MAX_TENSORS)}
-    assert _metadata.normalised("f", dict.fromkeys(map(str, range(9)), tensors), None) == ({}, {})
+    assert _metadata.normalisation("f", dict.fromkeys(map(str, range(9)), tensors), None) == ({}, {})
 
 
 def claimed(blocks, convolutions=2):
@@ -102,9 +102,9 @@ def claimed(blocks, convolutions=2):
 @pytest.mark.parametrize("convolutions", [2, 3])
 def test_a_network_of_more_blocks_than_any_is_not_built(convolutions, monkeypatch):
     monkeypatch.setattr(names, "like_of", lambda model: pytest.fail("a model was built"))
-    wanted = matching.Wanted("resnet", None, None, None)
+    wanted = matching.ModelFacts("resnet", None, None, None)
     with pytest.raises(InputError, match="at most 128 together, got .64, 64, 64, 64."):
-        matching.best("x", {"": claimed((64,) * 4, convolutions)}, wanted, None)
+        matching.best_fit("x", {"": claimed((64,) * 4, convolutions)}, wanted, None)
     for name, options in (("resnet_cifar", {"blocks": (64, 64, 1)}), ("wide_resnet", {"blocks": 41})):
         with pytest.raises(InputError, match="blocks of model"):
             models.create(name, (32, 32, 3), 10, variant=models.variant(options))
@@ -116,12 +116,12 @@ def test_a_network_of_more_blocks_than_any_is_not_built(convolutions, monkeypatc
 def test_different_networks_are_built_until_a_bound_on_all_of_them(monkeypatch):
     """Four networks that differ in a block, each with as many as one may have."""
     different = {f"d{place}": claimed((32, 32, 32, 28 + place)) for place in range(4)}
-    built, like = set(), names.like_of
+    built, like = set(), names.variable_shapes
     monkeypatch.setattr(names, "like_of", lambda model: built.add(model) or like(model))
-    wanted = matching.Wanted("resnet", None, None, None)
+    wanted = matching.ModelFacts("resnet", None, None, None)
     with pytest.raises(InputError, match="several different networks that might be resnet.*--key.*'d0', 'd1'"):
-        matching.best("x", different, wanted, None)
+        matching.best_fit("x", different, wanted, None)
     assert len(built) == 1
     alike = dict.fromkeys(("a", "b", "c", "d"), different["d0"])
     with pytest.raises(InputError, match="does not fit resnet"):  # they are one model, built once
-        matching.best("x", alike, wanted, None)
+        matching.best_fit("x", alike, wanted, None)

@@ -112,7 +112,7 @@ def test_an_object_beside_weights_is_listed_and_not_built(name, protocol, saved,
         value = read(body, tmp_path)
         assert {place: list(held) for place, held in reader.state_dicts(value).items()} == {"net": ["weight"]}
         np.testing.assert_array_equal(value["net"]["weight"].read(), FOUR.reshape(2, 2))
-        listed = " ".join(f"{place} {what}" for place, what in reader.skipped(value).items())
+        listed = " ".join(f"{place} {what}" for place, what in reader.skipped_objects(value).items())
         assert "beside" in listed and (name.split()[0].lower() in listed.lower() or name == "Exception")
         assert type(value["beside"]) not in (collections.Counter, argparse.Namespace, set, frozenset, complex, range)
 
@@ -132,7 +132,7 @@ def test_weights_of_optimizers_before_1_6_are_keyed_by_addresses(saved, tmp_path
     body = {"state_dict": {"weight": Held()}, "optimizer": {"state": state, "param_groups": [{"params": list(state)}]}}
     pickled = saved(body)
     value = read(legacy(pickled, storages=((4, FOUR.tobytes()),)), tmp_path)
-    assert "state_dict" in reader.state_dicts(value) and not reader.skipped(value)
+    assert "state_dict" in reader.state_dicts(value) and not reader.skipped_objects(value)
 
 
 @pytest.mark.parametrize("function", ["_rebuild_parameter", "_rebuild_parameter_with_state"])
@@ -173,12 +173,12 @@ def test_tensors_of_other_sorts_are_passed_over_beside_the_weights_and_refused_a
     beside = program(b"}(" + text("net") + b"}" + text("weight") + tensor() + b"s" + text("other") + other + b"u")
     files = [("0", FOUR.tobytes()), ("1", bytes(32))]
     value = read(zipped(beside, files), tmp_path)
-    assert list(reader.state_dicts(value)) == ["net"] and list(reader.skipped(value)) == ["other"]
+    assert list(reader.state_dicts(value)) == ["net"] and list(reader.skipped_objects(value)) == ["other"]
     among = program(b"}(" + text("weight") + tensor() + text("other") + other + b"u")
-    assert list(reader.strangers(read(zipped(among, files), tmp_path))[""]) == ["other"]
+    assert list(reader.other_objects(read(zipped(among, files), tmp_path))[""]) == ["other"]
     with pytest.raises(InputError, match="holds no tensors by name: it asks to run"):
         value = read(zipped(program(b"}" + text("weight") + other + b"s"), files), tmp_path)
-        reader.check_some(tmp_path / "weights.ckpt", value, reader.skipped(value))
+        reader.check_has_tensors(tmp_path / "weights.ckpt", value, reader.skipped_objects(value))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -236,4 +236,4 @@ def test_a_whole_network_gets_its_remedy(place, tmp_path):
     body = zipped(program(b"}" + text(place) + built + b"s" if place else built))
     with pytest.raises(InputError, match="'models.mine.Net'.*whole network.*state_dict"):
         value = read(body, tmp_path)
-        reader.check_some(tmp_path / "weights.ckpt", value, reader.skipped(value))
+        reader.check_has_tensors(tmp_path / "weights.ckpt", value, reader.skipped_objects(value))

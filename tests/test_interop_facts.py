@@ -19,19 +19,19 @@ def test_a_normalisation_layer_is_the_inputs():
     mean, std = np.float32([0.4914, 0.5, 0.4]), np.float32([0.25, 0.2, 0.3])
     for pair in (("mean", "std"), ("0.mean", "0.std"), ("module.norm.mu", "module.norm.sigma")):
         shaped = {pair[0]: held(mean.reshape(1, 3, 1, 1)), pair[1]: held(std.reshape(3, 1, 1)), "w": held(mean)}
-        inputs, names = _metadata.normalised("f", {"k": shaped}, None)
+        inputs, names = _metadata.normalisation("f", {"k": shaped}, None)
         assert names == {"k": frozenset(pair)}
         assert inputs["k"] == Input((0.4914, 0.5, 0.4), (0.25, 0.2, 0.3))
     bytes_ = {"n.mean": held(mean * 255), "n.std": held(std * 255)}
-    found = _metadata.normalised("f", {"": bytes_}, Input(channels="bgr"))[0][""]
+    found = _metadata.normalisation("f", {"": bytes_}, Input(channels="bgr"))[0][""]
     np.testing.assert_allclose(found.mean + found.std, [*mean, *std], rtol=1e-6)
     assert found.channels == "bgr"
-    assert _metadata.normalised("f", {"": bytes_}, Input((0.4914, 0.5, 0.4), (0.25, 0.2, 0.3)))[0]
+    assert _metadata.normalisation("f", {"": bytes_}, Input((0.4914, 0.5, 0.4), (0.25, 0.2, 0.3)))[0]
     with pytest.raises(InputError, match="normalisation layer .'n.mean'.*Leave both"):
-        _metadata.normalised("f", {"": bytes_}, Input((0.5,), (0.5,)))
+        _metadata.normalisation("f", {"": bytes_}, Input((0.5,), (0.5,)))
     for odd in ({"n.mean": held(mean)}, {"n.mean": held(mean), "n.std": held(-std)},
                 {"n.mean": held(mean), "n.std": held(std), "m.mean": held(std), "m.std": held(std)}):  # fmt: skip
-        assert _metadata.normalised("f", {"": odd}, None) == ({}, {})
+        assert _metadata.normalisation("f", {"": odd}, None) == ({}, {})
 
 
 @pytest.mark.parametrize(
@@ -43,24 +43,24 @@ def test_a_normalisation_that_is_for_no_images_is_refused(mean, std):
     layer = {"norm.mean": held(np.float32(mean)), "norm.std": held(np.float32(std))}
     whole = {**layer, "conv.weight": held(np.zeros((2, 2), np.float32))}
     with pytest.raises(InputError, match="'norm.mean'.*from -10 to 1.*from 1e-05 to less than 10.*--ignore norm.mean"):
-        _metadata.normalised("f", {"": whole}, None)
-    assert _metadata.normalised("f", {"": whole}, None, {"": frozenset(["norm.std"])}) == ({}, {})
-    assert _metadata.normalised("f", {"": layer}, None) == ({}, {}), "numbers of something else, beside the weights"
+        _metadata.normalisation("f", {"": whole}, None)
+    assert _metadata.normalisation("f", {"": whole}, None, {"": frozenset(["norm.std"])}) == ({}, {})
+    assert _metadata.normalisation("f", {"": layer}, None) == ({}, {}), "numbers of something else, beside the weights"
 
 
 def test_a_normalisation_that_is_ignored_is_not_done():
     layer = {"norm.mean": held(np.float32([0.5])), "norm.std": held(np.float32([0.25]))}
-    assert _metadata.normalised("f", {"": layer}, None)[0][""] == Input((0.5,), (0.25,))
+    assert _metadata.normalisation("f", {"": layer}, None)[0][""] == Input((0.5,), (0.25,))
     for name in layer:
-        assert _metadata.normalised("f", {"": layer}, None, {"": frozenset([name])}) == ({}, {})
+        assert _metadata.normalisation("f", {"": layer}, None, {"": frozenset([name])}) == ({}, {})
 
 
 def test_what_is_ignored_is_named_in_any_usual_way():
     tensors = dict.fromkeys(["a.bn1.neuron_mask", "a.bn2.neuron_mask", "b.neuron_mask.x", "aux.fc.weight", "c.weight"])
     for wanted, count in (("neuron_mask", 3), ("aux", 1), ("aux.fc.weight", 1), ("a.bn?.*", 2), ("*mask*", 3)):
-        assert len(_metadata.waived("f", {"": tensors}, [wanted])[""]) == count
+        assert len(_metadata.ignored_tensors("f", {"": tensors}, [wanted])[""]) == count
     with pytest.raises(InputError, match="--ignore 'mask' names; there are some such as 'a.bn1.neuron_mask'"):
-        _metadata.waived("f", {"": tensors}, ["mask"])
+        _metadata.ignored_tensors("f", {"": tensors}, ["mask"])
 
 
 def test_pruned_weights_are_multiplied_by_their_masks():
@@ -69,10 +69,10 @@ def test_pruned_weights_are_multiplied_by_their_masks():
         "c.weight_mask": held(np.float32([0, 1])),
         "c.bias": held([1.0]),
     }
-    found = _metadata.folded(tensors, frozenset(["c.weight_mask"]))
+    found = _metadata.apply_masks(tensors, frozenset(["c.weight_mask"]))
     assert list(found) == ["c.weight", "c.bias"]
     np.testing.assert_array_equal(found["c.weight"].read(), np.float32([0, 2]))
-    assert list(_metadata.folded(tensors, frozenset())) == list(tensors)
+    assert list(_metadata.apply_masks(tensors, frozenset())) == list(tensors)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_class_names_of_a_file(value, names):
 )
 def test_class_names_that_cannot_be_used_are_not_dropped_without_a_word(value, why):
     assert _metadata.class_names(value, 3) is None
-    said = _metadata.unused_names(value, 3)
+    said = _metadata.class_names_problem(value, 3)
     assert said == why or why in said
     lines = notes({"classes": ["0", "1", "2"], "source": {"classes": None, "unnamed": said}})
     assert lines == ([f"classes: numbered; the names in the file are not used, {said}"] if said else [])

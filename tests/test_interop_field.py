@@ -131,7 +131,7 @@ PUBLISHED = {  # parameters, as their papers or projects give them
 def test_at_full_width_a_network_has_the_published_number_of_parameters(key):
     name, classes, variant = key
     model = models.create(name, (28, 28, 1) if name == "mnist_cnn" else (32, 32, 3), classes, variant=variant)
-    params = names.like_of(model)["params"]
+    params = names.variable_shapes(model)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PUBLISHED[key]
 
 
@@ -157,7 +157,7 @@ TIMM = {  # of each sort of block one, as timm's definitions name them
 @pytest.mark.slow
 @pytest.mark.parametrize("model", TIMM)
 def test_blocks_have_timm_s_names_in_timm_s_table(model):
-    naming = next(naming for naming in names.of_model(model) if naming.label == "timm")
+    naming = next(naming for naming in names.namings_of_model(model) if naming.label == "timm")
     entries = names.entries(naming, models.create(model, (64, 64, 3), 5, width=4))
     layers = {entry.name.rpartition(".")[0] for entry in entries}
     assert {*TIMM[model]} <= layers and not any("features" in layer or ".block." in layer for layer in layers)
@@ -180,7 +180,7 @@ def test_blocks_have_timm_s_names_in_timm_s_table(model):
 )  # fmt: skip
 def test_what_a_network_is_called_says_its_depth(called, asked):
     name = names.family(called)
-    said = [naming.asked(name) for naming in names.namings(name)]
+    said = [naming.options_of_name(name) for naming in names.namings(name)]
     assert any(one is not None and one.items() >= asked.items() for one in said)
 
 
@@ -195,7 +195,7 @@ def test_other_names_are_not_taken_for_one_of_these(called):
 
 def test_a_file_of_another_depth_than_its_name_says_is_refused(tmp_path):
     model = models.create("resnet_cifar", (32, 32, 3), 5, width=2, variant=(("blocks", (2, 2, 2)),))
-    path = written(tmp_path, tensors_of(model, names.of_model("resnet_cifar")[0]))
+    path = written(tmp_path, tensors_of(model, names.namings_of_model("resnet_cifar")[0]))
     with pytest.raises(InputError, match=r"resnet20: blocks \(3, 3, 3\) +blocks \(2, 2, 2\)"):
         interop.import_model(path, tmp_path / "m", model="resnet20")
     assert interop.import_model(path, tmp_path / "m", model="resnet14")["variant"] == {"blocks": [2, 2, 2]}

@@ -82,7 +82,7 @@ def weights(path):
 def resnet(tmp_path, width=None, seed=0):
     """A ResNet-18 of random weights in PyTorch's names, and their names in order."""
     model, rng = models.create("resnet18", (32, 32, 3), 10, width=width), np.random.default_rng(seed)
-    tensors = {e.name: rng.random(e.shape, np.float32) for e in names.entries(names.usual("resnet18"), model)}
+    tensors = {e.name: rng.random(e.shape, np.float32) for e in names.entries(names.export_naming("resnet18"), model)}
     with open(tmp_path / "resnet.pt", "wb") as file:
         writer.write_torch(file, tensors)
     return tmp_path / "resnet.pt", tensors
@@ -152,7 +152,7 @@ def test_the_size_of_the_images_follows_from_the_weights_where_they_tell_it(tmp_
 @pytest.mark.parametrize("name", json.loads((HERE / "names.json").read_text()))
 def test_at_full_width_all_names_and_shapes_are_those_of_pytorch(name):
     there = json.loads((HERE / "names.json").read_text())[name]
-    naming, side = names.usual(name), 224 if "small_vgg" not in name else 32
+    naming, side = names.export_naming(name), 224 if "small_vgg" not in name else 32
     classes = next(shape for key, shape in there.items() if key == f"{naming.layer('head')}.weight")[0]
     entries = names.entries(naming, models.create(name, (side, side, 3), classes))
     ours = {entry.name: list(entry.shape) for entry in entries}
@@ -236,7 +236,7 @@ def test_several_networks_in_one_file_need_a_key(tmp_path):
 def test_a_model_of_our_own_is_exported_under_the_usual_names_and_comes_back(tmp_path):
     for name in ("resnet18", "cnn"):
         model = models.create(name, (32, 32, 3), 4, width=2 if name == "resnet18" else None)
-        rng, like = np.random.default_rng(1), names.like_of(model)
+        rng, like = np.random.default_rng(1), names.variable_shapes(model)
         variables = jax.tree.map(lambda leaf, rng=rng: rng.random(leaf.shape, np.float32), like)
         manifest = {
             "kind": "victim", "hash": "0" * 64, "seed": 0, "fit": None, "attack": {"name": "badnets", "config": {}},

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     say(f"model:  {manifest['model']}, {len(manifest['classes'])} classes, images {manifest['shape']}")
     say(f"file:   {len(source['tensors'])} tensors of {source['format']}{where}, named as by {source['names']}")
     say(f"input:  {_described(done)}")
-    for line in assumptions.described(manifest["assumed"], manifest["tried"], manifest["note"]):
+    for line in assumptions.describe(manifest["assumed"], manifest["tried"], manifest["note"]):
         say(f"network: {line}")
     for line in notes(manifest):
         say(line)

@@ -17,11 +17,11 @@ import numpy as np
 from bdjax import models
 from bdjax.errors import InputError
 from bdjax.interop import _crc, _metadata, assumptions, matching, names, reader, writer
-from bdjax.interop._tensors import DTYPES, Refused, shown
+from bdjax.interop._tensors import DTYPES, Refused, quote
 from bdjax.io import checkpoint, records
 from bdjax.models import Input
 
-__all__ = ["export_model", "import_model", "model_of", "plain"]
+__all__ = ["export_model", "import_model", "model_of", "option_to_json"]
 
 FORMATS = ("safetensors", "torch")
 _LISTED = 1000  # entries that were passed over, in a manifest
@@ -50,7 +50,7 @@ def import_model(
       size: (H, W) of the images; default what the file or its weights tell, else the model's usual.
       input: what the owner did to images in [0, 1] before; default nothing, or what BackdoorBench does to its sets.
       key: which dictionary of the file holds the weights, where several fit.
-      ignore: names of tensors that the model need not have (`_metadata.waived`); they are kept for the export.
+      ignore: names of tensors that the model need not have (`_metadata.ignored_tensors`); they are kept for the export.
       network: options of it that no file tells ({"stem": "max"}); default what is usual. The manifest lists under
         "assumed" what was taken and what else the file would fit.
       measure: `measure(model, variables) -> accuracy` on clean images; of the networks that the file fits, the most
@@ -63,49 +63,49 @@ def import_model(
     file = Path(file)
     form, value = reader.read(file)
     try:
-        dicts, others = reader.state_dicts(value), reader.skipped(value)
+        dicts, others = reader.state_dicts(value), reader.skipped_objects(value)
     except Refused as refused:
         raise InputError(f"{file} is not read: {refused}.") from None
     if not dicts:
-        reader.check_some(file, value, others)
+        reader.check_has_tensors(file, value, others)
     facts = value if isinstance(value, dict) else {}
     name = _model(file, model, facts)
-    classes, size, input = _metadata.facts(facts, classes, size, input)
-    wanted = matching.Wanted(name, classes, size, input, chosen=network or {})
-    strangers = reader.strangers(value)
-    waived = _metadata.waived(file, dicts, ignore, (name for held in strangers.values() for name in held))
-    dicts = {place: _metadata.folded(tensors, waived[place]) for place, tensors in dicts.items()}
+    classes, size, input = _metadata.backdoorbench_facts(facts, classes, size, input)
+    wanted = matching.ModelFacts(name, classes, size, input, chosen=network or {})
+    strangers = reader.other_objects(value)
+    waived = _metadata.ignored_tensors(file, dicts, ignore, (name for held in strangers.values() for name in held))
+    dicts = {place: _metadata.apply_masks(tensors, waived[place]) for place, tensors in dicts.items()}
     every = frozenset[str]().union(*waived.values())
-    dicts = dicts if key is None else {key: matching.under(file, dicts, key)}
+    dicts = dicts if key is None else {key: matching.tensors_under(file, dicts, key)}
     ignored = {place: waived.get(place, every) for place in dicts}
-    inputs, layers = _metadata.normalised(file, dicts, wanted.input, ignored)
+    inputs, layers = _metadata.normalisation(file, dicts, wanted.input, ignored)
     left = {place: names | layers.get(place, frozenset()) for place, names in ignored.items()}
-    strange = {place: _metadata.among(place, strangers) for place in dicts}
+    strange = {place: _metadata.objects_under(place, strangers) for place in dicts}
     wanted = dataclasses.replace(wanted, inputs=inputs, waived=left, strange=strange)
-    fit = matching.best(file, dicts, wanted, None)
+    fit = matching.best_fit(file, dicts, wanted, None)
     try:
         _crc.check(file)
     except Refused as refused:
         raise InputError(f"{file} is not read: {refused}.") from None
-    _metadata.check_plain(file, fit.key, strange[fit.key], ignore)
+    _metadata.check_plain_tensors(file, fit.key, strange[fit.key], ignore)
     named = _metadata.class_names(value, fit.model.classes)
     variables, kept = _variables(file, fit)
     tried: list[dict[str, Any]] = []
     if measure is not None:
         only = {fit.key: fit.tensors}
         fit, tried = assumptions.best_variant(
-            fit, wanted, lambda other: matching.best(file, only, other, None), variables, measure
+            fit, wanted, lambda other: matching.best_fit(file, only, other, None), variables, measure
         )
     arrays = {"original": {str(place): array for place, array in enumerate(kept.values())}} if kept else {}
     sha256 = checkpoint.sha256(file)
     manifest: dict[str, Any] = {
         "kind": "imported",
         "model": fit.model.name,
-        **{option: plain(given) for option, given in fit.model.options},
+        **{option: option_to_json(given) for option, given in fit.model.options},
         "variant": _json(dict(dict(fit.model.options)["variant"])),
         "shape": list(fit.model.shape),
         "classes": list(named[0]) if named else [str(label) for label in range(fit.model.classes)],
-        "assumed": assumptions.listed(fit, network or {}, tried),
+        "assumed": assumptions.assumption_record(fit, network or {}, tried),
         "tried": tried,
         "note": fit.naming.note,
         "source": {
@@ -121,7 +121,7 @@ def import_model(
             "ignored": sorted(every & set(fit.tensors)),
             "normalised": sorted(layers.get(fit.key, ())),
             "classes": named[1] if named else None,
-            "unnamed": None if named else _metadata.unused_names(value, fit.model.classes),
+            "unnamed": None if named else _metadata.class_names_problem(value, fit.model.classes),
             "accuracy": _metadata.accuracy(value),
         },
     }
@@ -154,10 +154,10 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
     manifest = checkpoint.read_record(directory)
     with records.reading_record(Path(directory) / checkpoint.MANIFEST):
         model = model_of(manifest)
-        like = names.like_of(model)
+        like = names.variable_shapes(model)
     source = manifest.get("source")
-    known = names.of_model(model.name)
-    naming = names.usual(model.name)
+    known = names.namings_of_model(model.name)
+    naming = names.export_naming(model.name)
     if source:
         naming = _named(directory, known, source["names"])
     with records.reading_record(Path(directory) / checkpoint.MANIFEST):
@@ -195,7 +195,7 @@ def _named(directory: Path, known: tuple[names.Naming, ...], label: Any) -> name
         if naming.label == label:
             return naming
     raise InputError(
-        f"{directory}: source.names is {shown(label)}; known are {', '.join(naming.label for naming in known)}. It is "
+        f"{directory}: source.names is {quote(label)}; known are {', '.join(naming.label for naming in known)}. It is "
         "damaged or of another version; import the file anew."
     )
 
@@ -210,12 +210,12 @@ def _model(file: Path, given: str | None, facts: Mapping[Any, Any]) -> str:
     if not isinstance(found, str):
         raise InputError(f"{file} does not say which model it is of. Give --model: {', '.join(names.families())}.")
     name = names.family(found)
-    if given is None and not names.known(name):
-        raise InputError(f"{file} is of a model {shown(found)}; these can be read: {', '.join(names.families())}.")
+    if given is None and not names.is_known(name):
+        raise InputError(f"{file} is of a model {quote(found)}; these can be read: {', '.join(names.families())}.")
     return name
 
 
-def plain(given: Any) -> Any:
+def option_to_json(given: Any) -> Any:
     """An option of a model as JSON takes it."""
     return dataclasses.asdict(given) if isinstance(given, Input) else given
 
@@ -232,17 +232,17 @@ def _variables(file: Path, fit: matching.Fit) -> tuple[dict[str, Any], dict[str,
             array = found.astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             raise InputError(
-                f"{file} is not read: tensor {shown(name)} holds values that are no finite float32 numbers."
+                f"{file} is not read: tensor {quote(name)} holds values that are no finite float32 numbers."
             )
         if entry.path[-1] == "var" and (array < 0).any():
-            raise InputError(f"{file} is not read: tensor {shown(name)} is a variance and holds negative values.")
+            raise InputError(f"{file} is not read: tensor {quote(name)} is a variance and holds negative values.")
         if tensor.dtype == "float64":
             kept[name] = _bytes(found)
         *folders, leaf = entry.path
         place = variables
         for folder in folders:
             place = place.setdefault(folder, {})
-        place[leaf] = np.ascontiguousarray(entry.back(array))
+        place[leaf] = np.ascontiguousarray(entry.to_bdjax(array))
     needed = {fit.prefix + entry.name for entry in fit.entries}
     kept |= {name: _bytes(tensor.read()) for name, tensor in fit.tensors.items() if name not in needed}
     return variables, kept
@@ -261,7 +261,7 @@ def _original(
     ours = {source["prefix"] + entry.name: entry for entry in entries}
     tensors = {}
     for name, dtype, shape in source["tensors"]:
-        now = ours[name].forth(_at(variables, ours[name].path)) if name in ours else None
+        now = ours[name].to_torch(_at(variables, ours[name].path)) if name in ours else None
         if name in kept:
             before = np.frombuffer(kept[name].tobytes(), DTYPES[dtype]).reshape(shape)
             if now is not None:  # what no method has changed keeps the bits that float32 cannot hold
@@ -276,7 +276,7 @@ def _fresh(entries: list[names.Entry], variables: Any) -> dict[str, np.ndarray]:
     """The tensors of a model that was trained here; a batch normalisation gets the counter that PyTorch expects."""
     tensors = {}
     for entry in entries:
-        tensors[entry.name] = entry.forth(_at(variables, entry.path))
+        tensors[entry.name] = entry.to_torch(_at(variables, entry.path))
         if entry.path[-1] == "var":
             tensors[entry.name.replace("running_var", names.COUNTER)] = np.zeros((), np.int64)
     return tensors

@@ -4,7 +4,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from bdjax.interop._tensors import Refused, shown
+from bdjax.interop._tensors import Refused, quote
 from bdjax.io.files import MAX_WEIGHTS, open_regular
 
 _PART = 1 << 20
@@ -26,7 +26,7 @@ def check(path: Path) -> None:
                 for entry in entries:
                     _compare(archive, entry)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
-            raise Refused(f"it is damaged ({shown(str(error))}). Copy or save it again") from None
+            raise Refused(f"it is damaged ({quote(str(error))}). Copy or save it again") from None
 
 
 def _compare(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:

@@ -15,7 +15,7 @@ import safetensors
 
 from bdjax.interop import _globals, _pickle
 from bdjax.interop._globals import Global, Skipped
-from bdjax.interop._tensors import Refused, Storage, Tensor, shown
+from bdjax.interop._tensors import Refused, Storage, Tensor, quote
 
 MAX_BYTES = 96 << 20  # of a pickle, in which NumPy's arrays may lie, or of six headers
 _MAX_ENTRIES = 20_000  # of an archive, and tensors of a safetensors file
@@ -45,14 +45,14 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
                 raise Refused(f"it holds {len(names)} tensors, more than any model that can be read")
             return {name: _safe_tensor(path, file, name) for name in names}
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise Refused(f"it is damaged ({shown(str(error))})") from None
+        raise Refused(f"it is damaged ({quote(str(error))})") from None
 
 
 def _safe_tensor(path: Path, file: Any, name: str) -> Tensor:
     part = file.get_slice(name)
     dtype = part.get_dtype()
     if dtype not in _SAFE:
-        raise Refused(f"tensor {shown(name)} is of type {shown(dtype)}; read are {', '.join(_SAFE)}")
+        raise Refused(f"tensor {quote(name)} is of type {quote(dtype)}; read are {', '.join(_SAFE)}")
 
     def read() -> np.ndarray:
         with safetensors.safe_open(path, framework="numpy") as again:  # closed at once: it maps the whole file
@@ -77,13 +77,13 @@ def open_zip(path: Path) -> Any:
         file.seek(entries[pickles[0]][0])
         stream = io.BytesIO(file.read(entries[pickles[0]][1]))
     if order not in (b"little", b"big"):
-        raise Refused(f"its byteorder is {shown(order)}, not little or big")
+        raise Refused(f"its byteorder is {quote(order)}, not little or big")
     known: dict[str, Storage] = {}
     value = _pickle.load(stream, lambda reference: _pickle.storage(reference, known))
     _globals.check_root(value)
     for key, storage in known.items():
         if f"{folder}data/{key}" not in entries:
-            raise Refused(f"it refers to storage {shown(key)}, which is not in it")
+            raise Refused(f"it refers to storage {quote(key)}, which is not in it")
         storage.bind(path, *entries[f"{folder}data/{key}"], order == b"big")
     return value
 
@@ -97,7 +97,7 @@ def _entries(path: Path) -> dict[str, tuple[int, int]]:
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError) as error:
-            raise Refused(f"it is a damaged zip ({shown(str(error))})") from None
+            raise Refused(f"it is a damaged zip ({quote(str(error))})") from None
         if len(infos) > _MAX_ENTRIES:
             raise Refused(f"it has {len(infos)} entries, more than any model that can be read")
         _check_kind([info.filename for info in infos])
@@ -105,18 +105,18 @@ def _entries(path: Path) -> dict[str, tuple[int, int]]:
         for info in infos:
             name = info.filename
             if name.startswith("/") or "\\" in name or ".." in name.split("/") or ":" in name:
-                raise Refused(f"its entry {shown(name)} points outside of it")
+                raise Refused(f"its entry {quote(name)} points outside of it")
             if name in found:
-                raise Refused(f"its entry {shown(name)} is there twice")
+                raise Refused(f"its entry {quote(name)} is there twice")
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
-                raise Refused(f"its entry {shown(name)} is compressed, which torch.save never does; it is not unpacked")
+                raise Refused(f"its entry {quote(name)} is compressed, which torch.save never does; it is not unpacked")
             file.seek(max(0, info.header_offset))  # a negative one is no header's place
             header = file.read(30)
             if len(header) < 30 or header[:4] != b"PK\3\4":
-                raise Refused(f"its entry {shown(name)} does not lie where its directory says: it is damaged")
+                raise Refused(f"its entry {quote(name)} does not lie where its directory says: it is damaged")
             start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
             if start + info.file_size > size:
-                raise Refused(f"its entry {shown(name)} claims {info.file_size} bytes: it is cut off")
+                raise Refused(f"its entry {quote(name)} claims {info.file_size} bytes: it is cut off")
             found[name] = (start, info.file_size)
     end = 0
     for start, length in sorted(found.values()):
@@ -174,7 +174,7 @@ def open_legacy(path: Path) -> Any:
         raise Refused("it is a pickle, but not one of torch.save. Save weights by torch.save(model.state_dict(), FILE)")
     protocol, system = _pickle.load(stream, _no_storage), _pickle.load(stream, _no_storage)
     if protocol != _PROTOCOL or not isinstance(system, dict):
-        raise Refused(f"it is of protocol {shown(protocol)}; {_PROTOCOL} is read")
+        raise Refused(f"it is of protocol {quote(protocol)}; {_PROTOCOL} is read")
     value = _pickle.load(stream, lambda reference: _legacy_storage(reference, known, views))
     _globals.check_root(value)
     keys = _pickle.load(stream, _no_storage)
@@ -184,7 +184,7 @@ def open_legacy(path: Path) -> Any:
     for key, storage in known.items():
         root, offset = views.get(key, (key, 0))
         if root not in roots:
-            raise Refused(f"it refers to storage {shown(root)}, which is not in it")
+            raise Refused(f"it refers to storage {quote(root)}, which is not in it")
         start, size = roots[root]
         skipped = offset * storage.itemsize
         storage.bind(path, start + skipped, size - skipped, system.get("little_endian") is False)
@@ -203,11 +203,11 @@ def _legacy_roots(
             file.seek(place)
             count = int.from_bytes(file.read(8), "little", signed=True)
             if key not in sizes:
-                raise Refused(f"it holds storage {shown(key)}, which no tensor refers to")
+                raise Refused(f"it holds storage {quote(key)}, which no tensor refers to")
             roots[key] = (place + 8, count * sizes[key])
             place += 8 + count * sizes[key]
             if count < 0 or place > whole:
-                raise Refused(f"storage {shown(key)} claims {shown(count)} elements: the file is cut off")
+                raise Refused(f"storage {quote(key)} claims {quote(count)} elements: the file is cut off")
     return roots
 
 
@@ -228,7 +228,7 @@ def _legacy_storage(reference: Any, known: dict[str, Storage], views: dict[str, 
     if view is None:
         return _pickle.storage(reference, known)
     if not isinstance(view, tuple) or len(view) != 3 or type(view[1]) is not int or not 0 <= view[1] < 2**48:
-        raise Refused(f"a view of a storage is {shown(view)}: it is damaged")
-    key = f"{shown(reference[2])} seen as {shown(view[0])}"
+        raise Refused(f"a view of a storage is {quote(view)}: it is damaged")
+    key = f"{quote(reference[2])} seen as {quote(view[0])}"
     views[key] = (str(reference[2]) if isinstance(reference[2], str) else "", view[1])
     return _pickle.storage((*reference[:2], key, reference[3], view[2]), known)

@@ -8,7 +8,7 @@ only to attack who loads them, so such a file is refused by that name.
 import re
 from typing import Any
 
-from bdjax.interop._tensors import DTYPES, Refused, shown
+from bdjax.interop._tensors import DTYPES, Refused, quote
 
 
 class Global(str):
@@ -61,7 +61,7 @@ _BUILDS = re.compile(r"_\w*?(reconstruct|rebuild|unpickle|ctor|frombuffer|newobj
 """Functions by which classes put their instances together when they are unpickled."""
 
 
-def known(name: str) -> Global:
+def checked_global(name: str) -> Global:
     """The global `name`. Raises Refused for one that acts on the machine."""
     if len(name) > _LONGEST:
         raise Refused(f"it names a class or function by {len(name)} characters; at most {_LONGEST} are read")
@@ -75,7 +75,7 @@ def known(name: str) -> Global:
     return Global(name)
 
 
-def made(function: Global, arguments: tuple[Any, ...]) -> Skipped:
+def placeholder(function: Global, arguments: tuple[Any, ...]) -> Skipped:
     """The placeholder of what `function(*arguments)` would make. Raises Refused for what only runs something."""
     name = str(function)
     module, _, attribute = name.rpartition(".")
@@ -92,7 +92,7 @@ def made(function: Global, arguments: tuple[Any, ...]) -> Skipped:
     return Skipped(str(inner) if isinstance(inner, Global) else name, name in _PLAIN)
 
 
-def named(value: Global) -> Skipped:
+def global_placeholder(value: Global) -> Skipped:
     """A global that stands for itself, as a dtype or a function of an activation does."""
     return Skipped(str(value), str(value) in _PLAIN)
 
@@ -100,15 +100,15 @@ def named(value: Global) -> Skipped:
 def refusal(name: str) -> Refused:
     """The answer to a file that names something to run."""
     return Refused(
-        f"it asks to run {shown(name)}, which is no tensor and no plain value; nothing was run. If you trust it, "
+        f"it asks to run {quote(name)}, which is no tensor and no plain value; nothing was run. If you trust it, "
         "load it where it comes from and save its weights alone: torch.save(model.state_dict(), FILE)"
     )
 
 
-def network(name: str) -> Refused:
+def network_refusal(name: str) -> Refused:
     """The answer to a file that holds a network as an object and no weights by name."""
     return Refused(
-        f"it asks to run {shown(name)}, for it holds a whole network with its program, not weights; nothing was run. "
+        f"it asks to run {quote(name)}, for it holds a whole network with its program, not weights; nothing was run. "
         "Load it where you trust it and save its weights: torch.save(model.state_dict(), FILE)"
     )
 
@@ -116,7 +116,7 @@ def network(name: str) -> Refused:
 def check_root(value: Any) -> None:
     """Raise Refused for a file that is one placeholder, with what it would have made."""
     if isinstance(value, Skipped) and value.name != "numpy.ndarray":
-        raise network(value.name) if is_network(value) else refusal(value.name)
+        raise network_refusal(value.name) if is_network(value) else refusal(value.name)
     if isinstance(value, Global):
         raise refusal(str(value))
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from bdjax.errors import InputError
 from bdjax.interop._globals import is_tensor
-from bdjax.interop._tensors import Tensor, shown
+from bdjax.interop._tensors import Tensor, quote
 from bdjax.models import MEANS, STDS, Input
 from bdjax.text import visible
 
@@ -43,7 +43,7 @@ _ACCURACIES = ("acc", "accuracy", "clean_acc", "test_acc", "best_acc", "best_acc
 _LONGEST = 200  # characters of a class name
 
 
-def waived(file: Path, dicts: Dicts, ignore: Sequence[str], others: Iterable[str] = ()) -> dict[str, frozenset[str]]:
+def ignored_tensors(file: Path, dicts: Dicts, ignore: Sequence[str], others: Iterable[str] = ()) -> dict[str, frozenset[str]]:
     """The tensors of each dictionary that `ignore` names: whole names, their ends, their beginnings, or with * and ?.
 
     Args: others: names of what is no plain tensor, which `ignore` may name, too.
@@ -58,7 +58,7 @@ def waived(file: Path, dicts: Dicts, ignore: Sequence[str], others: Iterable[str
             found[place] |= named
             hits += len(named)
         if not hits and not any(_is_named(name, wanted) for name in others):
-            listed = ", ".join(shown(name) for tensors in dicts.values() for name in list(tensors)[:3])
+            listed = ", ".join(quote(name) for tensors in dicts.values() for name in list(tensors)[:3])
             raise InputError(f"{file} has no tensor that --ignore {wanted!r} names; there are some such as {listed}.")
     return {place: frozenset(names) for place, names in found.items()}
 
@@ -69,7 +69,7 @@ def _is_named(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}") or name.startswith(f"{wanted}.") or f".{wanted}." in name
 
 
-def folded(tensors: Mapping[str, Tensor], ignored: frozenset[str]) -> dict[str, Tensor]:
+def apply_masks(tensors: Mapping[str, Tensor], ignored: frozenset[str]) -> dict[str, Tensor]:
     """Weights that torch.nn.utils.prune split into `X_orig` and `X_mask`: their product, where the mask is ignored."""
     found = {}
     for name, tensor in tensors.items():
@@ -86,7 +86,7 @@ def _product(one: Tensor, mask: Tensor) -> Any:
     return lambda: one.read() * mask.read().astype(one.read().dtype)
 
 
-def normalised(
+def normalisation(
     file: Path, dicts: Dicts, given: Input | None, ignored: Mapping[str, frozenset[str]] | None = None
 ) -> tuple[dict[str, Input], dict[str, frozenset[str]]]:
     """What the normalisation layer in each dictionary does to images, and the names of its tensors.
@@ -113,7 +113,7 @@ def normalised(
             if not any(_is_kernel(tensor) for tensor in tensors.values()):
                 continue  # statistics of something else, beside the weights
             raise InputError(
-                f"{file} has a normalisation layer ({shown(pairs[0][0])}: mean {_listed(mean)}, std {_listed(std)}) "
+                f"{file} has a normalisation layer ({quote(pairs[0][0])}: mean {_listed(mean)}, std {_listed(std)}) "
                 f"that is not for images in [0, 1]: a mean must be from {MEANS[0]:g} to {MEANS[1]:g}, a std from "
                 f"{STDS[0]:g} to less than {STDS[1]:g}. Leave it out with --ignore {visible(','.join(pairs[0]))}, and "
                 "give what the owner did by --input-mean and --input-std."
@@ -121,7 +121,7 @@ def normalised(
         told = given.mean or given.std
         if told and not (_alike(given.mean or (0.0,), mean) and _alike(given.std or (1.0,), std)):
             raise InputError(
-                f"{file} has a normalisation layer ({shown(pairs[0][0])}: mean {_listed(mean)}, std {_listed(std)}), "
+                f"{file} has a normalisation layer ({quote(pairs[0][0])}: mean {_listed(mean)}, std {_listed(std)}), "
                 "and --input-mean or --input-std says something else. Leave both flags away."
             )
         inputs[place] = replace(given, mean=mean, std=std)
@@ -174,12 +174,12 @@ def class_names(value: Any, count: int) -> tuple[tuple[str, ...], str] | None:
     return None
 
 
-def unused_names(value: Any, count: int) -> str | None:
+def class_names_problem(value: Any, count: int) -> str | None:
     """Why the class names that a file tells are not those of `count` outputs, where :func:`class_names` takes none."""
     for place, held in _facts(value, _NAMES):
         _, why = _names(held, count)
         if why:
-            return f"{shown(place)}: {why}"
+            return f"{quote(place)}: {why}"
     return None
 
 
@@ -203,7 +203,7 @@ def _names(held: Any, count: int) -> tuple[tuple[str, ...], str]:
         return (), f"one has more than {_LONGEST} characters"
     names = tuple(visible(str(name)) for name in held)
     twice = [name for name, times in Counter(names).items() if times > 1]
-    return ((), f"{shown(twice[0])} is there more than once") if twice else (names, "")
+    return ((), f"{quote(twice[0])} is there more than once") if twice else (names, "")
 
 
 def accuracy(value: Any) -> float | None:
@@ -225,10 +225,10 @@ def _facts(value: Any, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 yield f"{prefix}{name}", held[name]
 
 
-def among(key: str, strangers: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
+def objects_under(key: str, strangers: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
     """What stands in the dictionary `key`, or in the part of one, and is no plain tensor: name -> its type's name.
 
-    Args: strangers: as :func:`reader.strangers` finds them.
+    Args: strangers: as :func:`reader.other_objects` finds them.
     """
     if key in strangers:
         return strangers[key]
@@ -239,18 +239,18 @@ def among(key: str, strangers: Mapping[str, Mapping[str, str]]) -> Mapping[str, 
     return found
 
 
-def check_plain(file: Path, key: str, found: Mapping[str, str], ignore: Sequence[str]) -> None:
+def check_plain_tensors(file: Path, key: str, found: Mapping[str, str], ignore: Sequence[str]) -> None:
     """Raise InputError when the dictionary that was chosen holds tensors that are not plain ones (sparse, quantised,
     complex ..), for what they do is not known. Objects that are no tensors are listed as skipped, as elsewhere.
 
-    Args: found: as :func:`among` finds it.
+    Args: found: as :func:`objects_under` finds it.
     """
     strange = {name: what for name, what in found.items() if is_tensor(what) and not _is_any(name, ignore)}
     if strange:
-        listed = ", ".join(f"{shown(name)} ({shown(what)[1:-1]})" for name, what in list(strange.items())[:5])
+        listed = ", ".join(f"{quote(name)} ({quote(what)[1:-1]})" for name, what in list(strange.items())[:5])
         raise InputError(
             f"{file} is not read: among the weights{f' under {key!r}' if key else ''} stands what is no plain tensor: "
-            f"{listed}. Save plain tensors alone, or leave it out with --ignore {shown(next(iter(strange)))[1:-1]}."
+            f"{listed}. Save plain tensors alone, or leave it out with --ignore {quote(next(iter(strange)))[1:-1]}."
         )
 
 
@@ -258,7 +258,7 @@ def _is_any(name: str, ignore: Sequence[str]) -> bool:
     return any(_is_named(name, one) for one in ignore)
 
 
-def facts(
+def backdoorbench_facts(
     told: Mapping[Any, Any], classes: int | None, size: tuple[int, int] | None, input: Input | None
 ) -> tuple[int | None, tuple[int, int] | None, Input | None]:
     """(classes, size, input) as given, else as BackdoorBench writes them beside its weights."""

@@ -3,7 +3,7 @@
 The readers of `pickletools` take each opcode's argument, with its length checked against what is there; a machine of
 this module's own carries the opcodes out. It knows no imports and calls nothing: a global is its name, and the few that
 PyTorch and NumPy write around tensors have a meaning here. Every other object is an inert placeholder (`_globals`).
-Work and memory grow with the bytes and the opcodes, of which there may be `MOST`: what is nested is shared, and keys of
+Work and memory grow with the bytes and the opcodes, of which there may be `MAX_OPCODES`: what is nested is shared, and keys of
 dictionaries that are neither texts nor small numbers become placeholders, for hashing them could take forever.
 """
 
@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 from bdjax.interop import _arrays, _globals
 from bdjax.interop._globals import STORAGES, Global, Skipped
-from bdjax.interop._tensors import DTYPES, OTHER_STORAGES, Refused, Storage, Tensor, shown
+from bdjax.interop._tensors import DTYPES, OTHER_STORAGES, Refused, Storage, Tensor, quote
 
-MOST = 1_000_000
+MAX_OPCODES = 1_000_000
 MAX_NAMES = 100_000  # of classes and functions; torch.save writes each once
 MAX_ENCODED = 96 << 20  # characters that Python 2's way of writing bytes takes, in all
 _MARK = object()
@@ -32,7 +32,7 @@ def load(stream: BinaryIO, persistent: Callable[[Any], Any]) -> Any:
     memo: dict[int, Any] = {}
     encoded = named = 0
     try:
-        for _ in range(MOST):
+        for _ in range(MAX_OPCODES):
             code = stream.read(1)
             kind, reader, own = _STEPS[code] if code in _STEPS else _unknown(code)
             argument: Any = reader(stream) if reader is not None else None
@@ -56,7 +56,7 @@ def load(stream: BinaryIO, persistent: Callable[[Any], Any]) -> Any:
                 named += 1
                 if named > MAX_NAMES:
                     raise Refused(f"the pickle names more than {MAX_NAMES} classes, which no list of weights does")
-                stack.append(_globals.known(_stacked(stack) if argument is None else argument.replace(" ", ".", 1)))
+                stack.append(_globals.checked_global(_stacked(stack) if argument is None else argument.replace(" ", ".", 1)))
             elif kind == "outside":
                 stack.append(persistent(stack.pop()))
             elif kind == "stop":
@@ -65,8 +65,8 @@ def load(stream: BinaryIO, persistent: Callable[[Any], Any]) -> Any:
     except IndexError:
         raise _ENDED from None
     except (ValueError, KeyError, OverflowError, UnicodeError, TypeError) as error:
-        raise Refused(f"the pickle is damaged ({type(error).__name__}: {shown(str(error))})") from None
-    raise Refused(f"the pickle has more than {MOST} opcodes, which no list of weights needs")
+        raise Refused(f"the pickle is damaged ({type(error).__name__}: {quote(str(error))})") from None
+    raise Refused(f"the pickle has more than {MAX_OPCODES} opcodes, which no list of weights needs")
 
 
 def _unknown(code: bytes) -> Any:
@@ -74,23 +74,23 @@ def _unknown(code: bytes) -> Any:
     if not code:
         raise Refused("the pickle ends before its end mark: the file is cut off")
     if name is None:
-        raise Refused(f"the pickle is damaged (there is no opcode {shown(code)})")
+        raise Refused(f"the pickle is damaged (there is no opcode {quote(code)})")
     raise Refused(f"the pickle uses {name}, which torch.save does not write")
 
 
 def storage(reference: Any, known: dict[str, Storage]) -> Storage:
     """The storage that torch's reference ("storage", type, key, device, elements, ...) names: one for each key."""
     if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
-        raise Refused(f"it refers to {shown(reference)}, which is no storage of a tensor")
+        raise Refused(f"it refers to {quote(reference)}, which is no storage of a tensor")
     kind, key, count = reference[1], reference[2], reference[4]
     dtype = None
     if isinstance(kind, Global):
         dtype = STORAGES.get(kind, str(kind) if kind in OTHER_STORAGES else None)
     if dtype is None or type(key) is not str or type(count) is not int or not 0 <= count < 2**48:
-        raise Refused(f"a storage of {shown(kind)} with {shown(count)} elements is not one that can be read")
+        raise Refused(f"a storage of {quote(kind)} with {quote(count)} elements is not one that can be read")
     found = known.setdefault(key, Storage(key, dtype, count))
     if (found.dtype, found.count) != (dtype, count):
-        raise Refused(f"storage {shown(key)} is described in two ways")
+        raise Refused(f"storage {quote(key)} is described in two ways")
     return found
 
 
@@ -127,7 +127,7 @@ def _into_dict(stack: list[Any], items: list[Any]) -> None:
         raise Refused("the pickle stores pairs in what is no dictionary: it is damaged")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if isinstance(key, list | dict | bytearray):
-            raise Refused(f"a dictionary has {shown(key)} as a key, which no dictionary can have: it is damaged")
+            raise Refused(f"a dictionary has {quote(key)} as a key, which no dictionary can have: it is damaged")
         known = type(key) is str or isinstance(key, Skipped) or (type(key) is int and abs(key) < 2**31)
         target[key if known else Skipped("a key", plain=True)] = value
 
@@ -164,7 +164,7 @@ def _rebuilt_typed(arguments: tuple[Any, ...]) -> Tensor | Skipped:
     if dtype not in DTYPES:
         return Skipped(f"a tensor of {arguments[6]}")
     if whole.itemsize != 1 or len(whole.views) >= MAX_VIEWS:
-        raise Refused(f"storage {shown(whole.key)} is described in more ways than torch.save writes")
+        raise Refused(f"storage {quote(whole.key)} is described in more ways than torch.save writes")
     view = Storage(whole.key, dtype, whole.count // DTYPES[dtype].itemsize)
     whole.views.append(view)
     return view.tensor(*arguments[1:4])
@@ -201,7 +201,7 @@ def _reduce(stack: list[Any]) -> int:
     elif function == "_codecs.encode":
         stack.append(Skipped("bytes", plain=True))
     else:
-        stack.append(_globals.made(function, arguments))
+        stack.append(_globals.placeholder(function, arguments))
     return 0
 
 

@@ -70,7 +70,7 @@ class Storage:
         """Say where its bytes lie: `size` of them are there. Raises Refused when more were claimed."""
         need = self.count * self.itemsize
         if size < need:
-            raise Refused(f"storage {shown(self.key)} claims {need} bytes and has {max(size, 0)}: the file is cut off")
+            raise Refused(f"storage {quote(self.key)} claims {need} bytes and has {max(size, 0)}: the file is cut off")
         for storage in (self, *self.views):
             storage.path, storage.start, storage.big_endian = path, start, big_endian
 
@@ -78,16 +78,16 @@ class Storage:
         """The tensor that begins at element `offset`. Raises Refused when it does not lie inside without overlaps."""
         for name, value in (("shape", shape), ("stride", stride)):
             if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 2**48 for size in value):
-                raise Refused(f"a tensor's {name} is {shown(value)}, not sizes")
+                raise Refused(f"a tensor's {name} is {quote(value)}, not sizes")
         if type(offset) is not int or offset < 0 or len(shape) != len(stride) or len(shape) > 16:
-            raise Refused(f"a tensor begins at {shown(offset)} with shape {shown(shape)} and stride {shown(stride)}")
+            raise Refused(f"a tensor begins at {quote(offset)} with shape {quote(shape)} and stride {quote(stride)}")
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if prod(shape) and (last >= self.count or prod(shape) > self.count):
-            raise Refused(f"a tensor of shape {shown(shape)} does not fit into its storage of {self.count} elements")
+            raise Refused(f"a tensor of shape {quote(shape)} does not fit into its storage of {self.count} elements")
         reach = 1
         for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
             if step < reach:
-                raise Refused(f"a tensor of shape {shown(shape)} and stride {shown(stride)} overlaps itself")
+                raise Refused(f"a tensor of shape {quote(shape)} and stride {quote(stride)} overlaps itself")
             reach = step * (size - 1) + reach
 
         def read() -> np.ndarray:
@@ -103,10 +103,10 @@ class Storage:
         return Tensor(self.dtype, shape, read)
 
 
-def shown(value: Any) -> str:
+def quote(value: Any) -> str:
     """A stranger's value for a message: one line, short, nothing that moves the cursor."""
     if isinstance(value, tuple | list):
-        parts = [type(part).__name__ if isinstance(part, tuple | list) else shown(part) for part in value[:6]]
+        parts = [type(part).__name__ if isinstance(part, tuple | list) else quote(part) for part in value[:6]]
         return "[" + ", ".join(parts) + (", ..." if len(value) > 6 else "") + "]"
     if isinstance(value, str | bytes):
         return repr(value[:80]) + ("..." if len(value) > 80 else "")

@@ -12,7 +12,7 @@ Measure = Callable[[Model, Variables], float]
 
 
 def best_variant(
-    fit: matching.Fit, wanted: matching.Wanted, again: Callable[[matching.Wanted], matching.Fit],
+    fit: matching.Fit, wanted: matching.ModelFacts, again: Callable[[matching.ModelFacts], matching.Fit],
     variables: Variables, measure: Measure,
 ) -> tuple[matching.Fit, list[dict[str, Any]]]:  # fmt: skip
     """The fit whose network has the highest accuracy, the earliest among equals, and what each one has.
@@ -50,7 +50,7 @@ def best_variant(
     return best[2], tried
 
 
-def listed(fit: matching.Fit, given: Mapping[str, Any], tried: list[dict[str, Any]]) -> dict[str, Any]:
+def assumption_record(fit: matching.Fit, given: Mapping[str, Any], tried: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest says: option -> {"value", "instead_of", "by": "default", "flag" or "accuracy"}."""
     measured = {option for one in tried for option in one["options"]}
     found: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def listed(fit: matching.Fit, given: Mapping[str, Any], tried: list[dict[str, An
     return found
 
 
-def flag(option: str, value: Any) -> str:
+def option_flag(option: str, value: Any) -> str:
     """How the command line says an option: `--stem max`."""
     if option == "pool" and value == 0:
         value = "global"
@@ -70,15 +70,15 @@ def flag(option: str, value: Any) -> str:
     return f"--{option} {value}" if option in ("stem", "pool") else f"--network {option}={value}"
 
 
-def described(assumed: Mapping[str, Any], tried: list[dict[str, Any]], note: str = "") -> list[str]:
+def describe(assumed: Mapping[str, Any], tried: list[dict[str, Any]], note: str = "") -> list[str]:
     """Lines for people on what was assumed, and on what was tried."""
     lines = []
     for option, one in assumed.items():
-        others = " or ".join(flag(option, value) for value in one["instead_of"])
+        others = " or ".join(option_flag(option, value) for value in one["instead_of"])
         why = {"default": "assumed", "flag": "as given", "accuracy": "the most accurate"}[one["by"]]
-        lines.append(f"{flag(option, one['value'])} ({why}{f'; the file would fit {others}, too' if others else ''})")
+        lines.append(f"{option_flag(option, one['value'])} ({why}{f'; the file would fit {others}, too' if others else ''})")
     for one in tried:
-        said = ", ".join(flag(option, value) for option, value in one["options"].items()) or "the one that fits"
+        said = ", ".join(option_flag(option, value) for option, value in one["options"].items()) or "the one that fits"
         acc = "these images do not fit it" if one["acc"] is None else f"accuracy {one['acc']:.4f}"
         lines.append(f"tried {said}: {acc}")
     return [*lines, *([note] if note else [])]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from bdjax import models, registry
 from bdjax.errors import InputError
 from bdjax.interop import names
-from bdjax.interop._tensors import Tensor, shown
+from bdjax.interop._tensors import Tensor, quote
 from bdjax.models import Input
 from bdjax.types import Model
 
@@ -24,7 +24,7 @@ _AVERAGED = "n_averaged"  # how many models torch.optim.swa_utils took the mean 
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ModelFacts:
     """What is known of a model beside its weights."""
 
     model: str
@@ -43,7 +43,7 @@ class Wanted:
     """Options of the network that its owner gave, which no file tells."""
 
 
-def with_options(wanted: Wanted, options: Mapping[str, Any]) -> Wanted:
+def with_options(wanted: ModelFacts, options: Mapping[str, Any]) -> ModelFacts:
     """The same with more options chosen."""
     return replace(wanted, chosen={**wanted.chosen, **options})
 
@@ -63,13 +63,13 @@ class Fit(NamedTuple):
     """What the network was had with, and what else the file would fit."""
 
 
-def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, key: str | None) -> Fit:
+def best_fit(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: ModelFacts, key: str | None) -> Fit:
     """The state dict and the naming that fit without a difference.
 
     Raises InputError with the differences of the nearest one, or when several dictionaries fit.
     """
     if key is not None:
-        dicts = {key: under(file, dicts, key)}
+        dicts = {key: tensors_under(file, dicts, key)}
     places = [one for place, tensors in dicts.items() for one in _fits(wanted, place, tensors)]
     found, errors, built = [], list[InputError](), dict[Model, int]()
     for likely in _likeliest(places):
@@ -92,7 +92,7 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     if not found:
         first = names.namings(wanted.model)[0].first_weight
         place, tensors = max(dicts.items(), key=lambda item: len(item[1]))
-        has = ", ".join(shown(name) for name in list(tensors)[:3])
+        has = ", ".join(quote(name) for name in list(tensors)[:3])
         raise InputError(
             f"{file} is not of {wanted.model}: nothing under {_listed(dicts)} ends in {first!r} with four axes; "
             f"there are {len(tensors)} tensors such as {has}. Give its --model: {', '.join(names.families())}."
@@ -115,7 +115,7 @@ def best(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], wanted: Wanted, 
     return nearest[0]
 
 
-def under(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], key: str) -> dict[str, Tensor]:
+def tensors_under(file: Path, dicts: Mapping[str, Mapping[str, Tensor]], key: str) -> dict[str, Tensor]:
     """The tensors that --key names: a dictionary, or what begins so in one. Raises InputError for none."""
     if key in dicts:
         return dict(dicts[key])
@@ -137,7 +137,7 @@ def _fitting_parts(found: list[Fit]) -> list[str]:
     return list(parts) if len(parts) > 1 else []
 
 
-_Place: TypeAlias = tuple[Wanted, names.Naming, str, str, Mapping[str, Tensor]]  # arguments of `_fit`
+_Place: TypeAlias = tuple[ModelFacts, names.Naming, str, str, Mapping[str, Tensor]]  # arguments of `_fit`
 
 
 def _likeliest(places: list[_Place]) -> list[_Place]:
@@ -157,12 +157,12 @@ def _likeliest(places: list[_Place]) -> list[_Place]:
 @lru_cache
 def _usual_names(model: str, label: str) -> frozenset[str]:
     """What the tensors of a model are called by one table, at the usual size and depth, without the counters."""
-    naming = next(one for one in names.of_model(model) if one.label == label)
+    naming = next(one for one in names.namings_of_model(model) if one.label == label)
     usual = models.create(naming.model, (naming.side, naming.side, 3), 10)
     return frozenset(entry.name for entry in names.entries(naming, usual))
 
 
-def _fits(wanted: Wanted, key: str, tensors: Mapping[str, Tensor]) -> list[_Place]:
+def _fits(wanted: ModelFacts, key: str, tensors: Mapping[str, Tensor]) -> list[_Place]:
     """The state dict under each naming whose first convolution is in it, behind any prefix.
 
     Where the last layer of some is there, too, the others are left out.
@@ -192,7 +192,7 @@ def _outermost(prefixes: list[str]) -> list[str]:
     return [one for one in prefixes if one in outer]
 
 
-def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: Mapping[str, Tensor]) -> Fit:
+def _fit(wanted: ModelFacts, naming: names.Naming, key: str, prefix: str, tensors: Mapping[str, Tensor]) -> Fit:
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     model, options = _sized(wanted, naming, _shapes(naming, key, prefix, tensors))
     entries = names.entries(naming, model)
@@ -200,10 +200,10 @@ def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: M
     strange = wanted.strange.get(key, {})
     for entry in entries:
         tensor = inside.get(entry.name)
-        needs = f"{shown(prefix + entry.name)[1:-1]} {list(entry.shape)}"
+        needs = f"{quote(prefix + entry.name)[1:-1]} {list(entry.shape)}"
         if tensor is None:
             what = strange.get(prefix + entry.name)
-            differences.append((needs, "missing" if what is None else f"{shown(what)[1:-1]}, no plain tensor"))
+            differences.append((needs, "missing" if what is None else f"{quote(what)[1:-1]}, no plain tensor"))
         elif tensor.shape != entry.shape:
             differences.append((needs, str(list(tensor.shape))))
         elif tensor.dtype not in _FLOATS:
@@ -216,7 +216,7 @@ def _fit(wanted: Wanted, naming: names.Naming, key: str, prefix: str, tensors: M
             continue
         own = name.removeprefix(prefix) if name.startswith(prefix) else None
         if own is None or not (own in expected or own.startswith(naming.ignored)):
-            differences.append(("", f"{shown(name)[1:-1]} {list(tensor.shape)}"))
+            differences.append(("", f"{quote(name)[1:-1]} {list(tensor.shape)}"))
     return Fit(naming, model, key, prefix, entries, tensors, differences, options)
 
 
@@ -226,10 +226,10 @@ def _shapes(naming: names.Naming, key: str, prefix: str, tensors: Mapping[str, T
     return names.Shapes(naming, begun)
 
 
-def _contradicting(wanted: Wanted, naming: names.Naming, options: names.Options) -> list[tuple[str, str]]:
+def _contradicting(wanted: ModelFacts, naming: names.Naming, options: names.Options) -> list[tuple[str, str]]:
     """Where the name that its owner gave says another network than the shapes do: a ResNet-20 with 56 layers."""
     found = []
-    for option, values in (naming.asked(wanted.model) or {}).items():
+    for option, values in (naming.options_of_name(wanted.model) or {}).items():
         if options[option][0] not in values:
             found.append(
                 (f"{wanted.model}: {option} {' or '.join(map(str, values))}", f"{option} {options[option][0]}")
@@ -237,7 +237,7 @@ def _contradicting(wanted: Wanted, naming: names.Naming, options: names.Options)
     return found
 
 
-def _sized(wanted: Wanted, naming: names.Naming, of: names.Shapes) -> tuple[Model, names.Options]:
+def _sized(wanted: ModelFacts, naming: names.Naming, of: names.Shapes) -> tuple[Model, names.Options]:
     """The model as wide as its first convolution is, for the images that it was given, and its options."""
     net = registry.load("models", naming.model).Net
     usual = getattr(net, "width", None)
@@ -245,9 +245,9 @@ def _sized(wanted: Wanted, naming: names.Naming, of: names.Shapes) -> tuple[Mode
     other = usual is not None and first != usual and 1 <= first <= _WIDEST * usual  # else it is listed as misshapen
     head = of("head")
     outputs = head[0] if len(head) == (4 if "head" in naming.convolved else 2) else 2
-    given, measured = wanted.input or Input(), naming.measured(of)
+    given, measured = wanted.input or Input(), naming.image_side(of)
     size = wanted.size or (measured or naming.side,) * 2
-    if measured and naming.resized and size != (measured, measured) and not given.resize:
+    if measured and naming.side_is_fixed and size != (measured, measured) and not given.resize:
         given = replace(given, resize=measured)  # its positions belong to one size, so its owner brings images to it
     done = None if given == Input() else given
     shape = (*size, min(max(channels, 1), _MAX_CHANNELS))

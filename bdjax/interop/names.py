@@ -62,9 +62,9 @@ class Naming:
     """The dense layer that reads a flattened feature, and the name of that feature."""
     side: int = 224
     """Of the images, in pixels, where nothing else tells it."""
-    measured: Callable[[Shapes], int] = lambda of: 0
+    image_side: Callable[[Shapes], int] = lambda of: 0
     """`measured(their shapes) -> side` of the images that the weights are for; 0 where they fit any."""
-    resized: bool = False
+    side_is_fixed: bool = False
     """The weights fit no other side, so that an owner of other images enlarged or reduced them."""
     ignored: tuple[str, ...] = ()
     """How their names begin that have no counterpart here and no part in what the network computes."""
@@ -74,7 +74,7 @@ class Naming:
     """Our dense layers that are convolutions there: 1x1, or as large as the feature that `flattened` names."""
     options: Callable[[Shapes, tuple[int, int]], Options] = lambda of, size: {}
     """`options(their shapes, (H, W) of the images) -> Options`: what the network was had with."""
-    called: Callable[[str], Options | None] = lambda name: None
+    name_options: Callable[[str], Options | None] = lambda name: None
     """`called(name)` of a network, in small letters with underscores -> the options that it says, or None when it is of
     another family. The name in bdjax.models needs none."""
     note: str = ""
@@ -84,9 +84,9 @@ class Naming:
         """Their name of a layer."""
         return self.layers.get(ours) or self.rename(ours)
 
-    def asked(self, called: str) -> Options | None:
+    def options_of_name(self, called: str) -> Options | None:
         """What a name for a network says of it; None when it is the name of another."""
-        return {} if called == self.model else self.called(called)
+        return {} if called == self.model else self.name_options(called)
 
     @property
     def first_weight(self) -> str:
@@ -103,9 +103,9 @@ class Entry(NamedTuple):
     """There, without any prefix."""
     shape: tuple[int, ...]
     """There."""
-    back: Callable[[Any], Any]
+    to_bdjax: Callable[[Any], Any]
     """Theirs -> ours: a view where it can be."""
-    forth: Callable[[Any], Any]
+    to_torch: Callable[[Any], Any]
     """Ours -> theirs."""
 
 
@@ -116,7 +116,7 @@ COUNTER = "num_batches_tracked"
 
 def entries(naming: Naming, model: Model) -> list[Entry]:
     """Every array of `model` with its counterpart, in the order of the model's layers."""
-    like, flat, found = like_of(model), None, []
+    like, flat, found = variable_shapes(model), None, []
     pooled = dict(model.options)["variant"] if model.options else ()
     if naming.flattened and (naming.flattened[1] != "pooled" or dict(pooled).get("pool")):
         images = jax.ShapeDtypeStruct((1, *model.shape), np.float32)
@@ -133,7 +133,7 @@ def entries(naming: Naming, model: Model) -> list[Entry]:
 
 
 @lru_cache(maxsize=16)
-def like_of(model: Model) -> Any:
+def variable_shapes(model: Model) -> Any:
     """Shapes and types of a model's variables."""
     return jax.eval_shape(model.init, jax.random.key(0))
 
@@ -182,9 +182,9 @@ def family(called: str) -> str:
     return re.sub(r"^cifar(10|100)?_(?=.)", "", called.lower().replace("-", "_").partition(".")[0])
 
 
-def known(called: str) -> bool:
+def is_known(called: str) -> bool:
     """Whether networks of that name can be read."""
-    return any(naming.asked(called) is not None for naming in _all())
+    return any(naming.options_of_name(called) is not None for naming in _all())
 
 
 def namings(called: str) -> tuple[Naming, ...]:
@@ -192,18 +192,18 @@ def namings(called: str) -> tuple[Naming, ...]:
 
     A model without a table is exchanged under its own names.
     """
-    if found := tuple(naming for naming in _all() if naming.asked(called) is not None):
+    if found := tuple(naming for naming in _all() if naming.options_of_name(called) is not None):
         return tuple(sorted(found, key=lambda naming: naming.model != called))
     registry.check("models", called)
     return (Naming(called, "bdjax", first="Conv_0", side=32),)
 
 
-def of_model(model: str) -> tuple[Naming, ...]:
+def namings_of_model(model: str) -> tuple[Naming, ...]:
     """The tables of one of our models; a model without one has its own names."""
     return tuple(naming for naming in namings(model) if naming.model == model)
 
 
-def usual(model: str) -> Naming:
+def export_naming(model: str) -> Naming:
     """The names that a model is exported with when it did not come from a file."""
-    found = of_model(model)
+    found = namings_of_model(model)
     return next((naming for naming in found if naming.label == "torchvision" and model != "resnet18"), found[0])

@@ -3,7 +3,7 @@
 Taken are safetensors, and what torch.save writes as a zip (since PyTorch 1.6) or wrote before, whatever the file is
 called. A `.pt` file is a pickle, which is a program; here only the part of it is understood that describes tensors,
 NumPy arrays, dictionaries and plain values (`_pickle`), and sizes are checked before anything is read (`_files`). Other
-objects are placeholders that are never built: `skipped` lists them.
+objects are placeholders that are never built: `skipped_objects` lists them.
 """
 
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ def state_dicts(value: Any) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def skipped(value: Any) -> dict[str, str]:
+def skipped_objects(value: Any) -> dict[str, str]:
     """What in `value` is neither a tensor nor a plain value, and so was passed over: where -> the name of its type."""
     found = {}
     for place, one in _visited(value):
@@ -103,7 +103,7 @@ def skipped(value: Any) -> dict[str, str]:
     return found
 
 
-def strangers(value: Any) -> dict[str, dict[str, str]]:
+def other_objects(value: Any) -> dict[str, dict[str, str]]:
     """What stands in each dictionary and is neither a tensor nor a plain value: where -> name -> its type's name."""
     found = {}
     for place, one in _visited(value):
@@ -113,13 +113,13 @@ def strangers(value: Any) -> dict[str, dict[str, str]]:
     return found
 
 
-def check_some(path: Path, value: Any, found: dict[str, str]) -> None:
+def check_has_tensors(path: Path, value: Any, found: dict[str, str]) -> None:
     """Raise InputError for a file without any tensors by name: what stands there in their place."""
     network = next(
         (held.name for _, one in _visited(value) for _, held in _parts(one) if _globals.is_network(held)), None
     )
     if network is not None or found:
-        refused = _globals.network(network) if network else _globals.refusal(next(iter(found.values())))
+        refused = _globals.network_refusal(network) if network else _globals.refusal(next(iter(found.values())))
         raise InputError(f"{path} holds no tensors by name: {refused}.")
     raise InputError(f"{path} holds no tensors by name. Give the file of a state dict.")
 
@@ -130,7 +130,7 @@ def _passed_over(held: Any) -> str | None:
     if isinstance(held, Skipped):
         return None if held.plain else held.name
     if isinstance(held, Global):
-        named = _globals.named(held)
+        named = _globals.global_placeholder(held)
         return None if named.plain else named.name
     return "builtins.bytearray" if isinstance(held, bytearray) else None
 

@@ -137,7 +137,7 @@ def _incoming(source: Path, imported: dict[str, Any]) -> tuple[dict[str, Any], d
     if source.exists() and not source.is_dir():
         reader.read(source)  # what is no weight file is refused before all of it is hashed
         sha256 = checkpoint.sha256(source)
-        options = {name: interop.plain(value) for name, value in imported.items()}
+        options = {name: interop.option_to_json(value) for name, value in imported.items()}
         facts = {"kind": "file", "path": str(source.absolute()), "sha256": sha256, "bytes": source.stat().st_size}
         return {**facts, "identity": digest([sha256, options])}, {}
     if not source.is_dir():
@@ -181,7 +181,7 @@ def _model(
     if not (out / "model").exists():
         say(f"importing {source}")
         manifest = interop.import_model(source, out / "model", **imported, env=environment())
-        for line in assumptions.described(manifest["assumed"], manifest["tried"], manifest["note"]):
+        for line in assumptions.describe(manifest["assumed"], manifest["tried"], manifest["note"]):
             say(f"network: {line}")
         for line in import_notes(manifest):
             say(line)

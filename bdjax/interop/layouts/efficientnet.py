@@ -38,7 +38,7 @@ NAMINGS = tuple(
         Naming(model, "torchvision", _LAYERS, options=_timm.torchvision_options(_EPSILONS[model])),
         Naming(
             model, "timm", {"head": "classifier"}, rename=_names(model), first="features.0.0",
-            options=_timm.options, called=_timm.called(f"(tf_)?{called}"),
+            options=_timm.options, name_options=_timm.called(f"(tf_)?{called}"),
         ),
     )
 )  # fmt: skip

@@ -23,8 +23,8 @@ def _side(of: Shapes) -> int:
 
 NAMINGS = tuple(
     Naming(
-        "mnist_cnn", label, layers, first="conv1", side=28, measured=_side, options=_options, note=_SOFTMAX,
-        flattened=("fc1", "conv2"), called=lambda name: {} if name in _NAMES else None,
+        "mnist_cnn", label, layers, first="conv1", side=28, image_side=_side, options=_options, note=_SOFTMAX,
+        flattened=("fc1", "conv2"), name_options=lambda name: {} if name in _NAMES else None,
     )
     for label, layers in (
         ("badnets-pytorch", {"conv1": "conv1.0", "conv2": "conv2.0", "fc1": "fc1.0", "head": "fc2.0"}),

@@ -80,7 +80,7 @@ def _called(name: str) -> Options | None:
 def _naming(label: str, head: str, rename: Callable[[str], str], form: str, **others: Any) -> Naming:
     return Naming(
         "mobilenet_v2", label, {"head": head}, rename=rename, first="features.0.0",
-        side=224 if form == "torchvision" else 32, options=_options(form), called=_called, **others,
+        side=224 if form == "torchvision" else 32, options=_options(form), name_options=_called, **others,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ NAMINGS = tuple(
         Naming(
             f"mobilenet_v3_{size}", "timm", {"head": "classifier"}, rename=_names(size), first="features.0.0",
             convolved=("classifier.0",), options=_timm.options,
-            called=_timm.called(f"(tf_)?mobilenetv3_{size}"),
+            name_options=_timm.called(f"(tf_)?mobilenetv3_{size}"),
         ),
     )
 )  # fmt: skip

@@ -28,6 +28,6 @@ def _options(of: Shapes, size: tuple[int, int]) -> Options:
 NAMINGS = (
     Naming(
         "preact_resnet18", "BackdoorBench", _layers(), side=32, options=_options, flattened=("head", "pooled"),
-        called=lambda name: {} if name in ("preactresnet18", "preact_resnet_18") else None,
+        name_options=lambda name: {} if name in ("preactresnet18", "preact_resnet_18") else None,
     ),
 )  # fmt: skip

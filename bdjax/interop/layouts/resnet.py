@@ -72,7 +72,7 @@ def _three(name: str) -> Options | None:
 
 def _all(model: str, side: int, called: Callable[[str], Options | None]) -> list[Naming]:
     shared: dict[str, Any] = {
-        "first": "conv1", "side": side, "options": _options, "called": called, "flattened": ("head", "pooled"),
+        "first": "conv1", "side": side, "options": _options, "name_options": called, "flattened": ("head", "pooled"),
     }  # fmt: skip
     sorts = [(label, _residual.plain(short), head) for label, short, head in _residual.SORTS]
     sorts += [("weiaicunzai", _residual.weiaicunzai, "fc"), ("TrojanZoo", _residual.trojanzoo, "classifier.fc")]

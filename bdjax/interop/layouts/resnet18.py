@@ -47,7 +47,7 @@ _SORTS = (
     ("TrojanZoo", _residual.trojanzoo, "classifier.fc"),
 )
 _SHARED: dict[str, Any] = {
-    "flattened": ("head", "pooled"), "options": _options, "measured": _side, "called": _called,
+    "flattened": ("head", "pooled"), "options": _options, "image_side": _side, "name_options": _called,
 }  # fmt: skip
 NAMINGS = tuple(
     Naming(model, label, _layers(rename, head), side=side, **_SHARED)

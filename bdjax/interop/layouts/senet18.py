@@ -18,6 +18,6 @@ NAMINGS = (
     Naming(
         "senet18", "kuangliu", {"head": "linear"}, first="conv1", side=32, options=_options,
         flattened=("head", "pooled"),
-        called=lambda name: {} if name in ("senet", "senet_18", "se_resnet18", "seresnet18") else None,
+        name_options=lambda name: {} if name in ("senet", "senet_18", "se_resnet18", "seresnet18") else None,
     ),
 )  # fmt: skip

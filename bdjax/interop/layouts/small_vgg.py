@@ -22,7 +22,7 @@ def _side(of: Shapes) -> int:
     return 8 * isqrt(places) if isqrt(places) ** 2 == places else 0
 
 
-_SHARED: dict[str, Any] = {"flattened": ("head", "block3"), "side": 32, "measured": _side}
+_SHARED: dict[str, Any] = {"flattened": ("head", "block3"), "side": 32, "image_side": _side}
 NAMINGS = tuple(
     Naming("small_vgg", f"{label}{more}", _layers(dropout, f"classifier{more}"), **_SHARED)
     for dropout, label in ((True, "I-BAU's release"), (False, "modules without dropout"))

@@ -62,7 +62,7 @@ def _called(name: str) -> Options | None:
 
 def _naming(places: tuple[int, ...] | None) -> Naming:
     shared: dict[str, Any] = {
-        "first": "features.0", "side": 32, "measured": _side, "options": _options, "called": _called,
+        "first": "features.0", "side": 32, "image_side": _side, "options": _options, "name_options": _called,
     }  # fmt: skip
     if places is None:
         return Naming("vgg_cifar", "kuangliu", {"head": "classifier"}, flattened=("head", "block5"), **shared)

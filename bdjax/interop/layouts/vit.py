@@ -43,7 +43,7 @@ def _options(of: Shapes, size: tuple[int, int]) -> Options:
     return {"depth": (depth or 12,), "heads": (usual, *(heads for heads in others if heads != usual))}
 
 
-_SHARED: dict[str, Any] = {"measured": _side, "resized": True, "options": _options}
+_SHARED: dict[str, Any] = {"image_side": _side, "side_is_fixed": True, "options": _options}
 _LAYERS = {"conv_proj": "conv_proj", "head": "heads.head"}
 
 
@@ -60,7 +60,7 @@ NAMINGS = tuple(
         Naming(name, "torchvision's first version", _LAYERS, rename=_old, **_SHARED),
         Naming(
             name, "timm", {"conv_proj": "patch_embed.proj", "head": "head"}, rename=_timm,
-            called=_called(patch), **_SHARED,
+            name_options=_called(patch), **_SHARED,
         ),
     )
 )  # fmt: skip

@@ -50,7 +50,7 @@ def _called(name: str) -> Options | None:
 def _naming(label: str, head: str, rename: Callable[[str], str], form: str, **others: Any) -> Naming:
     return Naming(
         "wide_resnet", label, {"head": head}, rename=rename, first="conv1", side=32, options=_options(form),
-        called=_called, flattened=("head", "pooled"), **others,
+        name_options=_called, flattened=("head", "pooled"), **others,
     )  # fmt: skip
 
 
