@@ -1,4 +1,4 @@
-"""What the tests of pruning share: a small victim whose parameters all differ, and a watch that keeps what it sees."""
+"""What the tests of pruning share: a small victim whose parameters all differ, and a callback that records."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ class Seen(Callback):
     def __init__(self):
         self.rounds, self.ticks = [], []
 
-    def tick(self, stage, done, total):
+    def on_progress(self, stage, done, total):
         self.ticks.append((stage, done, total))
 
     def on_round_end(self, step, variables, **arrays):

@@ -14,10 +14,10 @@ from bdjax.types import Model, Victim
 def test_ascent_is_in_proportion_to_the_weights():
     params = {"a": jnp.array([3.0, -4.0]), "b": jnp.array([0.5])}
     gradient = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([-2.0])}
-    found = ft_sam.ascent(params, gradient, 2.0, True)  # |w| g is 3, 8, -1
+    found = ft_sam.ascent_step(params, gradient, 2.0, True)  # |w| g is 3, 8, -1
     assert_allclose(found["a"], 2 * np.array([9, 32]) / 74**0.5, rtol=1e-6)
     assert_allclose(found["b"], 2 * np.array([-0.5]) / 74**0.5, rtol=1e-6)
-    plain = ft_sam.ascent(params, gradient, 2.0, False)
+    plain = ft_sam.ascent_step(params, gradient, 2.0, False)
     assert_allclose(plain["a"], 2 * np.array([1, 2]) / 3, rtol=1e-6)
     assert_allclose(plain["b"], 2 * np.array([-2]) / 3, rtol=1e-6)
 
@@ -26,17 +26,17 @@ def test_smoothed_labels_leave_an_equal_part_to_the_other_classes():
     logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]]))
     by_hand = [-(0.9 * np.log(0.7) + 0.05 * np.log(0.2) + 0.05 * np.log(0.1)),
                -(0.05 * np.log(0.25) + 0.05 * np.log(0.25) + 0.9 * np.log(0.5))]  # fmt: skip
-    assert_allclose(ft_sam.smoothed(logits, jnp.array([0, 2]), 0.1), np.mean(by_hand), rtol=1e-6)
+    assert_allclose(ft_sam.smoothed_cross_entropy(logits, jnp.array([0, 2]), 0.1), np.mean(by_hand), rtol=1e-6)
 
 
 def test_both_readings_of_the_cosine():
-    batches = ft_sam.rates(ft_sam.Config(epochs=30), 10)
+    batches = ft_sam.learning_rates(ft_sam.Config(epochs=30), 10)
     assert batches.shape == (30, 10)
     assert_allclose(batches.reshape(-1)[[0, 50, 100, 150, 200, 299]][:5], [0.01, 0.005, 0, 0.005, 0.01], atol=1e-9)
-    epochs = ft_sam.rates(ft_sam.Config(epochs=4, cosine="epochs"), 3)
+    epochs = ft_sam.learning_rates(ft_sam.Config(epochs=4, cosine="epochs"), 3)
     assert_allclose(epochs[:, 0], 0.005 * (1 + np.cos(np.pi * np.arange(4) / 4)), rtol=1e-6)
     assert (epochs == epochs[:, :1]).all()
-    assert (ft_sam.rates(ft_sam.Config(epochs=2, cosine="off"), 3) == np.float32(0.01)).all()
+    assert (ft_sam.learning_rates(ft_sam.Config(epochs=2, cosine="off"), 3) == np.float32(0.01)).all()
 
 
 def _tagged_apply(variables, images, train=False, keys=None, axis_name=None):

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 
 from bdjax import models
 from bdjax.defenses import _inversion, _inversion_steps, btidbf, pam
-from bdjax.defenses._tuning import begin
+from bdjax.defenses._tuning import training_state
 from bdjax.engine import parallel
 from bdjax.errors import InputError
 from bdjax.types import Callback, DefenderView, Model, Victim
@@ -45,7 +45,9 @@ def mse(a, b):
 
 def test_mask_is_a_squashed_number():
     assert_allclose(
-        _inversion_steps.mask_of(jnp.array([0.0, 0.5, 100.0, -100.0])), [0.5, 0.5 + np.tanh(0.5) / 2, 1, 0], atol=1e-6
+        _inversion_steps.feature_mask(jnp.array([0.0, 0.5, 100.0, -100.0])),
+        [0.5, 0.5 + np.tanh(0.5) / 2, 1, 0],
+        atol=1e-6,
     )
 
 
@@ -91,8 +93,8 @@ def test_step_of_the_mask_moves_the_mask_and_the_statistics_of_a_copy(blobs):
     shared, split = batch_of(blobs)
     values = jax.random.normal(KEY, (8,))
     model = {"params": START["params"], "batch_stats": {"seen": jnp.float32(7)}}
-    state = begin({"params": values, "batch_stats": {"seen": jnp.float32(0)}}, "adam")
-    step = _inversion_steps._masking(MOVING, "none")
+    state = training_state({"params": values, "batch_stats": {"seen": jnp.float32(0)}}, "adam")
+    step = _inversion_steps.mask_step(MOVING, "none")
     after, metrics = step(state, split, {"rate": jnp.float32(0.01)}, {**shared, "model": model}, None)
     features = MODEL.apply(START, shared["images"].astype(jnp.float32) / 255)[1]["flat"]
     value, slope = jax.value_and_grad(_inversion_steps.mask_loss)(values, START["params"], features, shared["labels"])
@@ -106,7 +108,7 @@ def test_step_of_the_mask_moves_the_mask_and_the_statistics_of_a_copy(blobs):
 
 def run_generator(step, blobs, shift, **more):
     shared, split = batch_of(blobs)
-    state = begin({"params": {"shift": jnp.float32(shift)}, "batch_stats": {}}, "adam")
+    state = training_state({"params": {"shift": jnp.float32(shift)}, "batch_stats": {}}, "adam")
     after, metrics = step(state, split, {"rate": jnp.float32(0.01)}, {**shared, "model": {**START}, **more}, None)
     images = shared["images"].astype(jnp.float32) / 255
     both = [MODEL.apply(START, x) for x in (images, images + shift)]
@@ -116,7 +118,7 @@ def run_generator(step, blobs, shift, **more):
 @pytest.mark.slow
 @pytest.mark.parametrize(("shift", "weight"), [(0.5, 100.0), (0.2, 0.01)])  # squares of 0.25 and 0.04
 def test_copying_takes_probabilities_for_logits_and_weighs_the_image(blobs, shift, weight):
-    _, metrics, both, _ = run_generator(_inversion_steps._copying(MODEL, shifting, "none"), blobs, shift)
+    _, metrics, both, _ = run_generator(_inversion_steps.copy_step(MODEL, shifting, "none"), blobs, shift)
     wanted, given = (np.asarray(jax.nn.softmax(b[0])) for b in (both[1], both[0]))
     predicted = -(wanted * np.asarray(jax.nn.log_softmax(jnp.asarray(given)))).sum(1).mean()
     assert_allclose(
@@ -135,7 +137,7 @@ HYPER = {"image_bound": jnp.float32(0.3), "feature_bound": jnp.float32(3.0), "be
 def test_inverting_moves_backdoor_features_within_bounds(blobs, shift, feature_bound, pull, copies):
     mask = jnp.linspace(0, 1, 8)
     after, metrics, both, _ = run_generator(
-        _inversion_steps._inverting(MODEL, shifting, "none"), blobs, shift, mask=mask, target=jnp.int32(2),
+        _inversion_steps.inversion_step(MODEL, shifting, "none"), blobs, shift, mask=mask, target=jnp.int32(2),
         pull=jnp.float32(pull), hyper={**HYPER, "feature_bound": jnp.float32(feature_bound)},
     )  # fmt: skip
     was, now = (b[1]["flat"] for b in both)
@@ -154,20 +156,20 @@ def test_inverting_moves_backdoor_features_within_bounds(blobs, shift, feature_b
     ("share", "size", "count"), [(0.1, 128, 13), (0.2, 128, 26), (0.1, 20, 3), (0.0, 20, 1), (0.9, 4, 4)]
 )
 def test_places_of_the_generator_are_as_many_on_every_device(share, size, count):
-    places = np.asarray(_inversion_steps.chosen_of(share, 3, size, KEY)["chosen"])
+    places = np.asarray(_inversion_steps.choose_positions(share, 3, size, KEY)["chosen"])
     assert places.shape == (3, size) and (places.sum(1) == count).all()
     for devices in (1, 2, 4):
         most = -(-count // devices)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parallel, "size", lambda axis, devices=devices: devices)
-            assert _inversion_steps.most_of(share, size, "data") == most
+            assert _inversion_steps.max_chosen(share, size, "data") == most
         assert places.reshape(3, devices, -1).sum(2).max() <= most
 
 
 def test_mixed_changes_the_chosen_places_alone():
     images = jnp.arange(24.0).reshape(6, 2, 2, 1)
     for chosen in ([0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1], [0] * 6):
-        out = _inversion_steps.mixed(shifting, {"shift": 100.0}, images, jnp.array(chosen, bool), 3)
+        out = _inversion_steps.mix_generated(shifting, {"shift": 100.0}, images, jnp.array(chosen, bool), 3)
         assert_allclose(out, np.asarray(images) + 100 * np.array(chosen)[:, None, None, None])
 
 
@@ -177,11 +179,11 @@ def test_mixed_changes_the_chosen_places_alone():
 @pytest.mark.slow
 def test_step_of_btidbf_equals_a_plain_computation(blobs):
     shared, split = batch_of(blobs)
-    chosen = _inversion_steps.chosen_of(0.2, 1, 20, KEY)["chosen"][0]
+    chosen = _inversion_steps.choose_positions(0.2, 1, 20, KEY)["chosen"][0]
     step = btidbf._step(MODEL, shifting, "none", 0.2, 20)
     shared["generator"] = {"shift": jnp.float32(0.4)}
     whole = {"rate": jnp.float32(0.01)}
-    after, metrics = step(begin(START, "adam"), {**split, "chosen": chosen}, whole, shared, None)
+    after, metrics = step(training_state(START, "adam"), {**split, "chosen": chosen}, whole, shared, None)
     clean = shared["images"].astype(jnp.float32) / 255
     changed = clean + 0.4 * np.asarray(chosen)[:, None, None, None]
 
@@ -200,23 +202,23 @@ def test_step_of_btidbf_equals_a_plain_computation(blobs):
 def test_towards_goes_a_length_of_all_parameters_together():
     params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
     original = {"a": jnp.array([4.0, 2.0]), "b": jnp.array([7.0])}  # 5 away
-    found = pam.towards(params, original, 0.5)
+    found = pam.step_towards(params, original, 0.5)
     assert_allclose(found["a"], [1.3, 2.0], rtol=1e-6)
     assert_allclose(found["b"], [3.4], rtol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, pam.towards(params, params, 0.5), params)  # the first step
+    jax.tree.map(np.testing.assert_array_equal, pam.step_towards(params, params, 0.5), params)  # the first step
 
 
 @pytest.mark.slow
 def test_step_of_pam_takes_the_gradient_on_the_way_back(blobs):
     shared, split = batch_of(blobs)
-    chosen = _inversion_steps.chosen_of(0.2, 1, 20, KEY)["chosen"][0]
+    chosen = _inversion_steps.choose_positions(0.2, 1, 20, KEY)["chosen"][0]
     shared |= {
         "generator": {"shift": jnp.float32(0.4)}, "original": ELSEWHERE["params"],
         "hyper": {"rho": jnp.float32(0.5), "momentum": jnp.float32(0.1)},
     }  # fmt: skip
     step = pam._step(MODEL, shifting, "none", 0.2, 20)
     whole = {"rate": jnp.float32(0.1)}
-    after, metrics = step(begin(START, "sgd"), {**split, "chosen": chosen}, whole, shared, None)
+    after, metrics = step(training_state(START, "sgd"), {**split, "chosen": chosen}, whole, shared, None)
     images = shared["images"].astype(jnp.float32) / 255 + 0.4 * np.asarray(chosen)[:, None, None, None]
     pairs = list(zip(*map(jax.tree.leaves, (START["params"], ELSEWHERE["params"])), strict=True))
     length = sum(float(((b - a) ** 2).sum()) for a, b in pairs) ** 0.5
@@ -264,7 +266,7 @@ def test_each_round_shows_what_the_generator_does(blobs, module):
 @pytest.mark.parametrize("module", [btidbf, pam], ids=["btidbf", "pam"])
 def test_a_round_that_finds_another_target_can_end_it(blobs, module, monkeypatch):
     found = iter([1, 3, 1, 1])
-    monkeypatch.setattr(_inversion.Inversion, "_called", lambda *_: next(found))
+    monkeypatch.setattr(_inversion.Inversion, "_most_predicted", lambda *_: next(found))
     config = module.Config(**SMALL, epochs=1, batch_size=20, early_stop=True)
     seen = Seen()
     module.purify(config, Victim(MODEL, START), view_of(blobs, seen), KEY)

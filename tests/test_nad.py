@@ -39,7 +39,7 @@ def test_attention_of_a_small_map():
 def test_maps_are_the_last_of_each_resolution(name, expected):
     model = models.create(name, (32, 32, 3), 10)
     variables = jax.eval_shape(model.init, KEY)
-    assert nad.stages(model, variables, 3) == expected
+    assert nad.default_layers(model, variables, 3) == expected
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_maps_are_the_last_of_each_resolution(name, expected):
 def test_every_model_has_maps_to_match(name):
     model = models.create(name, (64, 64, 3), 10)
     variables = jax.eval_shape(model.init, KEY)
-    names = nad.stages(model, variables, 3)
+    names = nad.default_layers(model, variables, 3)
     assert 1 <= len(names) <= 3
     nad._check_layers(names, model, variables)
 
@@ -96,6 +96,6 @@ def test_nad_names_what_the_model_lacks(blobs):
 
 
 def test_rates_of_nad_change_at_their_epochs():
-    rates = nad._rates(nad.Config(), 22, 3)
+    rates = nad._learning_rates(nad.Config(), 22, 3)
     assert rates.shape == (22, 3)
     assert_allclose(rates[[0, 1, 2, 19, 20, 21], 0], [0.1, 0.1, 0.01, 0.01, 1e-4, 1e-4])

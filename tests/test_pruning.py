@@ -75,12 +75,16 @@ def test_the_bound_is_the_largest_singular_value_of_each_channel():
     rng = np.random.default_rng(2)
     kernel, scale = rng.normal(size=(3, 3, 5, 7)).astype(np.float32), rng.normal(size=7).astype(np.float32)
     variance = rng.uniform(0.1, 2, 7).astype(np.float32)
-    for channel, found in enumerate(clp.bound(kernel, scale, variance)):
+    for channel, found in enumerate(clp.lipschitz_bounds(kernel, scale, variance)):
         matrix = np.array([[kernel[i, j, c, channel] for i in range(3) for j in range(3)] for c in range(5)], float)
         largest = math.sqrt(np.linalg.eigvalsh(matrix @ matrix.T)[-1])
         assert found == pytest.approx(largest * abs(scale[channel]) / math.sqrt(variance[channel]), rel=1e-6)
-    assert_allclose(clp.bound(np.ones((3, 3, 4, 1)), np.array([-2.0]), np.array([4.0])), [6.0])  # of rank one: 36 ones
-    assert_allclose(clp.bound(np.full((3, 3, 1, 1), 2.0), np.ones(1), np.ones(1)), [6.0])  # of a depthwise one
+    assert_allclose(
+        clp.lipschitz_bounds(np.ones((3, 3, 4, 1)), np.array([-2.0]), np.array([4.0])), [6.0]
+    )  # of rank one: 36 ones
+    assert_allclose(
+        clp.lipschitz_bounds(np.full((3, 3, 1, 1), 2.0), np.ones(1), np.ones(1)), [6.0]
+    )  # of a depthwise one
 
 
 def test_clp_zeroes_scale_and_bias_of_what_stands_out_and_nothing_else(victim):
@@ -101,17 +105,21 @@ def test_clp_zeroes_scale_and_bias_of_what_stands_out_and_nothing_else(victim):
 
 def test_what_stands_out_is_above_the_mean_by_the_samples_deviation():
     measure = np.array([1.0, 2.0, 3.0, 10.0])  # mean 4, deviation sqrt(50 / 3) = 4.0825
-    assert_array_equal(_outliers.above(measure, 6 / 4.09), [False, False, False, True])
-    assert not _outliers.above(measure, 6 / 4.08).any()  # with n in place of n - 1 it is 3.54, and 10 stands out
-    assert_array_equal(_outliers.above(np.array([1.0, 2, 3, 10, np.nan]), 6 / 4.09), [False, False, False, True, False])
-    assert not _outliers.above(np.array([np.inf, 1.0]), 0.0).any() and not _outliers.above(np.ones(4), 0.0).any()
+    assert_array_equal(_outliers.is_outlier(measure, 6 / 4.09), [False, False, False, True])
+    assert not _outliers.is_outlier(measure, 6 / 4.08).any()  # with n in place of n - 1 it is 3.54, and 10 stands out
+    assert_array_equal(
+        _outliers.is_outlier(np.array([1.0, 2, 3, 10, np.nan]), 6 / 4.09), [False, False, False, True, False]
+    )
+    assert (
+        not _outliers.is_outlier(np.array([np.inf, 1.0]), 0.0).any() and not _outliers.is_outlier(np.ones(4), 0.0).any()
+    )
 
 
 # --- bnp
 
 
 def test_the_divergence_is_that_of_two_normal_distributions():
-    assert_allclose(bnp.divergence([0.0], [1.0], [1.0], [4.0]), [math.log(2) + 2 / 8 - 0.5])
+    assert_allclose(bnp.kl_divergence([0.0], [1.0], [1.0], [4.0]), [math.log(2) + 2 / 8 - 0.5])
     x = np.linspace(-30, 30, 400_001)
 
     def density(mean, variance):
@@ -119,15 +127,15 @@ def test_the_divergence_is_that_of_two_normal_distributions():
 
     ours, stored = density(0.3, 2.25), density(-0.5, 0.81)
     integral = np.trapezoid(ours * ((0.81**-1 * (x + 0.5) ** 2 - (x - 0.3) ** 2 / 2.25) / 2 + math.log(0.9 / 1.5)), x)
-    assert stored.max() > 0 and bnp.divergence([0.3], [2.25], [-0.5], [0.81])[0] == pytest.approx(integral, rel=1e-6)
-    assert_array_equal(bnp.divergence([1.0], [0.0], [1.0], [0.0]), [0.0])  # a dead channel
+    assert stored.max() > 0 and bnp.kl_divergence([0.3], [2.25], [-0.5], [0.81])[0] == pytest.approx(integral, rel=1e-6)
+    assert_array_equal(bnp.kl_divergence([1.0], [0.0], [1.0], [0.0]), [0.0])  # a dead channel
 
 
 def test_bnp_prunes_the_channel_whose_clean_statistics_left_the_stored_ones(victim, blobs):
     images = blobs[0][:130]  # two parts, of 100 and 30
     x = np.asarray(entered(victim, images), np.float64)
     mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
-    found = bnp.moments(MODEL, victim.variables, images)
+    found = bnp.norm_input_moments(MODEL, victim.variables, images)
     assert_allclose(found["norm"][0], mean, rtol=1e-4, atol=1e-6)
     assert_allclose(found["norm"][1], variance, rtol=1e-4)
     stats = {"mean": jnp.asarray(mean, jnp.float32).at[2].add(0.5), "var": jnp.asarray(variance, jnp.float32)}

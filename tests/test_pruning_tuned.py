@@ -1,4 +1,4 @@
-"""ANP, RNP, fine-pruning and FST: each against NumPy or a plain computation, and what the watch sees."""
+"""ANP, RNP, fine-pruning and FST: each against NumPy or a plain computation, and what the callback receives."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from pruned import KEY, MODEL, Seen, victim_of
 
 from bdjax.defenses import _masks, anp, fine_pruning, fst, rnp
-from bdjax.defenses._epochs import epochs
+from bdjax.defenses._epochs import train_epochs
 from bdjax.engine import FitConfig, parallel, predict
 from bdjax.types import Callback, DefenderView, Model
 
@@ -52,8 +52,8 @@ def test_steps_of_the_masks_are_those_of_numpy(noise_steps):
     variables = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), {"params": params, "batch_stats": stats})
     alpha, epsilon, rate, momentum = 0.3, 0.4, 2.0, 0.7
     order = jnp.asarray(rng.integers(0, 16, (3, 8)), jnp.int32)
-    found = _masks.learnt(
-        model, variables, DefenderView(images, labels), order, _masks.Masking(rate, momentum, alpha, epsilon),
+    found = _masks.learn_masks(
+        model, variables, DefenderView(images, labels), order, _masks.MaskOptimizer(rate, momentum, alpha, epsilon),
         noise_steps, "none", KEY, "masks",
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ def test_steps_of_the_masks_are_those_of_numpy(noise_steps):
         x, y = images.reshape(16, -1)[place, :5].astype(np.float64), labels[place]
         gradient = alpha * slopes(x, y, masks * gamma, beta)[0] * gamma
         if noise_steps:
-            drawn = _masks._drawn(key, {"norm": jnp.ones(5)}, jnp.float32(epsilon))
+            drawn = _masks._draw_noise(key, {"norm": jnp.ones(5)}, jnp.float32(epsilon))
             xi, delta = (np.asarray(drawn[kind]["norm"], np.float64) for kind in ("scale", "bias"))
             assert np.abs([xi, delta]).max() <= epsilon and not np.allclose(xi, delta)
             for _ in range(noise_steps):
@@ -88,11 +88,11 @@ def test_steps_of_the_masks_are_those_of_numpy(noise_steps):
 @pytest.mark.slow
 def test_masks_are_the_same_on_two_devices(victim, blobs):
     order = jnp.asarray(np.random.default_rng(6).integers(0, 200, (3, 8)), jnp.int32)
-    values = _masks.Masking(0.5, 0.9, 0.2, 0.4)
+    values = _masks.MaskOptimizer(0.5, 0.9, 0.2, 0.4)
     given = MODEL, victim.variables, DefenderView(*blobs), order, values, 1, "none", KEY, "m"
-    one = _masks.learnt(*given)["norm"]
+    one = _masks.learn_masks(*given)["norm"]
     with parallel.using(2):
-        assert_allclose(_masks.learnt(*given)["norm"], one, atol=1e-5)
+        assert_allclose(_masks.learn_masks(*given)["norm"], one, atol=1e-5)
 
 
 def test_the_largest_threshold_at_which_accuracy_holds_is_taken(victim, blobs):
@@ -101,7 +101,7 @@ def test_the_largest_threshold_at_which_accuracy_holds_is_taken(victim, blobs):
     masks = {"norm": np.array([0.0, 0.05, 0.3, 0.31, 0.9, 1.0], np.float32)}
     config = _masks.SweepConfig(highest_threshold=0.5, threshold_step=0.1, largest_drop=0.3)
     assert config.thresholds() == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
-    cleaned = _masks.swept(victim, masks, config, judged, callback)
+    cleaned = _masks.sweep_thresholds(victim, masks, config, judged, callback)
     rows = [row for _, _, row in callback.rounds]
     assert [int(row["pruned"]) for row in rows[:-1]] == [1, 2, 2, 3, 4, 4]
     for (_, variables, row), threshold in zip(callback.rounds[:-1], config.thresholds(), strict=True):
@@ -119,21 +119,21 @@ def test_accuracy_that_holds_nowhere_leaves_the_model_and_a_given_threshold_asks
     images, masks, callback = blobs[0][:60], {"norm": np.zeros(6, np.float32)}, Seen()
     judged = DefenderView(images, np.asarray(predict(MODEL, victim.variables, images)))
     assert len(np.unique(judged.labels)) > 1  # so that a model without channels errs
-    kept = _masks.swept(victim, masks, _masks.SweepConfig(largest_drop=0.0), judged, callback)
+    kept = _masks.sweep_thresholds(victim, masks, _masks.SweepConfig(largest_drop=0.0), judged, callback)
     jax.tree.map(assert_array_equal, kept, dict(victim.variables))
     assert callback.rounds[-1][2]["chosen_threshold"] == -1
-    gone = _masks.swept(victim, masks, _masks.SweepConfig(threshold=0.2, largest_drop=0.0), judged, callback)
+    gone = _masks.sweep_thresholds(victim, masks, _masks.SweepConfig(threshold=0.2, largest_drop=0.0), judged, callback)
     assert not np.asarray(gone["params"]["norm"]["scale"]).any()
 
 
 def test_a_fifth_is_kept_apart_where_nothing_is(blobs):
     view = DefenderView(*blobs)
-    learn, judged = _masks.parted(view, KEY)
+    learn, judged = _masks.split_validation(view, KEY)
     assert len(learn.labels) == 160 and len(judged.labels) == 40
     few = DefenderView(blobs[0][:40], blobs[1][:40])
-    assert _masks.parted(few, KEY) == (few, few)
+    assert _masks.split_validation(few, KEY) == (few, few)
     given = dataclasses.replace(view, validation=few)
-    assert _masks.parted(given, KEY) == (given, few)
+    assert _masks.split_validation(given, KEY) == (given, few)
 
 
 @pytest.mark.slow
@@ -143,8 +143,8 @@ def test_anp_prunes_by_the_masks_it_trained(victim, blobs):
     config = anp.Config(iterations=4, batch_size=16, learning_rate=3.0, largest_drop=1.0)
     cleaned = anp.purify(config, victim, view, KEY)
     order = jax.random.randint(jax.random.fold_in(KEY, 1), (4, 16), 0, 200)
-    values = _masks.Masking(3.0, 0.9, 0.2, 0.4)
-    masks = _masks.learnt(
+    values = _masks.MaskOptimizer(3.0, 0.9, 0.2, 0.4)
+    masks = _masks.learn_masks(
         MODEL, victim.variables, view, order, values, 1, "crop", jax.random.fold_in(KEY, 2), "m"
     )  # fmt: skip
     gone = np.asarray(masks["norm"]) <= 0.95
@@ -168,15 +168,15 @@ def test_unlearning_stops_after_the_first_epoch_of_low_accuracy(victim, blobs):
 
     whole = [
         (done.number, done.accuracy, jax.tree.map(np.array, done.variables))
-        for done in epochs(victim, *blobs_of(view), recipe, KEY, Callback(), "s", sign=-1.0, rates=rate)
+        for done in train_epochs(victim, *blobs_of(view), recipe, KEY, Callback(), "s", sign=-1.0, rates=rate)
     ]
     assert len(whole) == 12
-    last = rnp.unlearned(config, victim, view, KEY)  # never that low, or only at the end
+    last = rnp.unlearn(config, victim, view, KEY)  # never that low, or only at the end
     assert last.number == next((number for number, right, _ in whole if right <= 0.0), 12)
     rates = [right for _, right, _ in whole]
     bar = sorted(rates)[3]
     expected = next(number for number, right, _ in whole if right <= bar)
-    stopped = rnp.unlearned(dataclasses.replace(config, stop_accuracy=bar), victim, view, KEY)
+    stopped = rnp.unlearn(dataclasses.replace(config, stop_accuracy=bar), victim, view, KEY)
     assert stopped.number == expected < 12
     jax.tree.map(assert_array_equal, jax.tree.map(np.asarray, stopped.variables), whole[expected - 1][2])
 
@@ -189,7 +189,7 @@ def blobs_of(view):
 def test_a_step_of_unlearning_ascends_and_decays(victim, blobs):
     view = DefenderView(blobs[0][:40], blobs[1][:40])
     config = rnp.Config(batch_size=40, learning_rate=0.1, weight_decay=0.01, augment="none", epochs=1)
-    found = rnp.unlearned(config, victim, view, KEY).variables["params"]
+    found = rnp.unlearn(config, victim, view, KEY).variables["params"]
     params, images = victim.variables["params"], jnp.asarray(view.images, jnp.float32) / 255
 
     def loss(params):
@@ -220,8 +220,8 @@ def test_rnp_prunes_the_victim_and_not_the_unlearned_model(victim, blobs):
 
 def test_units_are_ranked_by_what_they_give_above_zero():
     features = np.array([[-9.0, 0.2, 3.0, 0.0], [1.0, 0.2, -3.0, 0.0]])  # 0.5, 0.2, 1.5, 0
-    assert_array_equal(fine_pruning.ranking(features), [3, 1, 0, 2])
-    assert_array_equal(fine_pruning.ranking(np.zeros((2, 5))), np.arange(5))  # ties by place
+    assert_array_equal(fine_pruning.rank_units(features), [3, 1, 0, 2])
+    assert_array_equal(fine_pruning.rank_units(np.zeros((2, 5))), np.arange(5))  # ties by place
 
 
 @pytest.mark.parametrize(("drop", "expected"), [(0.1, 2), (0.3, 3), (0.55, 4), (1.0, 9)])
@@ -232,7 +232,7 @@ def test_the_last_step_within_the_budget_is_kept(drop, expected):
     params = {"head": {"kernel": jnp.zeros((10, 2)).at[:8, 0].set(1.0), "bias": jnp.asarray([0.0, 0.5])}}
     order = np.array([8, 9, 0, 1, 2, 3, 4, 5, 6, 7])
     config = fine_pruning.Config(step=0.1, largest_drop=drop)
-    found = fine_pruning.prunable(order, features, labels, params, config)
+    found = fine_pruning.count_prunable(order, features, labels, params, config)
     budget = max(k for k in range(9) if k == 0 or k / 8 < drop)
     assert found == min(2 + budget, 9) and (drop != 1.0 or found == 9)
     assert expected <= found
@@ -267,7 +267,7 @@ def test_a_step_of_feature_shift_tuning_and_its_rescaling(victim, blobs):
     config = fst.Config(alpha=0.3, epochs=1, batch_size=40, learning_rate=0.1, augment="none")
     found = fst.purify(config, victim, view, KEY)["params"]
     old, images = victim.variables["params"]["head"]["kernel"], jnp.asarray(view.images, jnp.float32) / 255
-    params = fst.restarted(victim.variables["params"], jax.random.fold_in(KEY, 0))
+    params = fst.reinitialise_head(victim.variables["params"], jax.random.fold_in(KEY, 0))
 
     def loss(params):
         logits = MODEL.apply({**victim.variables, "params": params}, images, True)[0]
@@ -283,7 +283,7 @@ def test_a_step_of_feature_shift_tuning_and_its_rescaling(victim, blobs):
 
 def test_the_last_layer_starts_anew_within_pytorchs_bounds(victim):
     params = {**victim.variables["params"], "head": {"kernel": jnp.full((400, 4), 7.0), "bias": jnp.full(4, 7.0)}}
-    drawn = fst.restarted(params, KEY)
+    drawn = fst.reinitialise_head(params, KEY)
     for leaf in jax.tree.leaves(drawn["head"]):
         assert 0 < np.abs(leaf).max() <= 1 / 20
     assert np.abs(drawn["head"]["kernel"]).max() > 0.0495 and np.asarray(drawn["head"]["kernel"]).mean() < 0.005

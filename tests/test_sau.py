@@ -15,7 +15,7 @@ def test_losses_count_what_is_not_reached_yet():
     share = np.array([[[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8], [0.8, 0.1, 0.1]],
                       [[0.5, 0.4, 0.1], [0.2, 0.1, 0.7], [0.3, 0.3, 0.4], [0.1, 0.8, 0.1]]], np.float32)  # fmt: skip
     labels, clean = jnp.zeros(4, jnp.int32), [jnp.zeros(4, jnp.int32)] * 2
-    adversarial, alike = sau.losses([jnp.log(p) for p in share], clean, labels)
+    adversarial, alike = sau.perturbation_losses([jnp.log(p) for p in share], clean, labels)
     assert_allclose(adversarial, [(np.log(0.6) + np.log(0.5)) / 2, 0, 0, np.log(0.8) / 2], rtol=1e-5, atol=1e-7)
 
     def divergence(p, q):
@@ -29,7 +29,7 @@ def test_losses_count_what_is_not_reached_yet():
 def test_unlearning_loss_is_the_mean_of_its_two_forms():
     share = np.array([[0.2, 0.5, 0.3], [0.9995, 0.0003, 0.0002], [0.1, 0.1, 0.8]], np.float32)
     predicted, counted = jnp.array([1, 1, 2]), jnp.array([True, True, False])
-    found = sau.unlearning(jnp.log(share), predicted, counted)
+    found = sau.unlearning_losses(jnp.log(share), predicted, counted)
     first = -np.log(0.5 + 1e-6)
     second = -(np.log(0.999 + 1e-6) + np.log(1 + 1e-6 - 0.001)) / 2  # both limits hold
     assert_allclose(found, [first, second, 0], rtol=1e-4)

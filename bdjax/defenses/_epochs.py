@@ -13,45 +13,58 @@ import numpy as np
 import optax
 
 from bdjax.defenses._batch import batch_of
-from bdjax.defenses._tuning import begin, descend, each_pass, model_of
+from bdjax.defenses._tuning import descend, iterate_epochs, training_state, variables_of
 from bdjax.engine import FitConfig, augment, parallel
 from bdjax.engine.optimizer import learning_rates
 from bdjax.types import Callback, Key, Model, Variables, Victim, to_float
 
 Term = Callable[[Any, Any], jax.Array]
-"""`term(params, given) -> scalar`, added to the loss; a module-level function."""
+"""`term(params, extra) -> scalar`, added to the loss; a module-level function."""
 Projection = Callable[[Any, Any], Any]
-"""`projection(params, given) -> params`, applied after every step; a module-level function."""
+"""`projection(params, extra) -> params`, applied after every step; a module-level function."""
 
 
 class Epoch(NamedTuple):
     """The result of an epoch; its variables are donated to the next one."""
 
     number: int
-    """From 1."""
+    """Number of the epoch, from 1."""
     variables: Variables
     """The model after the epoch."""
     loss: float
-    """Mean over the steps."""
+    """Mean loss over the steps."""
     accuracy: float
-    """Training accuracy: of every batch before its step."""
+    """Training accuracy in [0, 1], measured on every batch before its step."""
 
 
-def epochs(
+def train_epochs(
     victim: Victim, images: Any, labels: np.ndarray, recipe: FitConfig, key: Key, callback: Callback, stage: str, *,
     sign: float = 1.0, rates: Callable[[int], float] | None = None, term: Term | None = None,
-    projection: Projection | None = None, given: Any = None,
+    projection: Projection | None = None, extra: Any = None,
 ) -> Iterator[Epoch]:  # fmt: skip
-    """Train the victim by `recipe`, in training mode, and yield the result of each epoch.
+    """Train the victim in training mode by a recipe, and yield the result of each epoch.
 
     Args:
-      images: stored [n, H, W, C]; labels: [n]. The batch size is reduced to the number of images, and to a
-        multiple of the number of devices.
+      victim: the model to train.
+      images: stored [n, H, W, C].
+      labels: int32 [n].
+      recipe: the training recipe. Its batch size is reduced to the number of images, and to a multiple of the number
+        of devices.
+      key: random key that shuffles and augments the images.
+      callback: receives the progress of the steps, but no variables.
+      stage: name of the training stage, for progress and messages.
       sign: factor of the cross-entropy; -1 ascends it.
       rates: `rates(epoch)`, from epoch 0, replaces the learning rate and schedule of the recipe.
-      term, projection: see above; given: pytree of arrays, their second argument.
-      stage: name of the steps, for the watch, which gets their progress alone.
-    Raises InputError for fewer images than devices, and for a loss that is not finite.
+      term: see :data:`Term`; None: the cross-entropy alone.
+      projection: see :data:`Projection`; None: no projection.
+      extra: pytree of arrays, the second argument of `term` and `projection`.
+
+    Yields:
+      The result of each epoch.
+
+    Raises:
+      InputError: when the batch size or the number of images is smaller than the number of devices, or when the loss
+        becomes NaN or infinite.
     """
     size = batch_of(recipe.batch_size, len(labels))
     steps = len(labels) // size
@@ -59,44 +72,44 @@ def epochs(
         table = learning_rates(recipe.schedule, recipe.learning_rate, recipe.epochs * steps).reshape(-1, steps)
     else:
         table = np.repeat(np.array([[rates(epoch)] for epoch in range(recipe.epochs)], np.float32), steps, 1)
-    shared = {
+    constants = {
         "images": jnp.asarray(images),
         "labels": jnp.asarray(labels),
-        "given": given,
+        "extra": extra,
         **{name: jnp.float32(getattr(recipe, name)) for name in ("momentum", "weight_decay")},
         "sign": jnp.float32(sign),
     }
-    for number, state, metrics in each_pass(
+    for number, state, metrics in iterate_epochs(
         _step(victim.model, recipe.optimizer, recipe.augment, term, projection),
-        begin(victim.variables, recipe.optimizer), shared, table, size, key, partial(callback.on_progress, stage),
-        what=f"{stage} loss",
+        training_state(victim.variables, recipe.optimizer), constants, table, size, key,
+        partial(callback.on_progress, stage), loss_name=f"{stage} loss",
     ):  # fmt: skip
-        yield Epoch(number, model_of(state), *(float(metrics[name]) for name in ("loss", "accuracy")))
+        yield Epoch(number, variables_of(state), *(float(metrics[name]) for name in ("loss", "accuracy")))
 
 
 @lru_cache(maxsize=32)
 def _step(model: Model, optimizer: Any, policy: str, term: Term | None, projection: Projection | None) -> Callable:
-    """One step in the engine's form."""
-    distort = augment.policy(policy)
+    """Return a training step in the engine's form."""
+    augmented = augment.policy(policy)
 
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        images = distort(to_float(shared["images"][split["index"]]), split["augment"])
-        labels = shared["labels"][split["index"]]
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        images = augmented(to_float(constants["images"][batch["index"]]), batch["augment"])
+        labels = constants["labels"][batch["index"]]
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state["batch_stats"]}
-            logits, _, stats = model.apply(variables, images, True, split["dropout"], axis)
-            value = shared["sign"] * optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            value = value + (term(params, shared["given"]) if term else 0)
+            logits, _, stats = model.apply(variables, images, True, batch["dropout"], axis)
+            value = constants["sign"] * optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            value = value + (term(params, constants["extra"]) if term else 0)
             return value, (stats, (logits.argmax(-1) == labels).mean())
 
         (value, (stats, hits)), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
         gradient, metrics = parallel.average((gradient, {"loss": value, "accuracy": hits}), axis)
         after = descend(
-            state, gradient, stats, optimizer, whole["rate"], shared["momentum"], shared["weight_decay"]
+            state, gradient, stats, optimizer, per_step["rate"], constants["momentum"], constants["weight_decay"]
         )  # fmt: skip
         if projection:
-            after["params"] = projection(after["params"], shared["given"])
+            after["params"] = projection(after["params"], constants["extra"])
         return after, metrics
 
     return step

@@ -14,14 +14,17 @@ all elements of a batch, each round has three steps:
 
 Before the first round G is pretrained to copy its input: min_G CE(softmax f(x), softmax f(G(x))) + MSE(h, h') +
 c MSE(x, G(x)), where c is 100 while the last MSE is above 0.1, and 0.01 below. As in the release, this cross-entropy
-takes probabilities where logits belong, which makes it weak. Optimisers: Adam, 1e-3 for G, with moments kept over all
-rounds, and 0.01 for u. Steps 1 and 2 use a copy of the model; step 1 runs in training mode and moves the copy's
-BatchNorm statistics, step 2 uses them as they then are.
+takes probabilities where logits belong, which makes it weak. The optimiser is Adam, with learning rate 1e-3 for G,
+whose moments carry over from round to round, and 0.01 for u. Steps 1 and 2 use a copy of the model; step 1 runs in
+training mode and updates the copy's BatchNorm statistics, which step 2 uses.
 
-**Deviations** from the release: h is the input of the last dense layer, a vector; the release uses the last map before
-pooling, which models here do not expose. G has fewer blocks where images are too small for four. Dropout is off in
-step 1. The release's script for inversion alone changes the BatchNorm statistics of the model it inspects; here they
-are always a copy's.
+Deviations:
+- h is the input of the last dense layer, a vector; the release uses the last map before pooling, which models here do
+  not expose.
+- G has fewer blocks where images are too small for four.
+- Dropout is off in step 1.
+- The release's script for inversion alone changes the BatchNorm statistics of the model that it inspects; here only
+  those of a copy change.
 """
 
 from collections.abc import Callable
@@ -33,8 +36,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.defenses._inversion_steps import _copying, _inverting, _masking, chosen_of, generator_of, mask_of
-from bdjax.defenses._tuning import begin, equal_batches, model_of, passes, shown_to
+from bdjax.defenses._inversion_steps import (
+    choose_positions,
+    copy_step,
+    feature_mask,
+    generator_function,
+    inversion_step,
+    mask_step,
+)
+from bdjax.defenses._tuning import equal_batches, round_reporter, run_epochs, training_state, variables_of
 from bdjax.engine import predict
 from bdjax.errors import check_fields
 from bdjax.models import head, unet
@@ -43,7 +53,7 @@ from bdjax.types import DefenderView, Images, Key, Variables, Victim, to_float
 
 @dataclass(frozen=True)
 class InversionConfig:
-    """Hyper-parameters of the inversion, and of the rounds around it."""
+    """Hyper-parameters of the inversion and of its rounds."""
 
     rounds: int = 5
     """Rounds of inversion, each followed by training of the model."""
@@ -62,7 +72,7 @@ class InversionConfig:
     image_bound: float = 0.3
     """Mean squared change of a pixel, in units of [0, 1], above which the generator learns to copy."""
     feature_bound: float = 3.0
-    """Mean squared change of the benign features above which it does so, too."""
+    """Mean squared change of the benign features above which it does so as well."""
     benign: float = 0.01
     """Weight of the change of the benign features in the generator's loss."""
     noise: float = 0.03
@@ -72,7 +82,7 @@ class InversionConfig:
     downs: int = 4
     """Down-sampling blocks of the generator."""
     early_stop: bool = False
-    """Stop at the first later round that finds another target than the first round."""
+    """Stop at the first later round that finds a different target from the first round."""
     augment: Literal["none", "crop", "crop_flip", "crop_flip_cutout"] = "crop"
     """Random crop (zero padding 4), horizontal flip, cut-out of 16 pixels."""
 
@@ -94,25 +104,38 @@ _DYNAMIC = ("image_bound", "feature_bound", "benign")
 
 
 class Inversion:
-    """The generator G, trained further in every round."""
+    """The generator G, trained further in every round.
+
+    Attributes:
+      target: the class found in the first round; None before it.
+    """
 
     def __init__(self, config: InversionConfig, victim: Victim, view: DefenderView, key: Key) -> None:
-        """Pretrain the generator to copy images. Raises InputError for a model without a dense layer "head"."""
+        """Pretrain the generator to copy images.
+
+        Args:
+          config: hyper-parameters of the inversion.
+          victim: the model whose backdoor is inverted first.
+          view: clean images and labels; its callback receives the progress.
+          key: random key that initialises the generator and draws the batches.
+
+        Raises:
+          InputError: when the model has no dense layer "head", or when the loss becomes NaN or infinite.
+        """
         self._config, self._model, self._view = config, victim.model, view
         head(victim.variables["params"])
         self._number, self._size = equal_batches(config.batch_size, len(view.labels))
         net = unet(victim.model.shape, config.width, config.downs)
-        self._apply = generator_of(victim.model.shape, config.width, config.downs)
-        self._state = begin(net.init(jax.random.fold_in(key, 0)), "adam")
-        self._shared: dict[str, Any] = {
+        self._apply = generator_function(victim.model.shape, config.width, config.downs)
+        self._state = training_state(net.init(jax.random.fold_in(key, 0)), "adam")
+        self._constants: dict[str, Any] = {
             "images": jnp.asarray(view.images),
             "labels": jnp.asarray(view.labels),
             "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
         }
         self.target: int | None = None
-        """The class found in the first round."""
         self._train(
-            _copying(victim.model, self._apply, config.augment), {"model": _plain(victim.variables)},
+            copy_step(victim.model, self._apply, config.augment), {"model": _copy_variables(victim.variables)},
             config.pretrain_epochs, jax.random.fold_in(key, 1), "the generator copies",
         )  # fmt: skip
 
@@ -121,99 +144,120 @@ class Inversion:
         """The parameters of G."""
         return self._state["params"]
 
-    def refresh(self, variables: Variables, key: Key, what: str) -> int:
-        """Run steps 1 to 3 on a model, and return the class that its predictions on G's images agree on most often.
+    def refresh(self, variables: Variables, key: Key, stage: str) -> int:
+        """Run steps 1 to 3 on a model.
 
-        Args: variables: of the model; key: draws mask, batches and noise; what: name of the round, for the watch.
+        Args:
+          variables: of the model.
+          key: random key that draws the mask, the batches and the noise.
+          stage: name of the round, for progress.
+
+        Returns:
+          The class that the model predicts most often for the generator's images.
+
+        Raises:
+          InputError: when a loss becomes NaN or infinite.
         """
         config, model = self._config, self._model
         size = head(variables["params"]).shape[0]
-        copy = _plain(variables)
+        copy = _copy_variables(variables)
         state = {"params": jax.random.normal(jax.random.fold_in(key, 0), (size,)), "batch_stats": copy["batch_stats"]}
-        state = begin(state, "adam")
-        state = passes(
-            _masking(model, config.augment), state, {**self._shared, "model": copy},
+        state = training_state(state, "adam")
+        state = run_epochs(
+            mask_step(model, config.augment), state, {**self._constants, "model": copy},
             np.full((config.mask_epochs, self._number), config.mask_rate), self._size, jax.random.fold_in(key, 1),
-            partial(self._view.callback.on_progress, f"{what}, the mask"),
-            what="loss of the mask", field="defense.mask_rate",
+            partial(self._view.callback.on_progress, f"{stage}, the mask"),
+            loss_name="loss of the mask", field="defense.mask_rate",
         )  # fmt: skip
-        more = {
+        constants = {
             "model": {**copy, "batch_stats": state["batch_stats"]},
-            "mask": mask_of(state["params"]),
+            "mask": feature_mask(state["params"]),
             "target": jnp.int32(self.target or 0),
             "pull": jnp.float32(self.target is not None),
         }
         self._train(
-            _inverting(model, self._apply, config.augment),
-            more,
-            config.generator_epochs,
-            jax.random.fold_in(key, 2),
-            f"{what}, G",
-        )
-        target = self._called(variables, jax.random.fold_in(key, 3))
+            inversion_step(model, self._apply, config.augment), constants, config.generator_epochs,
+            jax.random.fold_in(key, 2), f"{stage}, G",
+        )  # fmt: skip
+        target = self._most_predicted(variables, jax.random.fold_in(key, 3))
         if self.target is None:
             self.target = target
         return target
 
-    def changed(self, images: Any) -> Images:
-        """G(x) of images (stored or float [N, H, W, C]): float32 of the same shape, not clipped."""
+    def generate(self, images: Any) -> Images:
+        """Return G(x) of images (stored or float [N, H, W, C]): float32 of the same shape, not clipped."""
         return self._apply(self.generator, to_float(images))
 
-    def _train(self, step: Callable, more: dict[str, Any], epochs: int, key: Key, what: str) -> None:
-        self._state = passes(
-            step, self._state, {**self._shared, **more},
+    def _train(self, step: Callable, constants: dict[str, Any], epochs: int, key: Key, stage: str) -> None:
+        """Train the generator further by a step that needs `constants` besides images, labels and "hyper"."""
+        self._state = run_epochs(
+            step, self._state, {**self._constants, **constants},
             np.full((epochs, self._number), self._config.generator_rate), self._size, key,
-            partial(self._view.callback.on_progress, what),
-            what="loss of the generator", field="defense.generator_rate",
+            partial(self._view.callback.on_progress, stage),
+            loss_name="loss of the generator", field="defense.generator_rate",
         )  # fmt: skip
 
-    def _called(self, variables: Variables, key: Key) -> int:
+    def _most_predicted(self, variables: Variables, key: Key) -> int:
+        """Return the class that the model predicts most often for G(x + noise)."""
         images, counts = self._view.images, np.zeros(self._model.classes)
-        for begun in range(0, len(images), self._size):
-            at = np.arange(begun, begun + self._size)
-            part = to_float(images[np.minimum(at, len(images) - 1)])  # the last piece is filled up, for one shape
-            noise = self._config.noise * jax.random.normal(jax.random.fold_in(key, begun), part.shape)
-            called = predict(self._model, variables, np.asarray(self.changed(part + noise)))
-            counts += np.bincount(called[at < len(images)], minlength=self._model.classes)
+        for start in range(0, len(images), self._size):
+            at = np.arange(start, start + self._size)
+            part = to_float(images[np.minimum(at, len(images) - 1)])  # the last part is padded, for one shape
+            noise = self._config.noise * jax.random.normal(jax.random.fold_in(key, start), part.shape)
+            predicted = predict(self._model, variables, np.asarray(self.generate(part + noise)))
+            counts += np.bincount(predicted[at < len(images)], minlength=self._model.classes)
         return int(np.argmax(counts))
 
 
 def alternate(
-    config: Any, victim: Victim, view: DefenderView, key: Key, name: str, make: Callable, state: Any, shared: Any
-) -> Variables:
-    """Alternate between inverting the backdoor and training the model; return the model's variables.
+    config: Any, victim: Victim, view: DefenderView, key: Key, name: str, make_step: Callable, state: Any,
+    constants: Any,
+) -> Variables:  # fmt: skip
+    """Alternate between inverting the backdoor and training the model.
 
     Args:
-      config: an InversionConfig with, for the training, `epochs`, `learning_rate`, and the `fraction` of a batch that
-        passes through G; name: of the method, for the watch.
-      make: `make(model, G, augment, fraction, images in a batch)` is the step of the training, in the engine's form.
-      state: as of `passes`; shared: what the step gets beside images, labels and the parameters of G ("generator").
+      config: an InversionConfig with the further fields `epochs`, `learning_rate`, and `fraction`, the share of a batch
+        that passes through G.
+      victim: the model to purify.
+      view: clean images and labels. After each epoch of training, its callback receives the model, G(x) - x of four
+        images (`perturbation`), and the class that is predicted most often for G's images (`suspected`).
+      key: random key that draws the masks, the batches and the generator.
+      name: name of the method, for progress.
+      make_step: `make_step(model, G, augment, fraction, images in a batch)` returns the training step in the engine's
+        form.
+      state: the training state of the model.
+      constants: entries that the step needs besides images, labels and the parameters of G ("generator").
 
-    After each epoch of training the watch is shown the model, G(x) - x of four images (`perturbation`), and the class
-    that G's images are most often predicted as (`suspected`).
+    Returns:
+      The variables of the trained model.
+
+    Raises:
+      InputError: when the model has no dense layer "head", when the batch size or the number of images is smaller than
+        the number of devices, or when a loss becomes NaN or infinite.
     """
     inversion = Inversion(config, victim, view, jax.random.fold_in(key, 0))
     number, size = equal_batches(config.batch_size, len(view.labels))
-    generator = generator_of(victim.model.shape, config.width, config.downs)
-    step = make(victim.model, generator, config.augment, config.fraction, size)
-    shared = {**shared, "images": jnp.asarray(view.images), "labels": jnp.asarray(view.labels)}
-    rates, shown = np.full((config.epochs, number), config.learning_rate), to_float(view.images[:4])
+    generator = generator_function(victim.model.shape, config.width, config.downs)
+    step = make_step(victim.model, generator, config.augment, config.fraction, size)
+    constants = {**constants, "images": jnp.asarray(view.images), "labels": jnp.asarray(view.labels)}
+    rates, examples = np.full((config.epochs, number), config.learning_rate), to_float(view.images[:4])
     for round_ in range(config.rounds):
-        own, what = jax.random.fold_in(key, round_ + 1), f"{name} round {round_ + 1} of {config.rounds}"
-        target = inversion.refresh(model_of(state), jax.random.fold_in(own, 0), what)
+        round_key, stage = jax.random.fold_in(key, round_ + 1), f"{name} round {round_ + 1} of {config.rounds}"
+        target = inversion.refresh(variables_of(state), jax.random.fold_in(round_key, 0), stage)
         if config.early_stop and target != inversion.target:
             break
-        after = shown_to(
-            view.callback, round_ * config.epochs, perturbation=inversion.changed(shown) - shown,
+        report = round_reporter(
+            view.callback, round_ * config.epochs, perturbation=inversion.generate(examples) - examples,
             suspected=np.array([target], np.int32),
         )  # fmt: skip
-        state = passes(
-            step, state, {**shared, "generator": inversion.generator}, rates, size, jax.random.fold_in(own, 1),
-            partial(view.callback.on_progress, f"{what}, unlearning"), after,
-            more=partial(chosen_of, config.fraction, number, size),
+        state = run_epochs(
+            step, state, {**constants, "generator": inversion.generator}, rates, size, jax.random.fold_in(round_key, 1),
+            partial(view.callback.on_progress, f"{stage}, unlearning"), report,
+            extra_batch=partial(choose_positions, config.fraction, number, size),
         )  # fmt: skip
-    return model_of(state)
+    return variables_of(state)
 
 
-def _plain(variables: Variables) -> dict[str, Any]:
+def _copy_variables(variables: Variables) -> dict[str, Any]:
+    """Return a copy of the variables, which may be donated."""
     return {name: jax.tree.map(jnp.array, variables[name]) for name in ("params", "batch_stats")}

@@ -15,50 +15,100 @@ from bdjax.models import head, penultimate, unet
 from bdjax.types import Images, Key, Model, Variables, to_float
 
 
-def mask_of(values: jax.Array) -> jax.Array:
-    """m of u [D], in [0, 1]."""
+def feature_mask(values: jax.Array) -> jax.Array:
+    """Return the mask m in [0, 1] for values u, both float32 [D]."""
     return jnp.tanh(values) / (2 + 1e-7) + 0.5
 
 
 def classify(params: Any, features: jax.Array) -> jax.Array:
-    """Logits [N, classes] of the last dense layer, for its input [N, D]."""
+    """Return the logits [N, classes] of the last dense layer for its inputs [N, D]."""
     return features @ head(params) + params["head"].get("bias", 0)
 
 
-def features_of(
+def penultimate_features(
     model: Model, variables: Variables, images: Images, train: bool = False, keys: Any = None, axis: str | None = None
 ) -> tuple[jax.Array, Any]:
-    """The input of the last dense layer, float32 [N, D], and the BatchNorm statistics after the forward pass."""
+    """Compute the inputs of the last dense layer.
+
+    Args:
+      model: the classifier.
+      variables: variables of the model.
+      images: float32 [N, H, W, C] in [0, 1].
+      train: whether the model runs in training mode.
+      keys: random keys [N] for dropout, or None.
+      axis: name of the mapped axis over which BatchNorm statistics are averaged, or None.
+
+    Returns:
+      (inputs, float32 [N, D]; BatchNorm statistics after the forward pass).
+    """
     _, features, stats = model.apply(variables, images, train, keys, axis)
     return penultimate(features).astype(jnp.float32), stats
 
 
-def mixed(generator: Callable, params: Any, images: Images, chosen: jax.Array, most: int) -> Images:
-    """The batch with G(x) at the `chosen` positions, bool [B], of which there are at most `most`."""
+def mix_generated(generator: Callable, params: Any, images: Images, chosen: jax.Array, most: int) -> Images:
+    """Replace the chosen images of a batch by the generator's.
+
+    Args:
+      generator: `generator(params, images) -> images`.
+      params: parameters of the generator.
+      images: the batch, float32 [B, H, W, C].
+      chosen: bool [B], the positions to replace.
+      most: largest possible number of chosen positions.
+
+    Returns:
+      float32 [B, H, W, C], without a gradient through the generator.
+    """
     at = jnp.nonzero(chosen, size=most, fill_value=len(images))[0]
     generated = jax.lax.stop_gradient(generator(params, images[jnp.minimum(at, len(images) - 1)]))
     return images.at[at].set(generated, mode="drop")
 
 
-def chosen_of(share: float, number: int, size: int, key: Key) -> dict[str, jax.Array]:
-    """Which positions of each batch pass through G: int(share size) + 1 of them, bool "chosen" [number, size].
+def choose_positions(share: float, number: int, size: int, key: Key) -> dict[str, jax.Array]:
+    """Choose the positions of each batch that pass through the generator.
 
-    They are evenly spaced, so that every device has equally many; which image is at which position is random anyway.
+    They are evenly spaced, so that every device has equally many; the image at a position is random anyway.
+
+    Args:
+      share: fraction of a batch, in [0, 1), to which one image is added.
+      number: number of batches.
+      size: images in a batch.
+      key: not used.
+
+    Returns:
+      "chosen": bool [number, size], with int(share * size) + 1 positions in each batch.
     """
     count = min(int(share * size + 1e-9) + 1, size)
     steps = np.arange(size + 1) * count // size
     return {"chosen": jnp.broadcast_to(jnp.asarray(steps[1:] > steps[:-1]), (number, size))}
 
 
-def most_of(share: float, size: int, axis: str | None) -> int:
-    """The most positions of :func:`chosen_of` that one device's part of a batch of `size` images can have."""
+def max_chosen(share: float, size: int, axis: str | None) -> int:
+    """Return the largest number of positions of :func:`choose_positions` in one device's part of a batch.
+
+    Args:
+      share: as of :func:`choose_positions`.
+      size: images in a batch on all devices.
+      axis: name of the mapped axis of the devices, or None.
+
+    Returns:
+      The number of positions.
+    """
     count = min(int(share * size + 1e-9) + 1, size)
     return -(-count // parallel.size(axis))
 
 
 @lru_cache(maxsize=16)
-def generator_of(shape: tuple[int, int, int], width: int, downs: int) -> Callable:
-    """G as (params, images [N, H, W, C]) -> images; one object per shape and size."""
+def generator_function(shape: tuple[int, int, int], width: int, downs: int) -> Callable:
+    """Return the generator G as a compiled function, the same object for the same arguments.
+
+    Args:
+      shape: (H, W, C) of an image.
+      width: channels of the first block.
+      downs: number of down-sampling blocks.
+
+    Returns:
+      `generator(params, images [N, H, W, C]) -> images`.
+    """
     net = unet(shape, width, downs)
     return jax.jit(lambda params, images: net.apply({"params": params, "batch_stats": {}}, images)[0])
 
@@ -68,79 +118,109 @@ def _mse(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 @lru_cache(maxsize=16)
-def _copying(model: Model, generator: Callable, policy: str) -> Callable:
-    distort = augment.policy(policy)
+def copy_step(model: Model, generator: Callable, policy: str) -> Callable:
+    """Return a step, in the engine's form, that trains the generator to copy its input.
 
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        images = distort(to_float(shared["images"][split["index"]]), split["augment"])
-        given, was = model.apply(shared["model"], images)[:2]
+    Args:
+      model: the classifier.
+      generator: see :func:`generator_function`.
+      policy: name of the augmentation.
+
+    Returns:
+      The step, the same object for the same arguments.
+    """
+    augmented = augment.policy(policy)
+
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        images = augmented(to_float(constants["images"][batch["index"]]), batch["augment"])
+        clean_logits, clean_features = model.apply(constants["model"], images)[:2]
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             generated = generator(params, images)
-            logits, features, _ = model.apply(shared["model"], generated)
-            predicted = optax.softmax_cross_entropy(jax.nn.softmax(given), jax.nn.softmax(logits)).mean()
-            moved = _mse(*(penultimate(f).astype(jnp.float32) for f in (was, features)))
+            logits, features, _ = model.apply(constants["model"], generated)
+            predicted = optax.softmax_cross_entropy(jax.nn.softmax(clean_logits), jax.nn.softmax(logits)).mean()
+            feature_change = _mse(*(penultimate(f).astype(jnp.float32) for f in (clean_features, features)))
             image = _mse(images, generated)
             weight = jnp.where(parallel.average(image, axis) > 0.1, 100.0, 0.01)
-            value = predicted + moved + jax.lax.stop_gradient(weight) * image
+            value = predicted + feature_change + jax.lax.stop_gradient(weight) * image
             return value, {"loss": value, "image": image}
 
         gradient, metrics = jax.grad(loss, has_aux=True)(state["params"])
         gradient, metrics = parallel.average((gradient, metrics), axis)
-        return descend(state, gradient, state["batch_stats"], "adam", whole["rate"]), metrics
+        return descend(state, gradient, state["batch_stats"], "adam", per_step["rate"]), metrics
 
     return step
 
 
 @lru_cache(maxsize=16)
-def _masking(model: Model, policy: str) -> Callable:
-    """One step of u, with a copy of the model in training mode."""
-    distort = augment.policy(policy)
+def mask_step(model: Model, policy: str) -> Callable:
+    """Return a step of u, in the engine's form, with a copy of the model in training mode."""
+    augmented = augment.policy(policy)
 
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        images = distort(to_float(shared["images"][split["index"]]), split["augment"])
-        labels, params = shared["labels"][split["index"]], shared["model"]["params"]
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        images = augmented(to_float(constants["images"][batch["index"]]), batch["augment"])
+        labels, params = constants["labels"][batch["index"]], constants["model"]["params"]
         variables = {"params": params, "batch_stats": state["batch_stats"]}
-        features, stats = features_of(model, variables, images, True, None, axis)
+        features, stats = penultimate_features(model, variables, images, True, None, axis)
         value, gradient = jax.value_and_grad(mask_loss)(state["params"], params, features, labels)
         value, gradient = parallel.average((value, gradient), axis)
-        return descend(state, gradient, stats, "adam", whole["rate"]), {"loss": value}
+        return descend(state, gradient, stats, "adam", per_step["rate"]), {"loss": value}
 
     return step
 
 
 def mask_loss(values: jax.Array, params: Any, features: jax.Array, labels: jax.Array) -> jax.Array:
-    """The loss of step 1 at u [D], for features [N, D]."""
-    mask = mask_of(values)
-    kept, rest = (classify(params, part * features) for part in (mask, 1 - mask))
-    each = optax.softmax_cross_entropy_with_integer_labels
-    return each(kept, labels).mean() - each(rest, labels).mean()
+    """Loss of step 1.
+
+    Args:
+      values: u, float32 [D].
+      params: parameters of the model.
+      features: inputs of its last dense layer, float32 [N, D].
+      labels: int32 [N].
+
+    Returns:
+      float32 scalar.
+    """
+    mask = feature_mask(values)
+    benign_logits, backdoor_logits = (classify(params, part * features) for part in (mask, 1 - mask))
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    return cross_entropy(benign_logits, labels).mean() - cross_entropy(backdoor_logits, labels).mean()
 
 
 @lru_cache(maxsize=16)
-def _inverting(model: Model, generator: Callable, policy: str) -> Callable:
-    distort = augment.policy(policy)
+def inversion_step(model: Model, generator: Callable, policy: str) -> Callable:
+    """Return a step of the generator, in the engine's form, that changes the backdoor features of its input.
 
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        images = distort(to_float(shared["images"][split["index"]]), split["augment"])
-        mask, hyper = shared["mask"], shared["hyper"]
-        was = features_of(model, shared["model"], images)[0]
+    Args:
+      model: the classifier.
+      generator: see :func:`generator_function`.
+      policy: name of the augmentation.
+
+    Returns:
+      The step, the same object for the same arguments.
+    """
+    augmented = augment.policy(policy)
+
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        images = augmented(to_float(constants["images"][batch["index"]]), batch["augment"])
+        mask, hyper = constants["mask"], constants["hyper"]
+        clean = penultimate_features(model, constants["model"], images)[0]
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             generated = generator(params, images)
-            logits, features, _ = model.apply(shared["model"], generated)
-            now = penultimate(features).astype(jnp.float32)
-            benign, backdoor = _mse(mask * was, mask * now), _mse((1 - mask) * was, (1 - mask) * now)
+            logits, features, _ = model.apply(constants["model"], generated)
+            changed = penultimate(features).astype(jnp.float32)
+            benign, backdoor = _mse(mask * clean, mask * changed), _mse((1 - mask) * clean, (1 - mask) * changed)
             image = _mse(images, generated)
-            far = parallel.average((image, benign), axis)
-            copy = (far[0] > hyper["image_bound"]) | (far[1] > hyper["feature_bound"])
+            changes = parallel.average((image, benign), axis)
+            copy = (changes[0] > hyper["image_bound"]) | (changes[1] > hyper["feature_bound"])
             value = jnp.where(copy, image, hyper["benign"] * benign - backdoor)
-            wanted = jnp.full(len(images), shared["target"])
-            value += shared["pull"] * optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
+            targets = jnp.full(len(images), constants["target"])
+            value += constants["pull"] * optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
             return value, {"loss": value, "image": image, "benign": benign, "backdoor": backdoor}
 
         gradient, metrics = jax.grad(loss, has_aux=True)(state["params"])
         gradient, metrics = parallel.average((gradient, metrics), axis)
-        return descend(state, gradient, state["batch_stats"], "adam", whole["rate"]), metrics
+        return descend(state, gradient, state["batch_stats"], "adam", per_step["rate"]), metrics
 
     return step

@@ -50,15 +50,15 @@ class SweepConfig:
         )
 
     def thresholds(self) -> list[float]:
-        """All τ that are tried, in ascending order."""
+        """Return all τ that are tried, in ascending order."""
         if self.threshold is not None:
             return [self.threshold]
         number = int(self.highest_threshold / self.threshold_step + 1e-9) + 1
         return [round(index * self.threshold_step, 10) for index in range(number)]
 
 
-class Masking(NamedTuple):
-    """Hyper-parameters of :func:`learnt` that can change without recompilation."""
+class MaskOptimizer(NamedTuple):
+    """Hyper-parameters of :func:`learn_masks` that can change without recompilation."""
 
     learning_rate: float
     """Learning rate of SGD on the masks."""
@@ -70,35 +70,53 @@ class Masking(NamedTuple):
     """Bound of the perturbation, relative to scale and bias."""
 
 
-def scales(who: str, model: Model, variables: Variables) -> dict[str, jax.Array]:
-    """γ of every batch normalisation, [C], by the layer's path.
+def norm_scales(method: str, model: Model, variables: Variables) -> dict[str, jax.Array]:
+    """Return the scale γ of every batch normalisation, [C], by the path of the layer.
 
-    Args: who: the method, for the message. Raises InputError for a model without batch normalisation.
+    Args:
+      method: name of the method, for the message.
+      model: the classifier.
+      variables: variables of the model.
+
+    Returns:
+      The scales.
+
+    Raises:
+      InputError: when the model has no batch normalisation with a scale.
     """
     leaves, stats = models.kernels(variables["params"]), models.kernels(variables["batch_stats"])
     layers = [path.removesuffix("/var") for path in stats if path.endswith("/var")]
-    found = {layer: leaves[f"{layer}/scale"] for layer in layers if f"{layer}/scale" in leaves}
-    if not found:
+    scales = {layer: leaves[f"{layer}/scale"] for layer in layers if f"{layer}/scale" in leaves}
+    if not scales:
         raise InputError(
-            f"{who} prunes channels by their batch normalisation, and model {model.name!r} has none with a scale. Use "
-            "a model that has one (cnn, resnet18, vgg16_bn), or fine_pruning, which needs only the last layer."
+            f"{method} prunes channels by their batch normalisation, and model {model.name!r} has none with a scale. "
+            "Use a model that has one (cnn, resnet18, vgg16_bn), or fine_pruning, which needs only the last layer."
         )
-    return found
+    return scales
 
 
-def without(variables: Variables, pruned: Channels, biases: bool = False) -> Variables:
-    """The variables with γ = 0 (with `biases` also β = 0) for the channels in `pruned`, bool [C] by layer."""
+def prune_channels(variables: Variables, pruned: Channels, biases: bool = False) -> Variables:
+    """Return the variables with γ = 0 for the pruned channels.
+
+    Args:
+      variables: variables of a model.
+      pruned: which channels are pruned, bool [C] by layer.
+      biases: whether β = 0 is set as well.
+
+    Returns:
+      The pruned variables.
+    """
     leaves, changed = models.kernels(variables["params"]), {}
-    for layer, gone in pruned.items():
+    for layer, mask in pruned.items():
         for leaf in ("scale", "bias") if biases else ("scale",):
-            if (path := f"{layer}/{leaf}") in leaves and np.any(gone):
-                own = np.asarray(leaves[path])
-                changed[path] = jnp.asarray(np.where(np.asarray(gone), np.zeros_like(own), own))  # compiles nothing
+            if (path := f"{layer}/{leaf}") in leaves and np.any(mask):
+                values = np.asarray(leaves[path])
+                changed[path] = jnp.asarray(np.where(np.asarray(mask), np.zeros_like(values), values))  # not compiled
     return {**variables, "params": models.with_kernels(variables["params"], changed)}
 
 
-def parted(view: DefenderView, key: Key) -> tuple[DefenderView, DefenderView]:
-    """The views for training and for validation: the view's own validation images, or a fifth where it has none.
+def split_validation(view: DefenderView, key: Key) -> tuple[DefenderView, DefenderView]:
+    """Return a view to train on and a view to validate on: the view's own validation images, or a fifth of its images.
 
     With fewer than 50 images none are held out, and both are the view itself.
     """
@@ -106,75 +124,106 @@ def parted(view: DefenderView, key: Key) -> tuple[DefenderView, DefenderView]:
     return view, view.validation or view
 
 
-def swept(victim: Victim, masks: Channels, config: SweepConfig, judged: DefenderView, callback: Callback) -> Variables:
-    """The victim pruned at the Config's threshold, or at the largest one at which validation accuracy holds.
+def sweep_thresholds(
+    victim: Victim, masks: Channels, config: SweepConfig, validation: DefenderView, callback: Callback
+) -> Variables:
+    """Prune the victim at the Config's threshold, or at the largest one at which validation accuracy holds.
 
-    Args: masks: float [C] by layer; judged: the images that accuracy is measured on.
-    Returns: the variables; the victim's own where accuracy holds at no threshold. The watch is shown every candidate
-      with its `threshold`, number of `pruned` channels and `validation_accuracy`, and at the end the returned one with
-      its `chosen_threshold` (-1: none).
+    Args:
+      victim: the model to prune.
+      masks: the trained masks, float [C] by layer.
+      config: the thresholds that are tried, and the allowed loss of accuracy.
+      validation: the images on which accuracy is measured.
+      callback: receives every candidate with its `threshold`, number of `pruned` channels and `validation_accuracy`,
+        and at the end the returned variables with their `chosen_threshold` (-1: none).
+
+    Returns:
+      The pruned variables; the victim's where accuracy holds at no threshold.
     """
-    found = {layer: np.asarray(mask) for layer, mask in masks.items()}
-    right = before = accuracy(victim, victim.variables, judged)
-    chosen, last, step = -1.0, 0, 0
-    kept: Variables = {**victim.variables}
+    values = {layer: np.asarray(mask) for layer, mask in masks.items()}
+    current = before = accuracy(victim, victim.variables, validation)
+    chosen_threshold, last_number, step = -1.0, 0, 0
+    chosen: Variables = {**victim.variables}
     for step, threshold in enumerate(config.thresholds(), 1):
-        gone = {layer: mask <= threshold for layer, mask in found.items()}
-        candidate, number = without(victim.variables, gone), sum(int(one.sum()) for one in gone.values())
-        if number != last:
-            right, last = accuracy(victim, candidate, judged), number
+        pruned = {layer: mask <= threshold for layer, mask in values.items()}
+        candidate = prune_channels(victim.variables, pruned)
+        number = sum(int(mask.sum()) for mask in pruned.values())
+        if number != last_number:
+            current, last_number = accuracy(victim, candidate, validation), number
         callback.on_round_end(
             step, candidate, threshold=jnp.float32(threshold), pruned=jnp.int32(number),
-            validation_accuracy=jnp.float32(right),
+            validation_accuracy=jnp.float32(current),
         )  # fmt: skip
-        if right >= before - config.largest_drop - 1e-9 or config.threshold is not None:
-            chosen, kept = threshold, candidate
-    callback.on_round_end(step + 1, kept, chosen_threshold=jnp.float32(chosen))
-    return kept
+        if current >= before - config.largest_drop - 1e-9 or config.threshold is not None:
+            chosen_threshold, chosen = threshold, candidate
+    callback.on_round_end(step + 1, chosen, chosen_threshold=jnp.float32(chosen_threshold))
+    return chosen
 
 
-def learnt(
-    model: Model, variables: Variables, view: DefenderView, order: jax.Array, values: Masking, noise_steps: int,
-    policy: str, key: Key, stage: str,
+def learn_masks(
+    model: Model, variables: Variables, view: DefenderView, order: jax.Array, optimizer: MaskOptimizer,
+    noise_steps: int, policy: str, key: Key, stage: str,
 ) -> dict[str, jax.Array]:  # fmt: skip
-    """Masks on the scales, trained from 1 by SGD and clipped to [0, 1] after each step, float32 [C] by layer.
+    """Train masks on the scales from 1 by SGD, clipped to [0, 1] after each step.
 
     A step minimises alpha CE(m γ, β) + (1 - alpha) CE((m + ξ) γ, (1 + δ) β) in training mode (the batch's statistics),
     ξ and δ drawn from U[-ε, ε] at each step and moved by `noise_steps` signed gradient steps of ε / noise_steps up the
     second term, without projection. With `noise_steps` 0 the second term is left out.
 
     Args:
-      order: int32 [steps, B], indices into the view; policy: augmentation; stage: name of the steps, for the watch.
-    Raises InputError for a loss that is not finite.
+      model: the classifier.
+      variables: its variables, which do not change.
+      view: clean images and labels; its callback receives the progress.
+      order: int32 [steps, B], indices into the view.
+      optimizer: hyper-parameters of the steps.
+      noise_steps: number of signed gradient steps of the perturbation.
+      policy: name of the augmentation.
+      key: random key that augments the images and draws the perturbations.
+      stage: name of the training stage, for progress and messages.
+
+    Returns:
+      The masks, float32 [C] by layer.
+
+    Raises:
+      InputError: when the model has no batch normalisation, or when the loss becomes NaN or infinite.
     """
     steps, size = order.shape
-    found = scales(stage, model, variables)
+    scales = norm_scales(stage, model, variables)
     keys = jax.random.split(jax.random.fold_in(key, 0), (2, steps, size))
-    split = {"index": order, "augment": keys[0], "dropout": keys[1]}
-    whole = {"noise": jax.random.split(jax.random.fold_in(key, 1), steps)}
-    shared = {
+    batch = {"index": order, "augment": keys[0], "dropout": keys[1]}
+    per_step = {"noise": jax.random.split(jax.random.fold_in(key, 1), steps)}
+    constants = {
         "images": jnp.asarray(view.images),
         "labels": jnp.asarray(view.labels),
         "variables": jax.tree.map(jnp.asarray, {**variables}),
-        "values": {name: jnp.float32(value) for name, value in values._asdict().items()},
+        "values": {name: jnp.float32(value) for name, value in optimizer._asdict().items()},
     }
-    state: dict[str, Any] = {"masks": {layer: jnp.ones_like(scale) for layer, scale in found.items()}}
-    state["opt"] = direction("sgd", values.momentum).init(state["masks"])
+    state: dict[str, Any] = {"masks": {layer: jnp.ones_like(scale) for layer, scale in scales.items()}}
+    state["opt"] = direction("sgd", optimizer.momentum).init(state["masks"])
     tick = partial(view.callback.on_progress, stage)
-    state, metrics = run_epoch(mask_step(model, noise_steps, policy), state, split, whole, shared, tick=tick)
-    check_finite(metrics["loss"], values.learning_rate, 0, f"{stage} loss", "defense.learning_rate")
+    state, metrics = run_epoch(mask_step(model, noise_steps, policy), state, batch, per_step, constants, tick=tick)
+    check_finite(metrics["loss"], optimizer.learning_rate, 0, f"{stage} loss", "defense.learning_rate")
     return state["masks"]
 
 
 @lru_cache(maxsize=16)
 def mask_step(model: Model, noise_steps: int, policy: str) -> Callable:
-    """One step of the masks, in the engine's form: see :func:`learnt`."""
-    distort = augment.policy(policy)
+    """Return one step of :func:`learn_masks` in the engine's form.
 
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        values, given = shared["values"], shared["variables"]
-        images = distort(to_float(shared["images"][split["index"]]), split["augment"])
-        labels, leaves = shared["labels"][split["index"]], models.kernels(given["params"])
+    Args:
+      model: the classifier.
+      noise_steps: number of signed gradient steps of the perturbation; 0: no perturbation.
+      policy: name of the augmentation.
+
+    Returns:
+      The step, the same object for the same arguments.
+    """
+    augmented = augment.policy(policy)
+
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        values, variables = constants["values"], constants["variables"]
+        images = augmented(to_float(constants["images"][batch["index"]]), batch["augment"])
+        labels, leaves = constants["labels"][batch["index"]], models.kernels(variables["params"])
 
         def loss(masks: Channels, noise: Any = None) -> jax.Array:
             changed = {}
@@ -183,13 +232,13 @@ def mask_step(model: Model, noise_steps: int, policy: str) -> Callable:
                 changed[scale] = (mask if noise is None else mask + noise["scale"][layer]) * leaves[scale]
                 if noise is not None and bias in leaves:
                     changed[bias] = (1 + noise["bias"][layer]) * leaves[bias]
-            own = {**given, "params": models.with_kernels(given["params"], changed)}
-            logits = model.apply(own, images, True, split["dropout"], axis)[0]
+            masked = {**variables, "params": models.with_kernels(variables["params"], changed)}
+            logits = model.apply(masked, images, True, batch["dropout"], axis)[0]
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         noise = None
         if noise_steps:
-            noise = _drawn(whole["noise"], state["masks"], values["epsilon"])
+            noise = _draw_noise(per_step["noise"], state["masks"], values["epsilon"])
             for _ in range(noise_steps):
                 uphill = parallel.average(jax.grad(loss, 1)(state["masks"], noise), axis)
                 noise = jax.tree.map(
@@ -210,13 +259,13 @@ def mask_step(model: Model, noise_steps: int, policy: str) -> Callable:
     return step
 
 
-def _drawn(key: Key, like: Channels, epsilon: jax.Array) -> dict[str, dict[str, jax.Array]]:
-    """ξ ("scale") and δ ("bias") of every layer, uniform in [-ε, ε]."""
+def _draw_noise(key: Key, like: Channels, epsilon: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    """Return ξ ("scale") and δ ("bias") of every layer, uniform in [-ε, ε]."""
     return {
         name: {
-            layer: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, kind), place), mask.shape, mask.dtype,
+            layer: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, kind), index), mask.shape, mask.dtype,
                                       -epsilon, epsilon)
-            for place, (layer, mask) in enumerate(sorted(like.items()))
+            for index, (layer, mask) in enumerate(sorted(like.items()))
         }
         for kind, name in enumerate(("scale", "bias"))
     }  # fmt: skip

@@ -9,47 +9,73 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import models
-from bdjax.defenses._masks import without
+from bdjax.defenses._masks import prune_channels
 from bdjax.types import DefenderView, Model, Variables, Victim, to_float
 
-_AT_ONCE = 100
+_BATCH = 100
+"""Images per forward pass."""
 
 
-def entering(model: Model, variables: Variables, images: Any, reduce: Callable) -> list[tuple[int, dict[str, Any]]]:
-    """`reduce` of the input of each batch normalisation in evaluation mode, by layer, for each part of the images.
+def reduce_norm_inputs(
+    model: Model, variables: Variables, images: Any, reduce: Callable
+) -> list[tuple[int, dict[str, Any]]]:
+    """Reduce the input of every batch normalisation in evaluation mode, batch by batch.
 
-    Args: images: stored [n, H, W, C]; reduce: a module-level function of float32 [N, ..., C].
-    Returns: (number of images, arrays by layer) for each part; all parts but the last have the same size.
+    Args:
+      model: the classifier.
+      variables: variables of the model.
+      images: stored [n, H, W, C].
+      reduce: a module-level function of an input, float32 [N, ..., C].
+
+    Returns:
+      (number of images, results of `reduce` by layer) for each batch; all batches but the last have the same size.
     """
-    size = min(_AT_ONCE, len(images))
-    parts = [jnp.asarray(images[begin : begin + size]) for begin in range(0, len(images), size)]
-    program = _program(model, reduce)
-    return [(len(part), jax.tree.map(np.asarray, program(variables, part))) for part in parts]
+    size = min(_BATCH, len(images))
+    batches = [jnp.asarray(images[start : start + size]) for start in range(0, len(images), size)]
+    program = _compiled(model, reduce)
+    return [(len(batch), jax.tree.map(np.asarray, program(variables, batch))) for batch in batches]
 
 
 @lru_cache(maxsize=16)
-def _program(model: Model, reduce: Callable) -> Callable:
+def _compiled(model: Model, reduce: Callable) -> Callable:
+    """Return the compiled function (variables, stored images) -> results of `reduce` by layer."""
     return jax.jit(lambda variables, images: models.norm_inputs(model, variables, to_float(images), reduce))
 
 
-def above(measure: np.ndarray, u: float) -> np.ndarray:
-    """Where a layer's measure [C] exceeds mean + u std (sample standard deviation); NaN is ignored. bool [C]."""
-    known = measure[np.isfinite(measure)]
-    if len(known) < 2:
+def is_outlier(measure: np.ndarray, u: float) -> np.ndarray:
+    """Return where a layer's measure exceeds mean + u std, with the sample standard deviation; NaN is ignored.
+
+    Args:
+      measure: float [C].
+      u: number of standard deviations.
+
+    Returns:
+      bool [C]; all False where fewer than two values are finite.
+    """
+    finite = measure[np.isfinite(measure)]
+    if len(finite) < 2:
         return np.zeros(len(measure), bool)
     with np.errstate(invalid="ignore"):
-        return measure > known.mean() + u * known.std(ddof=1)
+        return measure > finite.mean() + u * finite.std(ddof=1)
 
 
-def prune(
+def prune_outliers(
     victim: Victim, measures: Mapping[str, np.ndarray], u: float, view: DefenderView, biases: bool = False
 ) -> Variables:
-    """The victim with the channels pruned whose measure, [C] by layer, is :func:`above`; shown to the watch.
+    """Prune the channels of the victim whose measure is an outlier (see :func:`is_outlier`).
 
-    Args: biases: set β = 0, too.
+    Args:
+      victim: the model to prune.
+      measures: a measure of each channel, [C] by layer.
+      u: number of standard deviations above the layer's mean beyond which a channel is pruned.
+      view: its callback receives the variables with the number of channels `pruned`.
+      biases: whether β = 0 is set as well as γ = 0.
+
+    Returns:
+      The pruned variables.
     """
-    gone = {layer: above(np.asarray(measure, np.float64), u) for layer, measure in measures.items()}
-    variables = without(victim.variables, gone, biases)
+    outliers = {layer: is_outlier(np.asarray(measure, np.float64), u) for layer, measure in measures.items()}
+    variables = prune_channels(victim.variables, outliers, biases)
     view.callback.on_progress("pruning", 1, 1)
-    view.callback.on_round_end(1, variables, pruned=jnp.int32(sum(int(one.sum()) for one in gone.values())))
+    view.callback.on_round_end(1, variables, pruned=jnp.int32(sum(int(mask.sum()) for mask in outliers.values())))
     return variables

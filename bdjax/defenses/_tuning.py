@@ -1,4 +1,4 @@
-"""Fine-tuning on the defender's images by the engine, in batches of what there is: by its step, or by one's own."""
+"""Training of the victim on the defender's images, with the engine's step or with a step of the method's own."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,117 +21,187 @@ def tune(
     victim: Victim, images: Any, labels: np.ndarray, recipe: FitConfig, key: Key, callback: Callback, stage: str,
     before: int = 0,
 ) -> Variables:  # fmt: skip
-    """Train the victim on by `recipe`, in training mode, and return its variables; the watch sees each epoch.
+    """Train the victim further in training mode by a recipe.
 
     Args:
-      images: stored [n, H, W, C]; labels: [n]. The batch is cut to what there is and what the devices divide.
-      before: how many steps the watch was shown already.
+      victim: the model to train.
+      images: stored [n, H, W, C].
+      labels: int32 [n].
+      recipe: the training recipe. Its batch size is reduced to the number of images, and to a multiple of the number
+        of devices.
+      key: random key that shuffles and augments the images.
+      callback: receives the variables after each epoch.
+      stage: name of the training stage, for progress and messages.
+      before: number of rounds that were reported to the callback before this training.
 
-    Raises InputError for fewer images than devices, and for a loss that is not finite.
+    Returns:
+      The trained variables.
+
+    Raises:
+      InputError: when the batch size or the number of images is smaller than the number of devices, or when the loss
+        becomes NaN or infinite.
     """
     size = batch_of(recipe.batch_size, len(labels))
     return fit(
         victim.model, images, labels, replace(recipe, batch_size=size), key, start=victim.variables,
-        callback=_Later(callback, before), stage=stage, part="defense",
+        callback=_OffsetCallback(callback, before), stage=stage, part="defense",
     )  # fmt: skip
 
 
-def equal_batches(wanted: int, total: int) -> tuple[int, int]:
-    """(batches, images in each) of a pass over `total` images: as few as batches of `wanted` make, all of one size.
+def equal_batches(batch_size: int, total: int) -> tuple[int, int]:
+    """Divide an epoch into batches of equal size, so that it leaves out as few images as possible.
 
-    So hardly an image waits for the next shuffle. Raises InputError for fewer images than devices.
+    Args:
+      batch_size: largest number of images in a batch.
+      total: number of images.
+
+    Returns:
+      (number of batches, images in each batch).
+
+    Raises:
+      InputError: when the batch size or the number of images is smaller than the number of devices.
     """
     devices = parallel.count()
-    batch_of(wanted, total)
-    size = max(total // -(-total // wanted) // devices, 1) * devices
+    batch_of(batch_size, total)
+    size = max(total // -(-total // batch_size) // devices, 1) * devices
     return total // size, size
 
 
-def each_pass(
-    step: Callable, state: Any, shared: Any, rates: np.ndarray, size: int, key: Key, tick: Callable[[int, int], None],
-    more: Callable[[Key], dict[str, jax.Array]] = lambda key: {}, what: str = "loss",
-    field: str = "defense.learning_rate",
+def iterate_epochs(
+    step: Callable, state: Any, constants: Any, rates: np.ndarray, size: int, key: Key,
+    tick: Callable[[int, int], None], extra_batch: Callable[[Key], dict[str, jax.Array]] = lambda key: {},
+    loss_name: str = "loss", field: str = "defense.learning_rate",
 ) -> Iterator[tuple[int, Any, dict[str, Any]]]:  # fmt: skip
-    """Pass after pass over the images by `step`, in the engine's form.
+    """Apply a step to every batch of every epoch, and yield the state after each epoch.
 
     Args:
-      state: is donated; shared: what every step gets, "labels" [n] among it.
-      rates: [passes, batches], `whole["rate"]` of every step; size: images in a batch.
-      key: shuffles, by `engine.step.draw`: `split` has "index", "augment" and "dropout", [batches, size] each.
-      tick: is told of every step.
-      more: further entries of `split`, [batches, size, ...], drawn by a key.
-      what, field: for the message about metrics["loss"] that is not finite (InputError).
-    Yields: passes done, the state (donated to the next pass), and means of the metrics over the pass.
+      step: a step in the form that :mod:`bdjax.engine.parallel` describes.
+      state: pytree; its buffers are donated.
+      constants: pytree that every step receives, with "labels" [n] among its entries.
+      rates: [epochs, batches], the entry `per_step["rate"]` of every step.
+      size: images in a batch.
+      key: random key of :func:`bdjax.engine.step.draw`, which draws "index", "augment" and "dropout" of the batches.
+      tick: called with (steps done, steps of all epochs) after every step.
+      extra_batch: `extra_batch(key)` returns further entries of the batches, [batches, size, ...].
+      loss_name: name of metrics["loss"], for the message about a loss that is not finite.
+      field: Config field of the learning rate, for the same message.
+
+    Yields:
+      (epochs done, state, means of the metrics over the epoch); the state is donated to the next epoch.
+
+    Raises:
+      InputError: when the loss becomes NaN or infinite.
     """
-    count, number = rates.shape
-    for done in range(count):
-        own = jax.random.fold_in(key, done)
-        split = {**draw(own, len(shared["labels"]), number, size), **more(jax.random.fold_in(own, 9))}
-        whole = {"rate": jnp.asarray(rates[done], jnp.float32)}
-        counted = _counted(tick, done * number, count * number)
-        state, metrics = run_epoch(step, state, split, whole, shared, tick=counted)
-        check_finite(metrics["loss"], rates[done], done * number, what, field)
-        yield done + 1, state, {name: value.mean() for name, value in metrics.items()}
+    epochs, number = rates.shape
+    for epoch in range(epochs):
+        epoch_key = jax.random.fold_in(key, epoch)
+        batch = {
+            **draw(epoch_key, len(constants["labels"]), number, size),
+            **extra_batch(jax.random.fold_in(epoch_key, 9)),
+        }
+        per_step = {"rate": jnp.asarray(rates[epoch], jnp.float32)}
+        tick_all = _offset_tick(tick, epoch * number, epochs * number)
+        state, metrics = run_epoch(step, state, batch, per_step, constants, tick=tick_all)
+        check_finite(metrics["loss"], rates[epoch], epoch * number, loss_name, field)
+        yield epoch + 1, state, {name: value.mean() for name, value in metrics.items()}
 
 
-def passes(
-    step: Callable, state: Any, shared: Any, rates: np.ndarray, size: int, key: Key, tick: Callable[[int, int], None],
-    after: Callable[[int, Any, dict[str, Any]], None] = lambda *_: None, **others: Any,
+def run_epochs(
+    step: Callable, state: Any, constants: Any, rates: np.ndarray, size: int, key: Key,
+    tick: Callable[[int, int], None], on_epoch_end: Callable[[int, Any, dict[str, Any]], None] = lambda *_: None,
+    **options: Any,
 ) -> Any:  # fmt: skip
-    """All of :func:`each_pass`, with the same arguments; `after` is called with what each pass yields.
+    """Run all epochs of :func:`iterate_epochs`.
 
-    Returns: the state.
+    Args:
+      step: a step in the engine's form.
+      state: pytree; its buffers are donated.
+      constants: pytree that every step receives.
+      rates: learning rates [epochs, batches].
+      size: images in a batch.
+      key: random key that shuffles and augments the images.
+      tick: called with (steps done, steps of all epochs) after every step.
+      on_epoch_end: called after each epoch with what :func:`iterate_epochs` yields.
+      **options: further arguments of :func:`iterate_epochs`.
+
+    Returns:
+      The state after the last epoch.
+
+    Raises:
+      InputError: when the loss becomes NaN or infinite.
     """
-    for done in each_pass(step, state, shared, rates, size, key, tick, **others):
-        after(*done)
-        state = done[1]
+    for result in iterate_epochs(step, state, constants, rates, size, key, tick, **options):
+        on_epoch_end(*result)
+        state = result[1]
     return state
 
 
-def shown_to(callback: Callback, before: int = 0, **beside: Any) -> Callable[[int, Any, dict[str, Any]], None]:
-    """What :func:`passes` calls after each pass: it shows the watch the model, the metrics and what is `beside` them.
+def round_reporter(
+    callback: Callback, before: int = 0, **arrays: Any
+) -> Callable[[int, Any, dict[str, Any]], None]:  # fmt: skip
+    """Return an `on_epoch_end` of :func:`run_epochs` that reports the model and the metrics to a callback.
 
-    Args: before: how many steps the watch was shown already.
+    Args:
+      callback: receives the report.
+      before: number of rounds that were reported earlier.
+      **arrays: further arrays of every report.
+
+    Returns:
+      A function of (epochs done, state, metrics).
     """
 
-    def after(done: int, state: Any, metrics: dict[str, Any]) -> None:
-        callback.on_round_end(before + done, model_of(state), **metrics, **beside)
+    def report(epochs: int, state: Any, metrics: dict[str, Any]) -> None:
+        callback.on_round_end(before + epochs, variables_of(state), **metrics, **arrays)
 
-    return after
+    return report
 
 
-def begin(variables: Variables, optimizer: Name) -> dict[str, Any]:
-    """The state of a model in training: a copy, for it is donated."""
+def training_state(variables: Variables, optimizer: Name) -> dict[str, Any]:
+    """Return the state of a model in training, with copies of its variables, because the state is donated."""
     state = {name: jax.tree.map(jnp.array, variables[name]) for name in ("params", "batch_stats")}
     return {**state, "opt": direction(optimizer, jnp.float32(0)).init(state["params"])}
 
 
-def model_of(state: Any) -> Variables:
-    """The variables of a state."""
+def variables_of(state: Any) -> Variables:
+    """Return the model's variables in a training state."""
     return {"params": state["params"], "batch_stats": state["batch_stats"]}
 
 
 def descend(
     state: Any, gradient: Any, stats: Any, optimizer: Name, rate: Any, momentum: Any = None, decay: Any = 0.0
 ) -> dict[str, Any]:
-    """The state after one step; `gradient` is of all devices, `decay` times the parameters is added to it."""
+    """Return the training state after one step of an optimiser.
+
+    Args:
+      state: the state before, see :func:`training_state`.
+      gradient: of the loss, averaged over the devices.
+      stats: the BatchNorm statistics of the new state.
+      optimizer: name of the optimiser.
+      rate: learning rate.
+      momentum: coefficient of the optimiser's momentum, where it has one.
+      decay: coefficient of the L2 term: `decay` times the parameters is added to the gradient.
+
+    Returns:
+      The state after the step.
+    """
     gradient = jax.tree.map(lambda g, p: g + decay * p, gradient, state["params"])
     update, opt = direction(optimizer, momentum).update(gradient, state["opt"])
     params = jax.tree.map(lambda p, u: p - rate * u, state["params"], update)
     return {"params": params, "batch_stats": stats, "opt": opt}
 
 
-def _counted(tick: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+def _offset_tick(tick: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+    """Return a tick of one epoch that counts its steps from `before` on, of `total`."""
     return lambda done, _: tick(before + done, total)
 
 
-class _Later(ForwardingCallback):
-    """A watch that was shown some steps before."""
+class _OffsetCallback(ForwardingCallback):
+    """A callback that adds an offset to the numbers of the rounds."""
 
     def __init__(self, callback: Callback, before: int) -> None:
         super().__init__(callback)
         self._before = before
 
     def on_round_end(self, step: int, variables: Variables, **arrays: Any) -> None:
-        """Pass the variables on, as of a later step."""
+        """Forward the round with the offset added to its number."""
         super().on_round_end(self._before + step, variables, **arrays)

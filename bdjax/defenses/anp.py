@@ -1,6 +1,6 @@
-"""ANP: prune the channels that are most sensitive to adversarial perturbation (Wu and Wang, NeurIPS 2021).
+"""ANP: prune the channels that are most sensitive to adversarial perturbation.
 
-D. Wu and Y. Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models".
+D. Wu and Y. Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", NeurIPS 2021, arXiv:2110.14430.
 
 Threat model: the defender has the model and a few clean labelled images (1 % of the training set), and no trigger.
 
@@ -17,13 +17,13 @@ pruned channels.
 Requires batch normalisation: every model in bdjax.models but mnist_cnn, vgg16, vgg19, vit and convnext. The cost is
 2,000 iterations of three forward and backward passes each.
 
-Deviations from the release:
+Deviations:
 - The release prints the test ASR for every τ and leaves the choice to the reader; BackdoorBench keeps the τ with the
   lowest test ASR. Here τ is the largest threshold at which accuracy on validation images falls by at most
-  `largest_drop` (our rule); every candidate is reported to the watch.
-- Images are cropped but not flipped (`augment=crop_flip` does both, as the release).
+  `largest_drop` (our rule); every candidate is reported to the callback.
+- Images are cropped but not flipped (`augment=crop_flip` does both, as in the release).
 - All of the defender's images are used; the release takes 500.
-- The masks' learning rate is the release's 0.2. With BackdoorBench's 0.01 the masks hardly move.
+- The learning rate of the masks is the release's 0.2. With BackdoorBench's 0.01 the masks hardly move.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,14 @@ from typing import Literal
 import jax
 
 from bdjax.defenses._batch import batch_of
-from bdjax.defenses._masks import Masking, SweepConfig, learnt, parted, scales, swept
+from bdjax.defenses._masks import (
+    MaskOptimizer,
+    SweepConfig,
+    learn_masks,
+    norm_scales,
+    split_validation,
+    sweep_thresholds,
+)
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Variables, Victim
 
@@ -75,20 +82,27 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """Train the masks, then prune as many channels as validation accuracy allows.
 
     Args:
+      config: hyper-parameters of the method.
+      victim: the model to purify.
       view: clean images (stored [n, H, W, C]) and labels [n]; τ is chosen on its `validation` images, or on a fifth
-        of the images where it has none (on all of them if there are fewer than 50); key: draws batches, perturbations
-        and that fifth.
-    Returns: the variables; the watch is shown every candidate (see :func:`bdjax.defenses._masks.swept`).
-    Raises InputError for a model without batch normalisation, and for a loss that is not finite.
+        of the images where it has none (on all of them if there are fewer than 50). Its callback receives every
+        candidate (see :func:`bdjax.defenses._masks.sweep_thresholds`).
+      key: random key that draws the batches, the perturbations and the validation images.
+
+    Returns:
+      The purified variables.
+
+    Raises:
+      InputError: when the model has no batch normalisation, or when the loss becomes NaN or infinite.
     """
-    scales("anp", victim.model, victim.variables)
-    view, judged = parted(view, jax.random.fold_in(key, 0))
+    norm_scales("anp", victim.model, victim.variables)
+    view, validation = split_validation(view, jax.random.fold_in(key, 0))
     size = batch_of(config.batch_size, config.batch_size)
     order = jax.random.randint(jax.random.fold_in(key, 1), (config.iterations, size), 0, len(view.labels))
-    values = Masking(config.learning_rate, config.momentum, config.alpha, config.epsilon)
-    steps = config.noise_steps if config.epsilon else 0
-    masks = learnt(
-        victim.model, victim.variables, view, order, values, steps, config.augment, jax.random.fold_in(key, 2),
-        "training masks",
+    optimizer = MaskOptimizer(config.learning_rate, config.momentum, config.alpha, config.epsilon)
+    noise_steps = config.noise_steps if config.epsilon else 0
+    masks = learn_masks(
+        victim.model, victim.variables, view, order, optimizer, noise_steps, config.augment,
+        jax.random.fold_in(key, 2), "training masks",
     )  # fmt: skip
-    return swept(victim, masks, config, judged, view.callback)
+    return sweep_thresholds(victim, masks, config, validation, view.callback)

@@ -1,6 +1,6 @@
-"""BNP: prune the channels whose statistics on clean images differ from the running ones (Zheng et al., NeurIPS 2022).
+"""BNP: prune the channels whose statistics on clean images differ from the running ones.
 
-R. Zheng, R. Tang, J. Li and L. Liu, "Pre-activation Distributions Expose Backdoor Neurons".
+R. Zheng, R. Tang, J. Li and L. Liu, "Pre-activation Distributions Expose Backdoor Neurons", NeurIPS 2022.
 
 Threat model: the defender has the model and clean images, which need no labels. The running statistics of batch
 normalisation were estimated on poisoned training data; where a channel responds to the trigger, the statistics of clean
@@ -13,16 +13,15 @@ positions), and μ_r, σ_r the running ones:
     γ_c = 0    where KL_c > mean_c KL + u std_c KL      (sample standard deviation over the layer, u = 3)
 
 The cost is one forward pass of 500 images. Requires batch normalisation: every model in bdjax.models but mnist_cnn,
-vgg16, vgg19, vit and convnext. It cannot find a backdoor that was put in without forward passes on triggered images in
-training mode (an edited model), for then the running statistics do not show it.
+vgg16, vgg19, vit and convnext. It cannot find a backdoor that was planted without forward passes on triggered images in
+training mode (an edited model), because the running statistics then do not show it.
 
-Deviations from the release:
+Deviations:
 - σ_b² is the population variance, as Flax's running variance is; the release uses the sample variance.
 - Variances are floored at 1e-12, so that a dead channel does not divide by zero.
 - The images are drawn at random; the release takes the first batch of its loader.
-
-BackdoorBench's version also zeroes β, uses variances in the logarithm, and reads the running statistics after a
-poisoned batch has overwritten them. None of this is reproduced.
+- BackdoorBench's version also zeroes β, uses variances in the logarithm, and reads the running statistics after a
+  poisoned batch has overwritten them. None of this is reproduced.
 """
 
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import numpy as np
 
 from bdjax import models
 from bdjax.defenses import _outliers
-from bdjax.defenses._masks import scales
+from bdjax.defenses._masks import norm_scales
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim
 
@@ -57,50 +56,79 @@ class Config:
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Prune the outliers.
+    """Prune the channels whose KL divergence is an outlier within their layer.
 
-    Args: view: clean images (stored [n, H, W, C]); key: draws the images.
-    Returns: the variables; the watch is shown them with the number of channels `pruned`.
-    Raises InputError for a model without batch normalisation.
+    Args:
+      config: hyper-parameters of the method.
+      victim: the model to purify.
+      view: clean images (stored [n, H, W, C]). Its callback receives the variables with the number of channels
+        `pruned`.
+      key: random key that draws the images.
+
+    Returns:
+      The purified variables.
+
+    Raises:
+      InputError: when the model has no batch normalisation.
     """
-    layers = scales("bnp", victim.model, victim.variables)
-    stored = models.kernels(victim.variables["batch_stats"])
+    layers = norm_scales("bnp", victim.model, victim.variables)
+    running = models.kernels(victim.variables["batch_stats"])
     order = np.sort(np.asarray(jax.random.permutation(key, len(view.images)))[: config.images])
-    found = moments(victim.model, victim.variables, view.images[order])
+    clean = norm_input_moments(victim.model, victim.variables, view.images[order])
     measures = {
-        layer: divergence(*found[layer], stored[f"{layer}/mean"], stored[f"{layer}/var"])
+        layer: kl_divergence(*clean[layer], running[f"{layer}/mean"], running[f"{layer}/var"])
         for layer in layers
-        if layer in found
+        if layer in clean
     }
-    return _outliers.prune(victim, measures, config.u, view)
+    return _outliers.prune_outliers(victim, measures, config.u, view)
 
 
-def divergence(mean: Any, variance: Any, running_mean: Any, running_variance: Any) -> np.ndarray:
-    """KL divergence of the normal distribution of the batch from the running one, float64 [C]; all arguments [C]."""
-    mean, variance, running_mean, running_variance = (
-        np.asarray(one, np.float64) for one in (mean, variance, running_mean, running_variance)
-    )
-    own, other = np.maximum(variance, _LEAST), np.maximum(running_variance, _LEAST)
-    return np.log(other / own) / 2 + (own + (mean - running_mean) ** 2) / (2 * other) - 0.5
+def kl_divergence(mean: Any, variance: Any, running_mean: Any, running_variance: Any) -> np.ndarray:
+    """KL divergence of the normal distribution of the clean images from the running one, per channel.
 
+    Args:
+      mean: mean on the clean images, [C].
+      variance: their variance, [C].
+      running_mean: running mean, [C].
+      running_variance: running variance, [C].
 
-_LEAST = 1e-12
-
-
-def moments(model: Model, variables: Variables, images: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean and variance of the input of each batch normalisation in evaluation mode, float64 [C] each, by layer.
-
-    Args: images: stored [n, H, W, C].
+    Returns:
+      float64 [C].
     """
-    parts, found = _outliers.entering(model, variables, images, _moments), {}
-    for layer in parts[0][1]:
-        of_parts = [(count, *(one.astype(np.float64) for one in part[layer])) for count, part in parts]
-        mean = sum(count * own for count, own, _ in of_parts) / len(images)
-        spread = sum(count * (variance + (own - mean) ** 2) for count, own, variance in of_parts)
-        found[layer] = (mean, spread / len(images))
-    return found
+    mean, variance, running_mean, running_variance = (
+        np.asarray(value, np.float64) for value in (mean, variance, running_mean, running_variance)
+    )
+    clean, running = np.maximum(variance, _SMALLEST), np.maximum(running_variance, _SMALLEST)
+    return np.log(running / clean) / 2 + (clean + (mean - running_mean) ** 2) / (2 * running) - 0.5
 
 
-def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+_SMALLEST = 1e-12
+"""Floor of the variances."""
+
+
+def norm_input_moments(
+    model: Model, variables: Variables, images: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Mean and variance of the input of every batch normalisation in evaluation mode.
+
+    Args:
+      model: the classifier.
+      variables: variables of the model.
+      images: stored [n, H, W, C].
+
+    Returns:
+      (mean, variance), float64 [C] each, by layer.
+    """
+    batches, moments = _outliers.reduce_norm_inputs(model, variables, images, _batch_moments), {}
+    for layer in batches[0][1]:
+        by_batch = [(count, *(value.astype(np.float64) for value in batch[layer])) for count, batch in batches]
+        mean = sum(count * batch_mean for count, batch_mean, _ in by_batch) / len(images)
+        spread = sum(count * (variance + (batch_mean - mean) ** 2) for count, batch_mean, variance in by_batch)
+        moments[layer] = (mean, spread / len(images))
+    return moments
+
+
+def _batch_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of each channel of x, float32 [N, ..., C]."""
     axes = tuple(range(x.ndim - 1))
     return x.mean(axes), x.var(axes)

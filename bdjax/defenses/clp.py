@@ -1,8 +1,9 @@
-"""CLP: prune the channels with an outlying Lipschitz bound, without any data (Zheng et al., ECCV 2022).
+"""CLP: prune the channels with an outlying Lipschitz bound, without any data.
 
-R. Zheng, R. Tang, J. Li and L. Liu, "Data-free Backdoor Removal based on Channel Lipschitzness".
+R. Zheng, R. Tang, J. Li and L. Liu, "Data-free Backdoor Removal based on Channel Lipschitzness", ECCV 2022,
+arXiv:2208.03111.
 
-Threat model: the defender has the model alone; the images of the view are not used.
+Threat model: the defender has only the model; the images of the view are not used.
 
 For a convolution with kernel W whose output enters a batch normalisation with scale γ, bias β and running variance σ²:
 
@@ -17,13 +18,13 @@ Requires a convolution whose output enters a batch normalisation and nothing els
 vgg16_bn, vgg19_bn, vgg_cifar, resnet, resnet18 (also _imagenet and _cifar), mobilenet_v2, mobilenet_v3, efficientnet
 and googlenet, and some layers of densenet121, preact_resnet18, senet18 and wide_resnet (see below).
 
-Deviations from the release:
+Deviations:
 - The release pairs each normalisation with the convolution defined last before it. This is right for its ResNet and, as
   it notes, wrong for pre-activation blocks. Here the pairs follow from the forward pass. A normalisation whose input is
   a sum or a concatenation is left out, and so is a convolution whose output is also used elsewhere; of a pre-activation
   block the second normalisation remains. Pooling or an activation may lie between convolution and normalisation.
-- A channel with σ² = 0, whose bound is infinite in the release, is kept and excluded from the layer's mean. As in the
-  release, no ε is added to σ².
+- A channel with σ² = 0, whose bound is infinite in the release, is not pruned and is excluded from the layer's mean.
+  As in the release, no ε is added to σ².
 """
 
 from dataclasses import dataclass
@@ -49,10 +50,19 @@ class Config:
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Prune the outliers; uses neither images nor randomness.
+    """Prune the channels whose Lipschitz bound is an outlier within their layer.
 
-    Returns: the variables; the watch is shown them with the number of channels `pruned`.
-    Raises InputError for a model in which no convolution is followed by batch normalisation.
+    Args:
+      config: hyper-parameters of the method.
+      victim: the model to purify.
+      view: its callback receives the variables with the number of channels `pruned`; its images are not used.
+      key: not used.
+
+    Returns:
+      The purified variables.
+
+    Raises:
+      InputError: when no convolution of the model is followed by batch normalisation.
     """
     pairs = models.norm_kernels(victim.model)
     if not pairs:
@@ -62,17 +72,23 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         )
     leaves, stats = (models.kernels(victim.variables[kind]) for kind in ("params", "batch_stats"))
     measures = {
-        norm: bound(leaves[kernel], leaves[f"{norm}/scale"], stats[f"{norm}/var"])
+        norm: lipschitz_bounds(leaves[kernel], leaves[f"{norm}/scale"], stats[f"{norm}/var"])
         for norm, kernel in pairs.items()
         if f"{norm}/scale" in leaves
     }
-    return _outliers.prune(victim, measures, config.u, view, biases=True)
+    return _outliers.prune_outliers(victim, measures, config.u, view, biases=True)
 
 
-def bound(kernel: object, scale: object, variance: object) -> np.ndarray:
-    """L of the output channels of a convolution, float64 [C]; NaN where the variance is zero.
+def lipschitz_bounds(kernel: object, scale: object, variance: object) -> np.ndarray:
+    """Lipschitz bound L of each output channel of a convolution with batch normalisation.
 
-    Args: kernel [kH, kW, C_in, C]; scale and variance [C].
+    Args:
+      kernel: of the convolution, [kH, kW, C_in, C].
+      scale: γ of the normalisation, [C].
+      variance: its running variance, [C].
+
+    Returns:
+      float64 [C]; NaN where the variance is zero.
     """
     weights = np.asarray(kernel, np.float64)
     matrices = weights.reshape(-1, *weights.shape[2:]).transpose(2, 1, 0)  # [C, C_in, kH kW]

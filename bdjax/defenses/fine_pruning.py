@@ -1,6 +1,7 @@
-"""Fine-Pruning: prune the units that clean images leave idle, then fine-tune (Liu et al., RAID 2018).
+"""Fine-Pruning: prune the units that are least active on clean images, then fine-tune.
 
-K. Liu, B. Dolan-Gavitt and S. Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks".
+K. Liu, B. Dolan-Gavitt and S. Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks",
+RAID 2018, arXiv:1805.12185.
 
 Threat model: the defender has the model and clean labelled images, and no trigger.
 
@@ -17,15 +18,15 @@ layer (resnet18, preact_resnet18, mobilenet_v2).
 Requires a model whose last layer is a dense layer named "head": every model in bdjax.models, with or without batch
 normalisation.
 
-Deviations from BackdoorBench:
-- It measures *test* accuracy, also stops where accuracy rises by 10 %, prunes one unit fewer than it counts, and
-  returns the model after the step that exceeded the budget. Here accuracy is measured on validation images, and the
-  last step within the budget is kept.
+Deviations:
+- BackdoorBench measures *test* accuracy, also stops where accuracy rises by 10 %, prunes one unit fewer than it counts,
+  and returns the model after the step that exceeded the budget. Here accuracy is measured on validation images, and
+  the last model within the budget is returned.
 - Negative activations (ELU networks) count as zero. BackdoorBench takes the plain mean, which is the same for ReLU.
 - Activations are measured on unaugmented images; BackdoorBench crops and flips them.
-- Fine-tuning crops but does not flip (`augment=crop_flip` does both, as BackdoorBench).
+- Fine-tuning crops but does not flip (`augment=crop_flip` does both, as BackdoorBench does).
 - Units with equal activation, such as the many that are never active, are pruned in index order. At least one unit is
-  kept. The last, smaller batch of an epoch is dropped.
+  never pruned. The last, smaller batch of an epoch is dropped.
 """
 
 import math
@@ -37,8 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import models
-from bdjax.defenses._epochs import epochs
-from bdjax.defenses._masks import parted
+from bdjax.defenses._epochs import train_epochs
+from bdjax.defenses._masks import split_validation
 from bdjax.engine import FitConfig, activations
 from bdjax.errors import InputError, check_fields
 from bdjax.types import DefenderView, Key, Variables, Victim
@@ -51,7 +52,7 @@ class Config:
     step: float = 0.01
     """Share of the units that is pruned at a time, rounded up; in (0, 1]."""
     largest_drop: float = 0.1
-    """Pruning stays below this drop of validation accuracy, relative to the victim's; in [0, 1]."""
+    """Drop of validation accuracy that pruning must stay below, relative to the victim's accuracy; in [0, 1]."""
     epochs: int = 100
     """Epochs of fine-tuning; 0: prune only."""
     batch_size: int = 256
@@ -81,24 +82,32 @@ class Config:
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Prune within the budget of validation accuracy, then fine-tune what is left.
+    """Prune within the budget of validation accuracy, then fine-tune the remaining units.
 
     Args:
+      config: hyper-parameters of the method.
+      victim: the model to purify.
       view: clean images (stored [n, H, W, C]) and labels [n]; accuracy is measured on its `validation` images, or on
-        a fifth of the images where it has none (on all of them if there are fewer than 50); key: shuffles and augments,
-        and draws that fifth.
-    Returns: the variables; the watch is shown them after pruning (with the number of units `pruned`) and after each
-      epoch.
-    Raises InputError for a model without a dense layer "head", and for a loss that is not finite.
+        a fifth of the images where it has none (on all of them if there are fewer than 50). Its callback receives the
+        variables after pruning (with the number of units `pruned`) and after each epoch.
+      key: random key that draws the validation images, and shuffles and augments the others.
+
+    Returns:
+      The purified variables.
+
+    Raises:
+      InputError: when the model has no dense layer "head", or when the loss becomes NaN or infinite.
     """
-    view, judged = parted(view, jax.random.fold_in(key, 0))
+    view, validation = split_validation(view, jax.random.fold_in(key, 0))
     kernel = np.asarray(models.head(victim.variables["params"]))
-    order = ranking(_features(victim, view))
-    count = prunable(order, _features(victim, judged), judged.labels, victim.variables["params"], config)
-    kept = np.ones((len(kernel), 1), np.float32)
-    kept[order[:count]] = 0
-    given = {"kept": jnp.asarray(kept)}
-    variables: Variables = {**victim.variables, "params": _held(victim.variables["params"], given)}
+    order = rank_units(_features(victim, view))
+    count = count_prunable(
+        order, _features(victim, validation), validation.labels, victim.variables["params"], config
+    )  # fmt: skip
+    row_mask = np.ones((len(kernel), 1), np.float32)
+    row_mask[order[:count]] = 0
+    extra = {"row_mask": jnp.asarray(row_mask)}
+    variables: Variables = {**victim.variables, "params": _zero_pruned_rows(victim.variables["params"], extra)}
     view.callback.on_round_end(1, variables, pruned=jnp.int32(count))
     if not config.epochs:
         return variables
@@ -106,24 +115,35 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
         config.epochs, config.batch_size, "sgd", config.learning_rate, config.momentum, config.weight_decay,
         config.schedule, config.augment,
     )  # fmt: skip
-    for done in epochs(
+    for epoch in train_epochs(
         Victim(victim.model, variables), view.images, view.labels, recipe, jax.random.fold_in(key, 1), view.callback,
-        "fine-tuning", projection=_held, given=given,
+        "fine-tuning", projection=_zero_pruned_rows, extra=extra,
     ):  # fmt: skip
-        variables = done.variables
-        view.callback.on_round_end(1 + done.number, variables, train_loss=done.loss, train_accuracy=done.accuracy)
+        variables = epoch.variables
+        view.callback.on_round_end(1 + epoch.number, variables, train_loss=epoch.loss, train_accuracy=epoch.accuracy)
     return variables
 
 
-def ranking(features: np.ndarray) -> np.ndarray:
-    """Indices of the units in ascending order of activation, int [D]; features [n, D]."""
+def rank_units(features: np.ndarray) -> np.ndarray:
+    """Return the indices of the units in ascending order of mean activation, int [D], from features [n, D]."""
     return np.argsort(np.maximum(features, 0).mean(0, dtype=np.float64), kind="stable")
 
 
-def prunable(order: np.ndarray, features: np.ndarray, labels: np.ndarray, params: Any, config: Config) -> int:
-    """How many units, in the given order, can be pruned with a relative drop of accuracy below `largest_drop`.
+def count_prunable(order: np.ndarray, features: np.ndarray, labels: np.ndarray, params: Any, config: Config) -> int:
+    """Count the units that can be pruned with a relative drop of accuracy below `largest_drop`.
 
-    Args: order: int [D]; features [n, D], labels [n]: what accuracy is measured on; params: of the victim.
+    Args:
+      order: indices of the units in the order of pruning, int [D].
+      features: inputs of the last layer on which accuracy is measured, [n, D].
+      labels: their labels, [n].
+      params: parameters of the victim.
+      config: share of the units pruned at a time, and the budget.
+
+    Returns:
+      The number of units.
+
+    Raises:
+      InputError: when the features are not the inputs of the last layer.
     """
     kernel, bias = np.array(models.head(params)), np.asarray(params["head"].get("bias", 0))
     if features.shape[1] != len(kernel):
@@ -132,23 +152,23 @@ def prunable(order: np.ndarray, features: np.ndarray, labels: np.ndarray, params
             "fine_pruning cannot tell which values are its units. Use another model or another defense."
         )
 
-    def right() -> float:
+    def accuracy() -> float:
         return float(((features @ kernel + bias).argmax(1) == labels).mean())
 
-    before, step, count = right(), math.ceil(config.step * len(kernel)), 0
+    before, step, count = accuracy(), math.ceil(config.step * len(kernel)), 0
     while count + step < len(kernel):
         kernel[order[: count + step]] = 0
-        if before - right() >= config.largest_drop * before:
+        if before - accuracy() >= config.largest_drop * before:
             break
         count += step
     return count
 
 
 def _features(victim: Victim, view: DefenderView) -> np.ndarray:
-    """The input of the last dense layer, float32 [n, D]."""
+    """Return the inputs of the last dense layer, float32 [n, D]."""
     return activations(victim.model, victim.variables, view.images, {})[1]
 
 
-def _held(params: Any, given: Any) -> Any:
-    """The parameters with the pruned rows of the last layer at zero."""
-    return models.with_kernels(params, {"head/kernel": models.head(params) * given["kept"]})
+def _zero_pruned_rows(params: Any, extra: Any) -> Any:
+    """Return the parameters with the pruned rows of the last layer set to zero."""
+    return models.with_kernels(params, {"head/kernel": models.head(params) * extra["row_mask"]})

@@ -1,7 +1,7 @@
-"""FT-SAM: fine-tuning with adaptive sharpness-aware minimisation (Zhu et al., ICCV 2023).
+"""FT-SAM: fine-tune with adaptive sharpness-aware minimisation.
 
 M. Zhu, S. Wei, L. Shen, Y. Fan and B. Wu, "Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware
-Minimization".
+Minimization", ICCV 2023, arXiv:2304.11823.
 
 Threat model: the defender has the model and clean labelled images, no trigger and no target label.
 
@@ -18,12 +18,14 @@ with momentum 0.9 and weight decay 5e-4, batches of 256, 100 epochs. For GTSRB a
 smoothing, for GTSRB 50 epochs.
 
 `cosine` offers both readings of the schedule. The release steps a cosine with T_max = 100 once per *batch*: the rate
-falls to zero in 100 batches, rises again in the next 100, and so on ("batches"). The intended schedule, which other
+decreases to zero in 100 batches, increases in the next 100, and so on ("batches"). The intended schedule, which other
 reimplementations use, is one cosine over all epochs ("epochs"). The two are different methods.
 
-**Deviations** from the release: its evaluation on triggered images after each epoch has no effect on the result and is
-left out, as are its gradient decomposition (α = 0) and its schedule of ρ (constant). Images are cropped but not flipped
-(`augment=crop_flip` does both, as the release on CIFAR-10). Every epoch is divided into batches of equal size.
+Deviations:
+- The release evaluates on triggered images after each epoch, which has no effect on the result. This is left out, as
+  are its gradient decomposition (α = 0) and its schedule of ρ (constant).
+- Images are cropped but not flipped (`augment=crop_flip` does both, as the release does on CIFAR-10).
+- Every epoch is divided into batches of equal size.
 """
 
 from collections.abc import Callable
@@ -36,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.defenses._tuning import begin, equal_batches, model_of, passes, shown_to
+from bdjax.defenses._tuning import equal_batches, round_reporter, run_epochs, training_state, variables_of
 from bdjax.engine import augment, parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
@@ -59,10 +61,10 @@ class Config:
     learning_rate: float = 0.01
     """Learning rate of SGD at the first step."""
     cosine: Literal["batches", "epochs", "off"] = "batches"
-    """Schedule of the learning rate: "batches", a cosine that falls and rises periodically (the release); "epochs", one
-    cosine that falls to zero over all epochs; "off", constant."""
+    """Schedule of the learning rate: "batches", a cosine that decreases and increases periodically (the release);
+    "epochs", one cosine that decreases to zero over all epochs; "off", constant."""
     half_period: int = 100
-    """Number of batches in which the cosine of "batches" falls to zero."""
+    """Number of batches in which the cosine of "batches" decreases to zero."""
     momentum: float = 0.9
     """Momentum of SGD, in [0, 1)."""
     weight_decay: float = 5e-4
@@ -84,28 +86,38 @@ class Config:
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
     """Fine-tune the victim on clean images with sharpness-aware steps.
 
-    Args: view: clean images (stored [n, H, W, C]) and labels [n]; key: shuffles and augments them.
-    Returns: the variables; the watch is shown them and the loss after each epoch.
-    Raises InputError for fewer images than devices, and for a loss that is not finite.
+    Args:
+      config: hyper-parameters of the method.
+      victim: the model to purify.
+      view: clean images (stored [n, H, W, C]) and labels [n]. Its callback receives the variables and the loss after
+        each epoch.
+      key: random key that shuffles and augments the images.
+
+    Returns:
+      The purified variables.
+
+    Raises:
+      InputError: when the batch size or the number of images is smaller than the number of devices, or when the loss
+        becomes NaN or infinite.
     """
     number, size = equal_batches(config.batch_size, len(view.labels))
-    shared: dict[str, Any] = {
+    constants: dict[str, Any] = {
         "images": jnp.asarray(view.images),
         "labels": jnp.asarray(view.labels),
         "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
     }
-    state = begin(victim.variables, "sgd")
-    state["opt"] = _sam(shared["hyper"], config.adaptive, None).init(state["params"])
+    state = training_state(victim.variables, "sgd")
+    state["opt"] = _sam(constants["hyper"], config.adaptive, None).init(state["params"])
 
-    state = passes(
-        _step(victim.model, config.augment, config.adaptive), state, shared, rates(config, number), size, key,
-        partial(view.callback.on_progress, "FT-SAM"), shown_to(view.callback),
+    state = run_epochs(
+        _step(victim.model, config.augment, config.adaptive), state, constants, learning_rates(config, number), size,
+        key, partial(view.callback.on_progress, "FT-SAM"), round_reporter(view.callback),
     )  # fmt: skip
-    return model_of(state)
+    return variables_of(state)
 
 
-def rates(config: Config, number: int) -> np.ndarray:
-    """Learning rate of every step, float32 [epochs, number], with `number` batches per epoch."""
+def learning_rates(config: Config, number: int) -> np.ndarray:
+    """Return the learning rate of every step, float32 [epochs, number], with `number` batches per epoch."""
     step = np.arange(config.epochs * number).reshape(config.epochs, number)
     if config.cosine == "batches":
         phase = step / config.half_period
@@ -116,30 +128,49 @@ def rates(config: Config, number: int) -> np.ndarray:
     return np.asarray(config.learning_rate * (1 + np.cos(np.pi * phase)) / 2, np.float32)
 
 
-def ascent(params: Any, gradient: Any, rho: Any, adaptive: bool) -> Any:
-    """The perturbation e, a pytree like the parameters."""
+def ascent_step(params: Any, gradient: Any, rho: Any, adaptive: bool) -> Any:
+    """Return the perturbation e of the parameters.
+
+    Args:
+      params: the parameters θ.
+      gradient: the gradient g at θ, a pytree like the parameters.
+      rho: ρ, length of the step.
+      adaptive: whether the step is scaled by the magnitude of the parameters.
+
+    Returns:
+      A pytree like the parameters.
+    """
     size = jax.tree.map(jnp.abs if adaptive else jnp.ones_like, params)
     scaled = jax.tree.map(jnp.multiply, size, gradient)
     length = optax.tree.norm(scaled)
     return jax.tree.map(lambda a, s: rho * a * s / (length + 1e-12), size, scaled)
 
 
-def smoothed(logits: jax.Array, labels: jax.Array, smoothing: Any) -> jax.Array:
-    """Mean cross-entropy with label smoothing: 1 - smoothing on the label, the rest spread over the other classes."""
+def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: Any) -> jax.Array:
+    """Mean cross-entropy with label smoothing.
+
+    Args:
+      logits: [N, classes].
+      labels: int32 [N].
+      smoothing: probability mass that is spread evenly over the other classes; the label gets the rest.
+
+    Returns:
+      float32 scalar.
+    """
     classes = logits.shape[-1]
-    hot = jax.nn.one_hot(labels, classes)
-    wanted = hot * (1 - smoothing) + (1 - hot) * smoothing / (classes - 1)
-    return -(wanted * jax.nn.log_softmax(logits)).sum(-1).mean()
+    one_hot = jax.nn.one_hot(labels, classes)
+    targets = one_hot * (1 - smoothing) + (1 - one_hot) * smoothing / (classes - 1)
+    return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
 
 
 _DYNAMIC = ("rho", "smoothing", "momentum", "weight_decay")
 
 
 def _sam(hyper: Any, adaptive: bool, axis: str | None) -> optax.GradientTransformationExtraArgs:
-    """Optax's SAM, with both passes in one update; the update is to be multiplied by the learning rate."""
+    """Return Optax's SAM with both passes in one update, which must be multiplied by the learning rate."""
 
     def uphill(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(jnp.negative, ascent(params, gradient, hyper["rho"], adaptive)), state
+        return jax.tree.map(jnp.negative, ascent_step(params, gradient, hyper["rho"], adaptive)), state
 
     inner = optax.GradientTransformation(lambda params: optax.EmptyState(), uphill)
     outer = optax.chain(optax.add_decayed_weights(hyper["weight_decay"]), optax.trace(hyper["momentum"]))
@@ -148,31 +179,31 @@ def _sam(hyper: Any, adaptive: bool, axis: str | None) -> optax.GradientTransfor
 
 @lru_cache(maxsize=16)
 def _step(model: Model, policy: str, adaptive: bool) -> Callable:
-    distort = augment.policy(policy)
+    """Return a step of both passes in the engine's form."""
+    augmented = augment.policy(policy)
 
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        images = distort(to_float(shared["images"][split["index"]]), split["augment"])
-        labels = shared["labels"][split["index"]]
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        images = augmented(to_float(constants["images"][batch["index"]]), batch["augment"])
+        labels = constants["labels"][batch["index"]]
 
         def loss(params: Any, keys: Key) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state["batch_stats"]}
             logits, _, stats = model.apply(variables, images, True, keys, axis)
-            return smoothed(logits, labels, shared["hyper"]["smoothing"]), stats
+            return smoothed_cross_entropy(logits, labels, constants["hyper"]["smoothing"]), stats
 
-        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"], split["dropout"])
+        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"], batch["dropout"])
         value, gradient = parallel.average((value, gradient), axis)
-        again = jax.vmap(lambda key: jax.random.fold_in(key, 1))(
-            split["dropout"]
-        )  # other dropout masks in the second pass
+        # other dropout masks in the second pass
+        second_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(batch["dropout"])
 
-        def second(params: Any, _: int) -> Any:
-            return jax.grad(loss, has_aux=True)(params, again)[0]
+        def second_gradient(params: Any, _: int) -> Any:
+            return jax.grad(loss, has_aux=True)(params, second_keys)[0]
 
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats of Python with arrays
-            update, opt = _sam(shared["hyper"], adaptive, axis).update(
-                gradient, state["opt"], state["params"], grad_fn=second
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes Python floats with arrays
+            update, opt = _sam(constants["hyper"], adaptive, axis).update(
+                gradient, state["opt"], state["params"], grad_fn=second_gradient
             )
-        params = jax.tree.map(lambda p, u: p - whole["rate"] * u, state["params"], update)
+        params = jax.tree.map(lambda p, u: p - per_step["rate"] * u, state["params"], update)
         return {"params": params, "batch_stats": stats, "opt": opt}, {"loss": value}
 
     return step

@@ -1,12 +1,12 @@
-"""PAM: path-aware minimisation, with gradients taken on the way back to the victim (Min et al., NeurIPS 2024).
+"""PAM: path-aware minimisation, with gradients taken between the current weights and the victim's.
 
 R. Min, Z. Qin, N. L. Zhang, L. Shen and M. Cheng, "Uncovering, Explaining, and Mitigating the Superficial Safety of
-Backdoor Defense".
+Backdoor Defense", NeurIPS 2024, arXiv:2410.09838.
 
 Threat model: the defender has the model and clean labelled images, no trigger and no target label.
 
 Each round inverts the backdoor as BTI-DBF does (:mod:`bdjax.defenses._inversion`), and then trains on batches x' in
-which int(0.2 B) + 1 of the B images were passed through the generator, with true labels. The gradient is taken at a
+which int(0.2 B) + 1 of the B images pass through the generator, with true labels. The gradient is taken at a
 point between the current weights w and the victim's w_b, so that the backdoor is removed along the whole path to w_b
 and later fine-tuning does not restore it:
 
@@ -17,10 +17,12 @@ training mode; its statistics are not interpolated but updated by the forward pa
 release's: ρ = 0.5, SGD at 0.01 with momentum 0.1 and no weight decay, 3 rounds of 30 epochs each. The
 generator is trained for 140 epochs in all (see the cost in :mod:`bdjax.defenses.btidbf`).
 
-**Deviations** from the release: for Blended and SSBA it is to be run for one or two rounds, and for fewer epochs where
-test accuracy drops. Here the number of rounds is fixed, and the run returns to the last epoch at which validation
-accuracy held. Its option `adaptive`, off by default, is left out. The deviations of the inversion are listed there.
-Every epoch is divided into batches of equal size.
+Deviations:
+- The release recommends one or two rounds for Blended and SSBA, and fewer epochs where test accuracy drops. Here the
+  number of rounds is fixed, and the run returns to the last epoch at which validation accuracy held.
+- Its option `adaptive`, off by default, is left out.
+- Every epoch is divided into batches of equal size.
+- The deviations of the inversion are listed in :mod:`bdjax.defenses._inversion`.
 """
 
 from collections.abc import Callable
@@ -33,8 +35,8 @@ import jax.numpy as jnp
 import optax
 
 from bdjax.defenses._inversion import InversionConfig, alternate
-from bdjax.defenses._inversion_steps import mixed, most_of
-from bdjax.defenses._tuning import begin, descend
+from bdjax.defenses._inversion_steps import max_chosen, mix_generated
+from bdjax.defenses._tuning import descend, training_state
 from bdjax.engine import augment, parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
@@ -72,45 +74,65 @@ class Config(InversionConfig):
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
     """Alternate between inversion and minimisation along the path to the victim.
 
-    Args: view: clean images (stored [n, H, W, C]) and labels [n]; key: draws masks, batches and the generator.
-    Returns: the variables; after each epoch of the minimisation the watch is shown them, G(x) - x of four images
-      (`perturbation`) and the class that G's images are most often predicted as (`suspected`).
-    Raises InputError for a model without a dense layer "head", for fewer images than devices, and for a loss that is
-      not finite.
+    Args:
+      config: hyper-parameters of the method.
+      victim: the model to purify.
+      view: clean images (stored [n, H, W, C]) and labels [n]. After each epoch of the minimisation, its callback
+        receives the variables, G(x) - x of four images (`perturbation`), and the class that is predicted most often
+        for the generator's images (`suspected`).
+      key: random key that draws the masks, the batches and the generator.
+
+    Returns:
+      The purified variables.
+
+    Raises:
+      InputError: when the model has no dense layer "head", when the batch size or the number of images is smaller than
+        the number of devices, or when the loss becomes NaN or infinite.
     """
-    shared = {
+    constants = {
         "original": jax.tree.map(jnp.array, victim.variables["params"]),
         "hyper": {name: jnp.float32(getattr(config, name)) for name in ("rho", "momentum")},
     }
-    return alternate(config, victim, view, key, "PAM", _step, begin(victim.variables, "sgd"), shared)
+    return alternate(config, victim, view, key, "PAM", _step, training_state(victim.variables, "sgd"), constants)
 
 
-def towards(params: Any, original: Any, rho: Any) -> Any:
-    """w': a step of L2 length `rho` from w towards w_b; w itself where the two are equal."""
-    way = jax.tree.map(jnp.subtract, original, params)
-    length = optax.tree.norm(way)
-    return jax.tree.map(lambda p, d: p + rho * d / (length + 1e-12), params, way)
+def step_towards(params: Any, original: Any, rho: Any) -> Any:
+    """Return w': a step of length `rho` from the current weights towards the victim's.
+
+    Args:
+      params: the current weights w, a pytree.
+      original: the victim's weights w_b, a pytree like `params`.
+      rho: ρ, L2 length of the step over all parameters.
+
+    Returns:
+      A pytree like `params`; `params` itself where the two are equal.
+    """
+    difference = jax.tree.map(jnp.subtract, original, params)
+    length = optax.tree.norm(difference)
+    return jax.tree.map(lambda p, d: p + rho * d / (length + 1e-12), params, difference)
 
 
 @lru_cache(maxsize=16)
 def _step(model: Model, generator: Callable, policy: str, fraction: float, size: int) -> Callable:
-    """One step of path-aware minimisation, in the engine's form."""
-    distort = augment.policy(policy)
+    """Return one step of path-aware minimisation, in the engine's form."""
+    augmented = augment.policy(policy)
 
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        images = distort(to_float(shared["images"][split["index"]]), split["augment"])
-        labels = shared["labels"][split["index"]]
-        changed = mixed(generator, shared["generator"], images, split["chosen"], most_of(fraction, size, axis))
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        images = augmented(to_float(constants["images"][batch["index"]]), batch["augment"])
+        labels = constants["labels"][batch["index"]]
+        mixed = mix_generated(
+            generator, constants["generator"], images, batch["chosen"], max_chosen(fraction, size, axis)
+        )  # fmt: skip
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state["batch_stats"]}
-            logits, _, stats = model.apply(variables, changed, True, split["dropout"], axis)
+            logits, _, stats = model.apply(variables, mixed, True, batch["dropout"], axis)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), stats
 
-        there = towards(state["params"], shared["original"], shared["hyper"]["rho"])
-        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(there)
+        point = step_towards(state["params"], constants["original"], constants["hyper"]["rho"])
+        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(point)
         value, gradient = parallel.average((value, gradient), axis)
-        after = descend(state, gradient, stats, "sgd", whole["rate"], shared["hyper"]["momentum"])
+        after = descend(state, gradient, stats, "sgd", per_step["rate"], constants["hyper"]["momentum"])
         return after, {"loss": value}
 
     return step

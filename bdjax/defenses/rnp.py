@@ -1,6 +1,7 @@
-"""RNP: unlearn the clean task, learn which channels recover it, and prune the others (Li et al., ICML 2023).
+"""RNP: unlearn the clean task, learn which channels recover it, and prune the others.
 
-Y. Li, X. Lyu, X. Ma, N. Koren, L. Lyu, B. Li and Y.-G. Jiang, "Reconstructive Neuron Pruning for Backdoor Defense".
+Y. Li, X. Lyu, X. Ma, N. Koren, L. Lyu, B. Li and Y.-G. Jiang, "Reconstructive Neuron Pruning for Backdoor Defense",
+ICML 2023, arXiv:2305.14876.
 
 Threat model: the defender has the model and a few clean labelled images (1 % of the training set), and no trigger.
 
@@ -10,21 +11,21 @@ Threat model: the defender has the model and a few clean labelled images (1 % of
        normalisation.
     3  Prune: in θ_b, set γ_c = 0 where m_c <= τ.
 
-The unlearned model has lost the clean task but not the backdoor; the channels that step 2 switches off are those that
+The unlearned model has lost the clean task but not the backdoor; the channels whose masks step 2 reduces are those that
 hinder the clean task. The training accuracy of an epoch is that of its batches, each measured before its step. Steps 1
 and 2 run in training mode. Step 1 takes at most 21 epochs of SGD at 0.01 (momentum 0.9, weight decay 5e-4, learning
 rate times 0.1 after 10 and after 20 epochs), step 2 20 epochs of SGD at 0.2.
 
 Requires batch normalisation: every model in bdjax.models but mnist_cnn, vgg16, vgg19, vit and convnext.
 
-Deviations from the release:
+Deviations:
 - The release prints the test ASR for every τ and leaves the choice to the reader. Here τ is the largest threshold at
   which accuracy on validation images falls by at most `largest_drop` (our rule); every candidate is reported to the
-  watch. Where even τ = 0 costs more than that, the victim is returned unchanged.
+  callback. Where even τ = 0 costs more than that, the victim is returned unchanged.
 - Its gradient clipping is applied before gradients exist and has no effect; it is left out.
 - Where training accuracy never falls to 0.2 the release has no checkpoint to continue from; here the last epoch is
   used.
-- Images are cropped but not flipped (`augment=crop_flip` does both, as the release). The last, smaller batch of an
+- Images are cropped but not flipped (`augment=crop_flip` does both, as in the release). The last, smaller batch of an
   epoch is dropped.
 """
 
@@ -35,8 +36,15 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.defenses._batch import batch_of
-from bdjax.defenses._epochs import Epoch, epochs
-from bdjax.defenses._masks import Masking, SweepConfig, learnt, parted, scales, swept
+from bdjax.defenses._epochs import Epoch, train_epochs
+from bdjax.defenses._masks import (
+    MaskOptimizer,
+    SweepConfig,
+    learn_masks,
+    norm_scales,
+    split_validation,
+    sweep_thresholds,
+)
 from bdjax.engine import FitConfig
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Variables, Victim
@@ -86,31 +94,53 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """Unlearn, recover, then prune as many channels as validation accuracy allows.
 
     Args:
+      config: hyper-parameters of the method.
+      victim: the model to purify.
       view: clean images (stored [n, H, W, C]) and labels [n]; τ is chosen on its `validation` images, or on a fifth
-        of the images where it has none (on all of them if there are fewer than 50); key: shuffles and augments, and
-        draws that fifth.
-    Returns: the variables; the watch is shown every candidate (see :func:`bdjax.defenses._masks.swept`).
-    Raises InputError for a model without batch normalisation, and for a loss that is not finite.
+        of the images where it has none (on all of them if there are fewer than 50). Its callback receives every
+        candidate (see :func:`bdjax.defenses._masks.sweep_thresholds`).
+      key: random key that draws the validation images, and shuffles and augments the others.
+
+    Returns:
+      The purified variables.
+
+    Raises:
+      InputError: when the model has no batch normalisation, when the batch size or the number of images is smaller
+        than the number of devices, or when the loss becomes NaN or infinite.
     """
-    scales("rnp", victim.model, victim.variables)
-    view, judged = parted(view, jax.random.fold_in(key, 0))
-    last = unlearned(config, victim, view, jax.random.fold_in(key, 1))
+    norm_scales("rnp", victim.model, victim.variables)
+    view, validation = split_validation(view, jax.random.fold_in(key, 0))
+    unlearned = unlearn(config, victim, view, jax.random.fold_in(key, 1))
     size = batch_of(config.batch_size, len(view.labels))
-    number, own = len(view.labels) // size, jax.random.fold_in(key, 2)
+    number, order_key = len(view.labels) // size, jax.random.fold_in(key, 2)
     order = jnp.concatenate([
-        jax.random.permutation(jax.random.fold_in(own, epoch), len(view.labels))[: number * size].reshape(number, size)
+        jax.random.permutation(jax.random.fold_in(order_key, epoch), len(view.labels))[: number * size].reshape(number, size)
         for epoch in range(config.mask_epochs)
     ])  # fmt: skip
-    masks = learnt(
-        victim.model, last.variables, view, order,
-        Masking(config.mask_learning_rate, config.momentum, config.alpha), 0, config.augment,
+    masks = learn_masks(
+        victim.model, unlearned.variables, view, order,
+        MaskOptimizer(config.mask_learning_rate, config.momentum, config.alpha), 0, config.augment,
         jax.random.fold_in(key, 3), "recovering",
     )  # fmt: skip
-    return swept(victim, masks, config, judged, view.callback)
+    return sweep_thresholds(victim, masks, config, validation, view.callback)
 
 
-def unlearned(config: Config, victim: Victim, view: DefenderView, key: Key) -> Epoch:
-    """The first epoch of ascent whose training accuracy is at most `stop_accuracy`, or else the last one."""
+def unlearn(config: Config, victim: Victim, view: DefenderView, key: Key) -> Epoch:
+    """Ascend the cross-entropy until the training accuracy of an epoch is at most `stop_accuracy`.
+
+    Args:
+      config: hyper-parameters of the method.
+      victim: the model to unlearn.
+      view: clean images (stored [n, H, W, C]) and labels [n].
+      key: random key that shuffles and augments the images.
+
+    Returns:
+      The first epoch whose training accuracy is at most `stop_accuracy`, or the last one where there is none.
+
+    Raises:
+      InputError: when the batch size or the number of images is smaller than the number of devices, or when the loss
+        becomes NaN or infinite.
+    """
     recipe = FitConfig(
         config.epochs, config.batch_size, "sgd", config.learning_rate, config.momentum, config.weight_decay,
         augment=config.augment,
@@ -119,10 +149,10 @@ def unlearned(config: Config, victim: Victim, view: DefenderView, key: Key) -> E
     def rate(epoch: int) -> float:
         return config.learning_rate * 0.1 ** ((epoch >= 10) + (epoch >= 20))
 
-    ascent = epochs(
+    ascent = train_epochs(
         victim, view.images, view.labels, recipe, key, view.callback, "unlearning", sign=-1.0, rates=rate
     )  # fmt: skip
-    for last in ascent:
-        if last.accuracy <= config.stop_accuracy:
+    for epoch in ascent:
+        if epoch.accuracy <= config.stop_accuracy:
             break
-    return last
+    return epoch

@@ -1,12 +1,12 @@
-"""SAU: unlearn the adversarial examples that the victim and the model share (Wei et al., NeurIPS 2023).
+"""SAU: unlearn the adversarial examples that the victim and the purified model share.
 
 S. Wei, M. Zhang, H. Zha and B. Wu, "Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning Shared Adversarial
-Examples".
+Examples", NeurIPS 2023, arXiv:2307.10562.
 
 Threat model: the defender has the model and clean labelled images, no trigger and no target label.
 
-Notation: θ_b the victim, θ the model being repaired (θ_b at first), p softmax outputs, x̃ = x + δ. In every batch, each
-image gets a perturbation δ on which both networks shall make the same error: signed gradient steps that descend
+Notation: θ_b the victim, θ the model being purified (θ_b at first), p softmax outputs, x̃ = x + δ. In every batch, each
+image gets a perturbation δ on which both networks should make the same error: signed gradient steps that descend
 
     β1 L_adv + β2 L_share
     L_adv   = -½ Σ_{h of θ, θ_b} CE(h(x̃), y)   over the networks that x̃ does not fool yet (same prediction as on x)
@@ -27,12 +27,14 @@ What to expect: δ changes a pixel by at most C, so a trigger that changes pixel
 scikit-learn's digits with BadNets (a white square on black) ASR falls from 98.6 only to 89.6 % (one seed). There the
 victim assigns 1.7 % of the images to the target when the trigger is limited to ±0.2 per pixel, 24 % at ±0.5 and 99.7 %
 in full; and from the 16th epoch on, perturbations that fool the victim are found for 3 % of the images on average, so
-that little is left to unlearn. Few images also mean few steps: 319 make two per epoch, the release's 2,500 make ten.
+that little remains to unlearn. Few images also mean few steps: 319 make two per epoch, the release's 2,500 make ten.
 
-**Deviations** from the release: its configuration names a cosine schedule that is never stepped, so that the learning
-rate is constant, as here. Its evaluation on triggered images after each epoch has no effect on the result and is left
-out. Its early stop of the ascent has none either (where all images are shared the gradient is 0) and is left out, too.
-Every epoch is divided into batches of equal size.
+Deviations:
+- The release's configuration names a cosine schedule that is never stepped, so that the learning rate is constant, as
+  here.
+- Its evaluation on triggered images after each epoch has no effect on the result and is left out. Its early stop of the
+  ascent has no effect either (where all images are shared the gradient is 0) and is left out as well.
+- Every epoch is divided into batches of equal size.
 """
 
 from collections.abc import Callable
@@ -45,7 +47,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.defenses._tuning import begin, descend, equal_batches, model_of, passes, shown_to
+from bdjax.defenses._tuning import (
+    descend,
+    equal_batches,
+    round_reporter,
+    run_epochs,
+    training_state,
+    variables_of,
+)
 from bdjax.engine import parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Images, Key, Labels, Model, Variables, Victim, to_float
@@ -78,8 +87,8 @@ class Config:
     learning_rate: float = 1e-4
     """Learning rate of Adam with AMSGrad."""
     batch_norm: Literal["frozen", "batch"] = "frozen"
-    """BatchNorm in the step of the model: "frozen", the running statistics; "batch", those of the batch, clean and
-    adversarial images together."""
+    """BatchNorm in the step of the model: "frozen", the running statistics; "batch", the statistics of the batch of
+    clean and adversarial images together."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -98,104 +107,138 @@ _DYNAMIC = ("step", "bound", *_WEIGHTS)
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
     """Find shared adversarial examples for every batch, and unlearn them.
 
-    Args: view: clean images (stored [n, H, W, C]) and labels [n]; key: shuffles them.
-    Returns: the variables; after each epoch the watch is shown them, the losses, and the shares of x̃ that fool the
-      victim (`fooled`) and that both networks assign to the same wrong class (`shared`).
-    Raises InputError for fewer images than devices, and for a loss that is not finite.
+    Args:
+      config: hyper-parameters of the method.
+      victim: the model to purify.
+      view: clean images (stored [n, H, W, C]) and labels [n]. After each epoch, its callback receives the variables,
+        the losses, and the shares of x̃ that fool the victim (`fooled`) and that both networks assign to the same wrong
+        class (`shared`).
+      key: random key that shuffles the images.
+
+    Returns:
+      The purified variables.
+
+    Raises:
+      InputError: when the batch size or the number of images is smaller than the number of devices, or when the loss
+        becomes NaN or infinite.
     """
     number, size = equal_batches(config.batch_size, len(view.labels))
-    shared: dict[str, Any] = {
+    constants: dict[str, Any] = {
         "images": jnp.asarray(view.images),
         "labels": jnp.asarray(view.labels),
         "original": jax.tree.map(jnp.array, {**victim.variables}),
         "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
     }
 
-    state = passes(
-        _step(victim.model, config.steps, config.batch_norm == "batch"), begin(victim.variables, "amsgrad"), shared,
-        np.full((config.epochs, number), config.learning_rate, np.float32), size, key,
-        partial(view.callback.on_progress, "SAU"), shown_to(view.callback),
+    state = run_epochs(
+        _step(victim.model, config.steps, config.batch_norm == "batch"), training_state(victim.variables, "amsgrad"),
+        constants, np.full((config.epochs, number), config.learning_rate, np.float32), size, key,
+        partial(view.callback.on_progress, "SAU"), round_reporter(view.callback),
     )  # fmt: skip
-    return model_of(state)
+    return variables_of(state)
 
 
 def shared_examples(
-    model: Model, now: Variables, original: Variables, images: Images, labels: Labels, steps: int, hyper: Any
+    model: Model, current: Variables, original: Variables, images: Images, labels: Labels, steps: int, hyper: Any
 ) -> Images:
-    """x̃ of each image [N, H, W, C], in evaluation mode; not clipped to [0, 1].
+    """Compute the shared adversarial example x̃ of each image in evaluation mode.
 
-    Args: now, original: the current model and the victim; hyper: "step", "bound", "beta_adversarial", "beta_shared".
+    Args:
+      model: the classifier.
+      current: variables of the model being purified.
+      original: variables of the victim.
+      images: float32 [N, H, W, C] in [0, 1].
+      labels: int32 [N].
+      steps: number of signed gradient steps.
+      hyper: scalars "step", "bound", "beta_adversarial" and "beta_shared" of the Config.
+
+    Returns:
+      float32 [N, H, W, C]; not clipped to [0, 1].
     """
-    nets = (now, original)
+    nets = (current, original)
     clean = [model.logits(net, images).argmax(-1) for net in nets]
 
     def objective(delta: jax.Array) -> jax.Array:
         logits = [model.logits(net, images + delta) for net in nets]
-        adversarial, shared_ = losses(logits, clean, labels)
-        return (hyper["beta_adversarial"] * adversarial + hyper["beta_shared"] * shared_).sum()
+        adversarial, shared = perturbation_losses(logits, clean, labels)
+        return (hyper["beta_adversarial"] * adversarial + hyper["beta_shared"] * shared).sum()
 
-    def one(_: Any, delta: jax.Array) -> jax.Array:
-        moved = delta - hyper["step"] * jnp.sign(jax.grad(objective)(delta))
-        return jnp.clip(moved, -hyper["bound"], hyper["bound"])
+    def descend_delta(_: Any, delta: jax.Array) -> jax.Array:
+        unclipped = delta - hyper["step"] * jnp.sign(jax.grad(objective)(delta))
+        return jnp.clip(unclipped, -hyper["bound"], hyper["bound"])
 
-    written_out = jax.default_backend() == "cpu"  # as in _adversarial: a loop is slower there
+    unroll = jax.default_backend() == "cpu"  # as in _adversarial: a loop is slower there
     start = jnp.full_like(images, hyper["bound"])
-    return images + jax.lax.fori_loop(0, steps, one, start, unroll=written_out)
+    return images + jax.lax.fori_loop(0, steps, descend_delta, start, unroll=unroll)
 
 
-def losses(logits: list[jax.Array], clean: list[jax.Array], labels: Labels) -> tuple[jax.Array, jax.Array]:
-    """L_adv and L_share of each image, [N] each.
+def perturbation_losses(
+    logits: list[jax.Array], clean: list[jax.Array], labels: Labels
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Losses L_adv and L_share of each image.
 
-    Args: logits: of x̃, [N, classes], of the current model and of the victim; clean: their predictions on x, [N].
+    Args:
+      logits: of the current model and of the victim on x̃, [N, classes] each.
+      clean: predictions of both on x, int32 [N] each.
+      labels: int32 [N].
+
+    Returns:
+      (L_adv, L_share), float32 [N] each.
     """
-    fooled = [own.argmax(-1) != was for own, was in zip(logits, clean, strict=True)]
-    alike = fooled[0] & fooled[1] & (logits[0].argmax(-1) == logits[1].argmax(-1))
-    each = [optax.softmax_cross_entropy_with_integer_labels(own, labels) for own in logits]
-    adversarial = -(jnp.where(fooled[0], 0, each[0]) + jnp.where(fooled[1], 0, each[1])) / 2
-    first, second = (jnp.maximum(jax.nn.softmax(own), 1e-8) for own in logits)
+    fooled = [perturbed.argmax(-1) != before for perturbed, before in zip(logits, clean, strict=True)]
+    agree = fooled[0] & fooled[1] & (logits[0].argmax(-1) == logits[1].argmax(-1))
+    losses = [optax.softmax_cross_entropy_with_integer_labels(perturbed, labels) for perturbed in logits]
+    adversarial = -(jnp.where(fooled[0], 0, losses[0]) + jnp.where(fooled[1], 0, losses[1])) / 2
+    first, second = (jnp.maximum(jax.nn.softmax(perturbed), 1e-8) for perturbed in logits)
     middle = (first + second) / 2
     divergence = (first * jnp.log(first) + second * jnp.log(second)) / 2 - middle * jnp.log(middle)
-    return adversarial, jnp.where(alike, 0, divergence.sum(-1))
+    return adversarial, jnp.where(agree, 0, divergence.sum(-1))
 
 
-def unlearning(logits: jax.Array, predicted: jax.Array, counted: jax.Array) -> jax.Array:
-    """L_sar of each image [N], 0 where it is not `counted` [N].
+def unlearning_losses(logits: jax.Array, predicted: jax.Array, counted: jax.Array) -> jax.Array:
+    """Loss L_sar of each image.
 
-    Args: logits: of θ on x̃, [N, classes]; predicted: the class that θ_b assigns to x̃, [N].
+    Args:
+      logits: of θ on x̃, [N, classes].
+      predicted: the class that θ_b assigns to x̃, int32 [N].
+      counted: whether L_sar counts for the image, bool [N].
+
+    Returns:
+      float32 [N]; 0 where the image is not counted.
     """
-    share = jax.nn.softmax(logits)
-    hot = jax.nn.one_hot(predicted, logits.shape[-1])
-    others, own = (share * (1 - hot)).sum(-1), (share * hot).sum(-1)
-    value = jnp.log(1e-6 + jnp.minimum(others, 0.999)) + jnp.log(1 + 1e-6 - jnp.maximum(own, 0.001))
+    probabilities = jax.nn.softmax(logits)
+    one_hot = jax.nn.one_hot(predicted, logits.shape[-1])
+    others, predicted_share = (probabilities * (1 - one_hot)).sum(-1), (probabilities * one_hot).sum(-1)
+    value = jnp.log(1e-6 + jnp.minimum(others, 0.999)) + jnp.log(1 + 1e-6 - jnp.maximum(predicted_share, 0.001))
     return jnp.where(counted, -value / 2, 0)
 
 
 @lru_cache(maxsize=16)
 def _step(model: Model, steps: int, train: bool) -> Callable:
-    """The perturbations of a batch and one step of θ, in the engine's form."""
+    """Return a step, in the engine's form, that perturbs a batch and then updates θ."""
 
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        hyper, original = shared["hyper"], shared["original"]
-        images, labels = to_float(shared["images"][split["index"]]), shared["labels"][split["index"]]
-        moved = shared_examples(model, model_of(state), original, images, labels, steps, hyper)
-        of_victim = [model.logits(original, x).argmax(-1) for x in (images, moved)]
-        fooled = (of_victim[1] != labels) & (of_victim[1] != of_victim[0])
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        hyper, original = constants["hyper"], constants["original"]
+        images, labels = to_float(constants["images"][batch["index"]]), constants["labels"][batch["index"]]
+        perturbed = shared_examples(model, variables_of(state), original, images, labels, steps, hyper)
+        victim_classes = [model.logits(original, x).argmax(-1) for x in (images, perturbed)]
+        fooled = (victim_classes[1] != labels) & (victim_classes[1] != victim_classes[0])
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state["batch_stats"]}
-            keys = jnp.concatenate([split["dropout"], split["augment"]]) if train else None
-            logits, _, stats = model.apply(variables, jnp.concatenate([images, moved]), train, keys, axis)
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.concatenate([labels, labels]))
-            clean, adversarial = each[: len(labels)].mean(), each[len(labels) :].mean()
-            shared_ = unlearning(logits[len(labels) :], of_victim[1], fooled).mean()
+            keys = jnp.concatenate([batch["dropout"], batch["augment"]]) if train else None
+            logits, _, stats = model.apply(variables, jnp.concatenate([images, perturbed]), train, keys, axis)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.concatenate([labels, labels]))
+            clean, adversarial = losses[: len(labels)].mean(), losses[len(labels) :].mean()
+            shared = unlearning_losses(logits[len(labels) :], victim_classes[1], fooled).mean()
             value = hyper["lambda_clean"] * clean + hyper["lambda_adversarial"] * adversarial
-            value += hyper["lambda_shared"] * shared_
-            alike = fooled & (logits[len(labels) :].argmax(-1) == of_victim[1])
-            found = {"clean_loss": clean, "shared_loss": shared_, "fooled": fooled.mean(), "shared": alike.mean()}
-            return value, (stats, {"loss": value, **found})
+            value += hyper["lambda_shared"] * shared
+            agree = fooled & (logits[len(labels) :].argmax(-1) == victim_classes[1])
+            metrics = {"clean_loss": clean, "shared_loss": shared, "fooled": fooled.mean(), "shared": agree.mean()}
+            return value, (stats, {"loss": value, **metrics})
 
         gradient, (stats, metrics) = jax.grad(loss, has_aux=True)(state["params"])
         gradient, metrics = parallel.average((gradient, metrics), axis)
-        return descend(state, gradient, stats, "amsgrad", whole["rate"]), metrics
+        return descend(state, gradient, stats, "amsgrad", per_step["rate"]), metrics
 
     return step
