@@ -5,7 +5,7 @@ from bdjax.cli import _large_pages
 
 def main() -> None:
     """Run one command in this process (:func:`bdjax.cli.main`)."""
-    _large_pages.ask()
+    _large_pages.restart_with_large_pages()
     from bdjax.cli import main as run  # noqa: PLC0415, after what may begin the process anew
 
     run()

@@ -152,7 +152,7 @@ def _bdjax_side(threads: int) -> tuple[str, Any]:
     import jax
 
     from bdjax.bench import workloads
-    from bdjax.cli._common import prepare_jax
+    from bdjax.cli._devices import prepare_jax
 
     prepare_jax()
 

@@ -65,9 +65,9 @@ def test_evaluate_measures_accuracy_alone_or_with_a_trigger(model, data, picture
     from bdjax import interop
     from bdjax.datasets import load
 
-    alone = answered(capsys, "evaluate", model, "--data", data)
+    alone = answered(capsys, "evaluate", model, "--dataset", data)
     assert alone["n_test"] == 20 and alone["asr"] is None and alone["asr_with_target"] is None
-    tried = answered(capsys, "evaluate", model, "--data", data, *picture, "--attack.target", "2")
+    tried = answered(capsys, "evaluate", model, "--dataset", data, *picture, "--attack.target", "2")
     assert tried["attack"] == "image_trigger" and tried["n_asr"] == 16 and tried["acc"] == alone["acc"]
     images, labels = load(data).x_test.copy(), load(data).y_test
     net = interop.model_of(checkpoint.read_manifest(model))
@@ -116,7 +116,7 @@ def test_without_a_trigger_no_rate_of_success_is_printed_or_stored(model, data, 
 
 
 def test_evaluate_says_what_the_data_are_and_that_the_accuracy_cannot_be(model, data, capsys):
-    out = bdjax(capsys, "evaluate", model, "--data", data)
+    out = bdjax(capsys, "evaluate", model, "--dataset", data)
     assert "asr              not measured: no trigger given" in out and "noise: 5 classes, images 24x24x3." in out
     assert "20 test images, 4 a class: 0 4, 1 4" in out and "warning: the clean accuracy is" in out
 
@@ -124,8 +124,9 @@ def test_evaluate_says_what_the_data_are_and_that_the_accuracy_cannot_be(model, 
 @pytest.mark.parametrize("command", ["import", "purify", "evaluate", "audit", "export"])
 def test_help_without_a_file_lists_all_flags(command, capsys):
     out = bdjax(capsys, command, "--help")
-    flags = {"import": "--input-mean --size --ignore --key --force", "purify": "--clean --held-out --input-mean "
-             "--defense.", "evaluate": "--data --json", "audit": "--methods --size", "export": "--format"}  # fmt: skip
+    flags = {"import": "--input-mean --size --ignore --key --force",
+             "purify": "--clean-data --held-out --input-mean --defense.",
+             "evaluate": "--dataset --json", "audit": "--methods --size", "export": "--format"}  # fmt: skip
     assert f"usage: bdjax {command} " in out and all(flag in out for flag in flags[command].split())
     assert bdjax(capsys, command, "-h") == out
 
@@ -270,13 +271,16 @@ def test_a_defense_has_its_own_place_by_what_it_is_measured_with(model, data, pi
         (["export", "nowhere", "--format", "torch", "--out", "m.pt"], ["nowhere"]),
         (["export", "nowhere", "--format", "torch", "--out", "m.safetensors"], [".pt or .pth"]),
         (["export", "nowhere", "--format", "onnx", "--out", "m.pt"], ["onnx"]),
-        (["evaluate", "MODEL"], ["imported", "--data"]),
-        (["evaluate", "MODEL", "--data", "digits"], ["(24, 24, 3)", "(32, 32, 1)"]),
-        (["evaluate", "MODEL", "--data", "DATA", "--attack"], ["--attack needs the name"]),
-        (["evaluate", "MODEL", "--data", "DATA", "--attack", "badnet"], ["'badnet'", "'badnets'"]),
-        (["evaluate", "MODEL", "--data", "DATA", "--attack", "badnets", "--attack.target", "7"], ["attack.target=7"]),
-        (["evaluate", "MODEL", "--data", "DATA", "--attack", "iad"], ["iad is learned", "image_trigger"]),
-        (["evaluate", "MODEL", "--data", "DATA", "--attack", "retuning"], ["retuning", "no trigger"]),
+        (["evaluate", "MODEL"], ["imported", "--dataset"]),
+        (["evaluate", "MODEL", "--dataset", "digits"], ["(24, 24, 3)", "(32, 32, 1)"]),
+        (["evaluate", "MODEL", "--dataset", "DATA", "--attack"], ["--attack needs the name"]),
+        (["evaluate", "MODEL", "--dataset", "DATA", "--attack", "badnet"], ["'badnet'", "'badnets'"]),
+        (
+            ["evaluate", "MODEL", "--dataset", "DATA", "--attack", "badnets", "--attack.target", "7"],
+            ["attack.target=7"],
+        ),
+        (["evaluate", "MODEL", "--dataset", "DATA", "--attack", "iad"], ["iad is learned", "image_trigger"]),
+        (["evaluate", "MODEL", "--dataset", "DATA", "--attack", "retuning"], ["retuning", "no trigger"]),
         (["defend", "MODEL", "ibau", "--out", "d"], ["imported", "--dataset"]),
         (["poisoned", "MODEL", "--out", "x.npz"], ["small_vgg_bgr.pt was imported"]),
         (["gallery", "MODEL", "--dataset", "DATA", "--out", "x.png"], ["small_vgg_bgr.pt was imported"]),

@@ -59,7 +59,7 @@ def test_the_file_is_a_data_set(square, blobs, tmp_path, capsys):
     assert_array_equal(data.x_train, images)
     assert_array_equal(data.y_train, labels)
     assert_array_equal(data.x_test, blobs[0][160:])
-    assert f"{'n_test':16s} 40" in bdjax(capsys, "evaluate", square, "--data", spec)
+    assert f"{'n_test':16s} 40" in bdjax(capsys, "evaluate", square, "--dataset", spec)
 
 
 def test_a_data_set_that_has_moved(square, blobs_npz, tmp_path, capsys):

@@ -134,11 +134,11 @@ def test_slurm_says_who_is_who(monkeypatch):
     """The variables of a task of `srun` are what jax reads; nothing is connected here."""
     asked = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: asked.append(given))
-    from bdjax.cli._common import join
-    from bdjax.cli._options import Cluster
+    from bdjax.cli._devices import join_cluster
+    from bdjax.cli._options import ClusterFlags
 
     monkeypatch.setattr(jax.config, "update", lambda *given: asked.append(given))
-    join(Cluster(slurm=True))
-    join(Cluster(coordinator="a:1", processes=2, process=1))
+    join_cluster(ClusterFlags(slurm=True))
+    join_cluster(ClusterFlags(coordinator="a:1", processes=2, process=1))
     gloo = ("jax_cpu_collectives_implementation", "gloo")
     assert asked == [gloo, (), gloo, ("a:1", 2, 1)]

@@ -282,7 +282,7 @@ def test_nothing_is_written_or_removed_through_a_link(tmp_path):
     ],
 )  # fmt: skip
 def test_controls_and_overrides_are_shown_as_their_numbers(name, shown, tmp_path, capsys):
-    from bdjax.cli._common import say
+    from bdjax.cli._output import say
     from bdjax.reports._html import el
 
     assert visible(name) == shown == visible(shown) and shown.isprintable()

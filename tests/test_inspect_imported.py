@@ -45,7 +45,7 @@ def test_what_does_not_belong_together_is_refused(models, finished, blobs_npz, c
     imported, purified = models
     out = ["--out", tmp_path / "in"]
     assert "Say by --attack which trigger" in refused(capsys, "inspect", *models, "--dataset", blobs_npz, *out)
-    assert "--data or --dataset" in refused(capsys, "inspect", *models, *TRIGGER, *out)
+    assert "--dataset" in refused(capsys, "inspect", *models, *TRIGGER, *out)
     asked = ["--dataset", blobs_npz, *TRIGGER, *out]
     assert "records its own attack" in refused(capsys, "inspect", imported, finished[0], *asked)
     assert "records its own attack" in refused(capsys, "inspect", finished[0], purified, *asked)

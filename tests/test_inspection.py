@@ -220,7 +220,16 @@ def test_a_missing_trigger_and_a_broken_model(places, tmp_path):
 
 
 def test_command_writes_table_picture_and_json(result, places, tmp_path, capsys):
-    argv = ["inspect", places["victim"], places["purified"], places["clean"], "--out", tmp_path / "a" / "b", "--json"]
+    argv = [
+        "inspect",
+        places["victim"],
+        places["purified"],
+        "--clean-model",
+        places["clean"],
+        "--out",
+        tmp_path / "a" / "b",
+        "--json",
+    ]
     lines = bdjax(capsys, *argv).splitlines()
     assert json.loads(lines[-1])["layers"] == json.loads(json.dumps(result["layers"]))
     assert json.loads((tmp_path / "a/b/inspection.json").read_text()) == json.loads(lines[-1])

@@ -25,14 +25,14 @@ MADVISE = "always [madvise] never"
     ],
 )
 def test_what_is_asked_for(given, mode, wanted):
-    assert _large_pages.wanted({} if given is None else {"GLIBC_TUNABLES": given}, mode) == wanted
+    assert _large_pages.large_page_tunables({} if given is None else {"GLIBC_TUNABLES": given}, mode) == wanted
 
 
 @pytest.fixture
 def begun(monkeypatch):
     """Processes that were begun in place of this one; the kernel waits to be asked."""
     found = []
-    monkeypatch.setattr(_large_pages, "_mode", lambda: MADVISE)
+    monkeypatch.setattr(_large_pages, "_kernel_mode", lambda: MADVISE)
     monkeypatch.setattr(os, "execve", lambda *given: found.append(given))
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "bdjax", "list", "a b"])
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
@@ -43,7 +43,7 @@ def begun(monkeypatch):
 def test_the_same_command_begins_anew(begun, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", [name, "list", "a b"])
     monkeypatch.setenv("KEPT", "as it was")
-    _large_pages.ask()
+    _large_pages.restart_with_large_pages()
     ((program, arguments, environ),) = begun
     assert (program, arguments) == (sys.executable, [sys.executable, "-X", "dev", "-m", "bdjax", "list", "a b"])
     assert environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1" and environ["KEPT"] == "as it was"
@@ -52,14 +52,14 @@ def test_the_same_command_begins_anew(begun, monkeypatch, name):
 @pytest.mark.parametrize("name", ["/usr/bin/ipython", "notebook.py", "-c"])
 def test_another_program_goes_on(begun, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", [name])
-    _large_pages.ask()
+    _large_pages.restart_with_large_pages()
     assert begun == []
 
 
 def test_once(begun, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bdjax"])
-    monkeypatch.setenv("GLIBC_TUNABLES", _large_pages.wanted({}, MADVISE))
-    _large_pages.ask()
+    monkeypatch.setenv("GLIBC_TUNABLES", _large_pages.large_page_tunables({}, MADVISE))
+    _large_pages.restart_with_large_pages()
     assert begun == []
 
 

@@ -43,7 +43,7 @@ def clean(blobs, tmp_path_factory):
 def cleaned(file, clean, tmp_path_factory):
     """(what the command said, OUT, its result)."""
     out = tmp_path_factory.mktemp("purify") / "out"
-    cli.main(["purify", str(file), *CNN, "--clean", clean, *QUICK, "--out", str(out)])
+    cli.main(["purify", str(file), *CNN, "--clean-data", clean, *QUICK, "--out", str(out)])
     return out, json.loads((out / "result.json").read_text())
 
 
@@ -128,7 +128,7 @@ def test_the_table_of_a_directory_has_its_run(cleaned, capsys):
 def test_the_same_call_again_finds_it_and_another_one_is_refused(cleaned, file, clean, capsys, monkeypatch):
     out, result = cleaned
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    argv = ["purify", file, *CNN, "--clean", clean, *QUICK, "--out", out]
+    argv = ["purify", file, *CNN, "--clean-data", clean, *QUICK, "--out", out]
     said = bdjax(capsys, *argv, "--json")
     assert "finished before" in said and json.loads(said.splitlines()[-1]) == result
     assert "another input or other settings" in refused(capsys, *argv, "--seed", "1")
@@ -143,7 +143,7 @@ def test_a_report_that_was_left_away_is_made_by_a_second_call(cleaned, file, cle
     out, _ = cleaned
     report = (out / "report.html").read_bytes()
     (out / "report.html").unlink()
-    argv = ["purify", file, *CNN, "--clean", clean, *QUICK, "--out", out]
+    argv = ["purify", file, *CNN, "--clean-data", clean, *QUICK, "--out", out]
     bdjax(capsys, *argv, "--no-report")
     assert not (out / "report.html").exists()
     bdjax(capsys, *argv)
@@ -157,7 +157,7 @@ def test_an_interrupted_one_goes_on(cleaned, file, clean, capsys, tmp_path):
     for name in ("result.json", "report.html", "audit.json", "purified.pth"):
         (half / name).unlink()
     shutil.rmtree(half / "purified")
-    bdjax(capsys, "purify", file, *CNN, "--clean", clean, *QUICK, "--out", half)
+    bdjax(capsys, "purify", file, *CNN, "--clean-data", clean, *QUICK, "--out", half)
     again = json.loads((half / "result.json").read_text())
     for name in ("accuracy", "changed", "config_hash", "by_class", "split"):
         assert again[name] == result[name]
@@ -180,7 +180,7 @@ def test_an_imported_directory_keeps_its_format(finished, blobs_npz, capsys, tmp
     weights = tmp_path / "v.safetensors"
     bdjax(capsys, "export", finished[0] / "victim", "--format", "safetensors", "--out", weights)
     bdjax(capsys, "import", weights, *CNN, "--out", tmp_path / "m")
-    bdjax(capsys, "purify", tmp_path / "m", "--clean", blobs_npz, *QUICK, "--images", "test", "--held-out", "12",
+    bdjax(capsys, "purify", tmp_path / "m", "--clean-data", blobs_npz, *QUICK, "--images", "test", "--held-out", "12",
           "--out", tmp_path / "o", "--no-report")  # fmt: skip
     result = json.loads((tmp_path / "o" / "result.json").read_text())
     assert (result["n_defender"], result["n_held_out"]) == (28, 12) and not (tmp_path / "o" / "report.html").exists()
@@ -192,7 +192,7 @@ def test_a_backdoorbench_result_says_its_model_itself(capsys, tmp_path):
     rng, labels = np.random.default_rng(0), np.arange(20, dtype=np.int32) % 5
     images = rng.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
     np.savez(tmp_path / "d.npz", x_train=images[:10], y_train=labels[:10], x_test=images[10:], y_test=labels[10:])
-    argv = ["purify", FIXTURES / "attack_result.pt", "--clean", f"npz:{tmp_path / 'd.npz'}", *QUICK]
+    argv = ["purify", FIXTURES / "attack_result.pt", "--clean-data", f"npz:{tmp_path / 'd.npz'}", *QUICK]
     argv[argv.index("age,targeted_unlearning,universal")] = "age"
     bdjax(capsys, *argv, "--out", tmp_path / "o")
     result = json.loads((tmp_path / "o" / "result.json").read_text())

@@ -25,12 +25,12 @@ def test_class_names_of_the_file_order_the_data_up_to_the_cleaned_model(finished
     arrays = {"original": checkpoint.read_arrays(tmp_path / "plain", "original")}
     checkpoint.write_model(tmp_path / "named", {**manifest, "classes": names.tolist()}, variables, arrays)
     spec = f"npz:{tmp_path}/mine.npz"
-    alone = json.loads(bdjax(capsys, "evaluate", tmp_path / "named", "--data", spec, "--json").splitlines()[-1])
+    alone = json.loads(bdjax(capsys, "evaluate", tmp_path / "named", "--dataset", spec, "--json").splitlines()[-1])
     assert alone["acc"] > 0.8 and "brought to the order" in " ".join(alone["data"]) and not alone["warnings"]
-    wrong = json.loads(bdjax(capsys, "evaluate", tmp_path / "plain", "--data", spec, "--json").splitlines()[-1])
+    wrong = json.loads(bdjax(capsys, "evaluate", tmp_path / "plain", "--dataset", spec, "--json").splitlines()[-1])
     assert wrong["acc"] < 0.3 and "classes in another order it would be" in wrong["warnings"][0]
     out = tmp_path / "out"
-    said = bdjax(capsys, "purify", tmp_path / "named", "--clean", spec, *QUICK, "--out", out)
+    said = bdjax(capsys, "purify", tmp_path / "named", "--clean-data", spec, *QUICK, "--out", out)
     assert "attack success rate: not measured: no trigger given" in said and "brought to the order" in said
     result = json.loads((out / "result.json").read_text())
     assert result["classes"] == names.tolist() and result["accuracy"]["before"]["rate"] > 0.8 and result["asr"] is None
@@ -51,5 +51,5 @@ def test_a_path_that_no_report_could_name_is_refused_first(capsys, tmp_path):
 
     file = tmp_path / os.fsdecode(b"net\xff.pt")
     file.write_bytes(b"")
-    assert "is not UTF-8" in refused(capsys, "purify", file, "--clean", "digits", "--out", tmp_path / "o")
+    assert "is not UTF-8" in refused(capsys, "purify", file, "--clean-data", "digits", "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists()

@@ -8,7 +8,7 @@ from commands import refused
 
 FIXTURE = Path(__file__).parent / "fixtures" / "torch" / "small_vgg_bgr.pt"
 VGG = ["--model", "small_vgg"]
-FITS = ["FIXTURE", *VGG, "--clean", "FITS"]
+FITS = ["FIXTURE", *VGG, "--clean-data", "FITS"]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,15 @@ def data(blobs, tmp_path_factory):
     ("argv", "words"),
     [
         ([], ["usage: bdjax purify FILE|DIR"]),
-        (["nowhere.pt", *VGG, "--clean", "FITS"], ["nowhere.pt does not exist", "weight file"]),
-        (["FIXTURE", "--clean", "FITS"], ["does not say which model", "--model"]),
-        (["FIXTURE", *VGG], ["no data set of its own", "--clean"]),
-        (["FIXTURE", *VGG, "--clean", "npz:gone.npz"], ["gone.npz does not exist"]),
-        (["FIXTURE", *VGG, "--clean", "SMALL"], ["(24, 24, 3)", "(8, 8, 1)", "small"]),
-        (["FIXTURE", *VGG, "--clean", "FEW"], ["few has 19 clean images", "20", "10 to clean with"]),
-        (["FIXTURE", *VGG, "--clean", "SMALL", "--images", "test"], ["10 clean images", "takes all 100"]),
-        (["FIXTURE", *VGG, "--clean", "ONE"], ["100 clean images of 1 classes"]),
-        (["FIXTURE", *VGG, "--clean", "SMALL", "--held-out", "95"], ["from 10 to 90", "got 95"]),
+        (["nowhere.pt", *VGG, "--clean-data", "FITS"], ["nowhere.pt does not exist", "weight file"]),
+        (["FIXTURE", "--clean-data", "FITS"], ["does not say which model", "--model"]),
+        (["FIXTURE", *VGG], ["no data set of its own", "--clean-data"]),
+        (["FIXTURE", *VGG, "--clean-data", "npz:gone.npz"], ["gone.npz does not exist"]),
+        (["FIXTURE", *VGG, "--clean-data", "SMALL"], ["(24, 24, 3)", "(8, 8, 1)", "small"]),
+        (["FIXTURE", *VGG, "--clean-data", "FEW"], ["few has 19 clean images", "20", "10 to clean with"]),
+        (["FIXTURE", *VGG, "--clean-data", "SMALL", "--images", "test"], ["10 clean images", "takes all 100"]),
+        (["FIXTURE", *VGG, "--clean-data", "ONE"], ["100 clean images of 1 classes"]),
+        (["FIXTURE", *VGG, "--clean-data", "SMALL", "--held-out", "95"], ["from 10 to 90", "got 95"]),
         ([*FITS, "--defense", "ibu"], ["true trigger", "ibau", "finetune"]),
         (
             [*FITS, "--defense", "age", "--defense.backdoor-knowledge"],
@@ -54,8 +54,8 @@ def data(blobs, tmp_path_factory):
         ([*FITS, "--input-std", "0"], ["--input-std must be positive"]),
         (["VICTIM", "--model", "small_vgg"], ["--model small_vgg", "holds a cnn"]),
         (["VICTIM", "--input-mean", "0.5"], ["cannot be changed here", "input"]),
-        (["VICTIM", "--clean", "SMALL"], ["not the data set that", "fingerprint"]),
-        (["DATA", "--clean", "FITS"], ["manifest.json is missing"]),
+        (["VICTIM", "--clean-data", "SMALL"], ["not the data set that", "fingerprint"]),
+        (["DATA", "--clean-data", "FITS"], ["manifest.json is missing"]),
     ],
     ids=lambda value: " ".join(str(part) for part in value)[-60:].replace("/", "_"),
 )  # fmt: skip
@@ -71,7 +71,7 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(argv, words, data, finis
 
 
 def test_what_stands_in_out_is_left_alone(data, capsys, tmp_path):
-    argv = ["purify", FIXTURE, *VGG, "--clean", data["fits"], "--out", tmp_path / "o"]
+    argv = ["purify", FIXTURE, *VGG, "--clean-data", data["fits"], "--out", tmp_path / "o"]
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "thesis.txt").write_text("mine")
     assert "is not empty and holds no bdjax run" in refused(capsys, *argv)
@@ -82,6 +82,6 @@ def test_what_stands_in_out_is_left_alone(data, capsys, tmp_path):
 
 def test_another_run_is_left_alone(finished, data, capsys):
     before = {path: path.read_bytes() for path in finished[0].rglob("*") if path.is_file()}
-    said = refused(capsys, "purify", FIXTURE, *VGG, "--clean", data["fits"], "--out", finished[0])
+    said = refused(capsys, "purify", FIXTURE, *VGG, "--clean-data", data["fits"], "--out", finished[0])
     assert "another configuration" in said
     assert {path: path.read_bytes() for path in finished[0].rglob("*") if path.is_file()} == before

@@ -224,9 +224,9 @@ def test_the_command_attacks_again_and_prints_both_lines(planted, tmp_path, caps
 
     out = tmp_path / "again"
     cli.main([
-        "reactivate", str(planted / "badnets"), "query_reactivation", "--clean", str(planted / "clean"), "--devices",
-        "1", "--attack.count", "20", "--attack.hidden", "8", "--attack.epochs", "1", "--retuning.share", "0.25",
-        "--out", str(out), "--json",
+        "reactivate", str(planted / "badnets"), "query_reactivation", "--clean-model", str(planted / "clean"),
+        "--devices", "1", "--attack.count", "20", "--attack.hidden", "8", "--attack.epochs", "1", "--retuning.share",
+        "0.25", "--out", str(out), "--json",
     ])  # fmt: skip
     said = capsys.readouterr().out.splitlines()
     found = json.loads(said[-1])

@@ -64,7 +64,7 @@ def test_out_of_another_configuration_or_of_something_else(finished, blobs_npz, 
     assert "another configuration" in refused(capsys, *argv, out)
     (tmp_path / "letters.txt").write_text("dear")
     assert "not empty" in refused(capsys, *argv, tmp_path)
-    assert "left alone" in refused(capsys, *argv, tmp_path, "--force")
+    assert "was not deleted" in refused(capsys, *argv, tmp_path, "--force")
     assert (tmp_path / "letters.txt").read_text() == "dear"
 
 
@@ -103,6 +103,6 @@ def test_a_device_that_is_not_there_is_named_in_one_line(command, asked, tmp_pat
     argv = [sys.executable, "-m", "bdjax", *command.split()]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"bdjax: JAX_PLATFORMS={asked} asks for a device")
+    assert done.stderr.startswith(f"bdjax: JAX_PLATFORMS={asked} names a device")
     assert "Set JAX_PLATFORMS=cpu" in done.stderr and done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == ["m"]

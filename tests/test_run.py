@@ -108,7 +108,7 @@ def test_evaluate_gives_the_numbers_of_the_run(finished, blobs_npz, capsys):
     assert {k: clean[k] for k in ("acc", "asr")} == {k: result["after"][k] for k in ("acc", "asr")}
     whole = json.loads(bdjax(capsys, "evaluate", out / "victim", "--json").splitlines()[-1])
     assert whole["n_test"] == 40  # a victim has no defender yet: the whole test set counts
-    other = json.loads(bdjax(capsys, "evaluate", out / "victim", "--data", blobs_npz, "--json").splitlines()[-1])
+    other = json.loads(bdjax(capsys, "evaluate", out / "victim", "--dataset", blobs_npz, "--json").splitlines()[-1])
     assert other["acc"] == whole["acc"]
 
 

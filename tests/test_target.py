@@ -15,12 +15,12 @@ FLAGS = ["--attack.target", "1", "--attack.ratio", "0.2", *FAST]
 
 @pytest.fixture(scope="module")
 def seen(blobs_npz, tmp_path_factory):
-    """`bdjax run badnets age --clean`: (the directory of results, the run's own, its result)."""
+    """`bdjax run badnets age --with-clean-model`: (the directory of results, the run's own, its result)."""
     from bdjax import cli
 
     root = tmp_path_factory.mktemp("target")
     argv = ["run", "badnets", "age", "--dataset", blobs_npz, *FLAGS, "--root", str(root), "--defense.repair"]
-    cli.main([*argv, "--clean"])
+    cli.main([*argv, "--with-clean-model"])
     (path,) = root.glob("*/result.json")
     return root, path.parent, json.loads(path.read_text())
 
@@ -81,7 +81,7 @@ def test_a_clean_model_beside_the_victim_is_found_and_completes_a_finished_resul
     assert first["score"] is None and first["clean"] is None and "SCORE" not in table.one(first)
     bdjax(capsys, "train", "clean", "--dataset", blobs_npz, *FAST, "--root", tmp_path)
     assert json.loads(bdjax(capsys, *argv, "--json").splitlines()[-1]) == first  # as it was
-    completed = json.loads(bdjax(capsys, *argv, "--clean", "--json").splitlines()[-1])
+    completed = json.loads(bdjax(capsys, *argv, "--with-clean-model", "--json").splitlines()[-1])
     assert completed["clean"] is not None and {k: completed[k] for k in first if k not in ("clean", "score")} == {
         k: first[k] for k in first if k not in ("clean", "score")
     }
@@ -92,7 +92,7 @@ def test_a_clean_model_beside_the_victim_is_found_and_completes_a_finished_resul
 
 def test_a_poisoned_model_is_no_clean_one(seen, capsys, tmp_path):
     (victim,) = [p.parent for p in seen[0].glob("victims/*/poison.npz")]
-    message = refused(capsys, "defend", victim, "age", "--clean", victim, "--out", tmp_path / "d")
+    message = refused(capsys, "defend", victim, "age", "--clean-model", victim, "--out", tmp_path / "d")
     assert "holds no clean model" in message and not (tmp_path / "d").exists()
 
 

@@ -1,9 +1,10 @@
-"""One workload of `bdjax bench` in a process of its own (not for people)."""
+"""Measure one workload of `bdjax bench` in its own process; started by `bdjax bench`, not by users."""
 
 import json
 import os
 
-from bdjax.cli._common import prepare_jax, say
+from bdjax.cli._devices import prepare_jax
+from bdjax.cli._output import say
 
 ORDER = 111
 USAGE = ""
@@ -11,13 +12,13 @@ SUMMARY = ""
 
 
 def main(argv: list[str]) -> None:
-    """measure NAME SUITE REPEATS small|full (0 repeats: only the call that compiles), or first-step."""
+    """Run `measure NAME SUITE REPEATS small|full` (REPEATS 0: only the call that compiles) or `first-step`."""
     prepare_jax()
     from bdjax.bench import _measure
 
     if argv[0] == "first-step":
         _measure.first_step(say)
-        os._exit(0)  # tearing down is no part of a start
+        os._exit(0)  # the time to shut down is not part of a start
     name, suite, repeats, size = argv[1:]
     if int(repeats):
         row = _measure.measure(name, suite, int(repeats), size == "small")

@@ -1,8 +1,8 @@
-"""One cell of a sweep in a process of its own (what `sweep` starts; not for people)."""
+"""Run one cell of a sweep in its own process; started by `bdjax sweep`, not by users."""
 
 from pathlib import Path
 
-from bdjax.cli._common import prepare_jax
+from bdjax.cli._devices import prepare_jax
 
 ORDER = 110
 USAGE = ""
@@ -10,7 +10,7 @@ SUMMARY = ""
 
 
 def main(argv: list[str]) -> None:
-    """FILE INDEX SEED OUT DEVICES."""
+    """Run the cell given by FILE INDEX SEED OUT DEVICES."""
     from bdjax.pipelines import sweep
 
     file, index, seed, out, devices = argv

@@ -1,9 +1,9 @@
-"""Large pages of memory for the arrays of a CPU: what the C library must be told before a process begins.
+"""Large memory pages for the arrays of a CPU, which the C library must be told of before a process starts.
 
-XLA takes fresh memory for every program that it runs, hundreds of megabytes for a training step, and Linux hands it
-out in pages of 4 KiB, each with a fault of its own. glibc (2.35 on) asks for pages of 2 MiB where GLIBC_TUNABLES says
-so and the kernel's transparent huge pages wait to be asked ("madvise", what most distributions choose). A training step
-of `small_vgg` takes 0.82 of its time then (docs/performance.md).
+XLA allocates fresh memory for every program that it runs, hundreds of megabytes for a training step, and Linux provides
+it in pages of 4 KiB, with a page fault for each. glibc (from 2.35) requests pages of 2 MiB where GLIBC_TUNABLES says so
+and the kernel's transparent huge pages are in the mode "madvise", the default of most distributions. A training step of
+`small_vgg` then takes 0.82 of its time (docs/performance.md).
 """
 
 import os
@@ -12,32 +12,39 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TUNABLE = "glibc.malloc.hugetlb"
-"""1 asks for large pages, 0 does not."""
+"""Setting of glibc: 1 requests large pages, 0 does not."""
 
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def ask() -> None:
-    """Begin this process anew with large pages, if nobody has decided on them and they are to be had.
+def restart_with_large_pages() -> None:
+    """Restart this process with large pages, if they are available and GLIBC_TUNABLES does not decide about them.
 
-    For a command's own process, before anything heavy is imported. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 forbids it.
+    For a command's own process, before anything heavy is imported. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 prevents it.
     """
-    if (tunables := wanted(os.environ, _mode())) and Path(sys.argv[0]).name in ("bdjax", "__main__.py"):
+    tunables = large_page_tunables(os.environ, _kernel_mode())
+    if tunables and Path(sys.argv[0]).name in ("bdjax", "__main__.py"):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": tunables})
 
 
-def wanted(environ: Mapping[str, str], mode: str) -> str | None:
-    """GLIBC_TUNABLES with large pages, or None if it says something of them or they don't wait to be asked.
+def large_page_tunables(environ: Mapping[str, str], mode: str) -> str | None:
+    """Return the value of GLIBC_TUNABLES that requests large pages.
 
-    mode: of the kernel, as `always [madvise] never`; "" where there is none.
+    Args:
+      environ: environment variables.
+      mode: the kernel's mode of transparent huge pages, such as `always [madvise] never`; "" where there is none.
+
+    Returns:
+      The value, or None if GLIBC_TUNABLES decides about large pages already or the mode is not madvise.
     """
-    given = environ.get("GLIBC_TUNABLES", "")
-    if TUNABLE in given or "[madvise]" not in mode:
+    tunables = environ.get("GLIBC_TUNABLES", "")
+    if TUNABLE in tunables or "[madvise]" not in mode:
         return None
-    return f"{given}:{TUNABLE}=1".lstrip(":")
+    return f"{tunables}:{TUNABLE}=1".lstrip(":")
 
 
-def _mode() -> str:
+def _kernel_mode() -> str:
+    """The kernel's mode of transparent huge pages; "" where there is none."""
     try:
         return _KERNEL.read_text()
     except OSError:

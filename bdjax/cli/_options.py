@@ -1,112 +1,115 @@
-"""The flags that several commands take, as dataclasses for tyro, and how lists in flags are read. Imports no jax."""
+"""Dataclasses of the flags that several commands share; tyro makes the command line from them. Imports no jax."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-"""What stands in the place of an attack success rate where images got no trigger."""
-
 
 @dataclass
-class Common:
-    """What every command takes."""
+class CommonFlags:
+    """Flags of every command."""
 
     json: bool = False
-    """Make the last line of stdout the result, as one JSON object."""
+    """Print the result as one JSON object on the last line of stdout."""
     code: str = ""
-    """Paths of .py files of your own, with commas between, that a directory's records name; they are executed. Without
-    it nothing that a directory names is."""
+    """Comma-separated paths of user-defined .py files that a model directory or result names; they are executed.
+    Without this flag, no code that a directory names is executed."""
 
 
 @dataclass
-class Device(Common):
-    """What a computing command takes."""
+class DeviceFlags(CommonFlags):
+    """Flags of a command that computes."""
 
     devices: int = 0
-    """Local devices to compute on; 0: all of them."""
+    """Number of local devices to compute on; 0: all."""
 
 
 @dataclass
-class Traced(Device):
-    """What a command takes whose time is worth looking into."""
+class ProfileFlags(DeviceFlags):
+    """Flags of a command that can be profiled."""
 
     profile: Path | None = None
-    """Write a trace of what the devices do into that directory, for xprof or ui.perfetto.dev."""
+    """Directory for a profiler trace of the devices, which xprof and ui.perfetto.dev open."""
 
 
 @dataclass
-class Cluster(Traced):
-    """Several processes, on one machine or many, that train one model together: the same command in each."""
+class ClusterFlags(ProfileFlags):
+    """Flags of several processes, on one machine or many, that train one model together; each runs the same command."""
 
     coordinator: str = ""
-    """HOST:PORT of the first process, which the others reach; needs --processes and --process."""
+    """HOST:PORT of process 0, which the other processes connect to; needs --processes and --process."""
     processes: int = 0
-    """How many there are."""
+    """Number of processes that train together."""
     process: int = -1
-    """Which of them this is, from 0; the first one writes the results, into a directory that all can read."""
+    """Index of this process, from 0. Process 0 writes the results, into a directory that all processes can read."""
     slurm: bool = False
-    """Take the three from Slurm: `srun bdjax ... --slurm`, one task a process."""
+    """Read coordinator, processes and process from Slurm: `srun bdjax ... --slurm`, one task per process."""
 
 
 @dataclass
-class OutputFlags(Cluster):
-    """Where a command writes."""
+class OutputFlags(ClusterFlags):
+    """Flags of a command that writes a run or a victim."""
 
     root: Path = Path("runs")
-    """Results go to ROOT/HASH and victims to ROOT/victims/HASH, by the content of their configuration."""
+    """Results go to ROOT/HASH and victims to ROOT/victims/HASH, with the hash of their configuration."""
     out: Path | None = None
-    """Put this one there instead."""
+    """Write the result to this directory instead."""
     force: bool = False
-    """Remove an earlier bdjax run that stands there, and run again."""
+    """Delete an earlier bdjax result in that directory and run again."""
 
 
 @dataclass
-class Plant(OutputFlags):
-    """What is attacked."""
+class TrainingFlags(OutputFlags):
+    """Flags of a command that trains a victim."""
 
     dataset: str = "digits"
-    """digits, npz:PATH, folder:PATH or tfds:NAME."""
+    """Data set: digits, npz:PATH, folder:PATH or tfds:NAME."""
     model: str = "cnn"
-    """Name of the classifier; see `bdjax list models`."""
+    """Name of the classifier; `bdjax list models` lists them."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of all random numbers."""
 
 
 @dataclass(kw_only=True)
-class Foreign:
-    """What a weight file does not always say of itself."""
+class WeightFileFlags:
+    """Flags that describe a weight file of PyTorch: its architecture and the preprocessing of its images."""
 
     model: str | None = None
-    """What the file is of (`bdjax list models`); BackdoorBench's results say it themselves."""
+    """Architecture of the network (`bdjax list models`); default: the one that the file names, as BackdoorBench's files
+    do."""
     classes: int | None = None
-    """How many; default what the file says, else the outputs of its last layer."""
+    """Number of classes; default: as stated in the file, else the number of outputs of the last layer."""
     size: str = ""
-    """Of the images in pixels, 32 or 32,48 (height, width); default what the file or its weights tell, else the
-    model's usual: 32 for those of CIFAR, 224 for torchvision's."""
+    """Image size in pixels, 32 or 32,48 (height,width); default: as stated in the file or implied by its weights, else
+    the model's usual size, 32 for CIFAR models and 224 for torchvision's."""
     input_mean: str = ""
-    """What the owner subtracted from images in [0, 1], by channel: 0.4914,0.4822,0.4465. BackdoorBench's own are known
-    where a result names its data set."""
+    """Mean that was subtracted from images in [0, 1], by channel: 0.4914,0.4822,0.4465. Default: none; for a file of
+    BackdoorBench that names its data set, BackdoorBench's values."""
     input_std: str = ""
-    """What the owner divided by afterwards. A network that was given 0 to 255 has 0.00392156862745098."""
+    """Standard deviation that images were divided by after the mean was subtracted, by channel. For a network trained
+    on pixel values from 0 to 255: 0.00392156862745098."""
     channels: Literal["rgb", "bgr"] = "rgb"
-    """Which channel the network was given first."""
+    """Order of the colour channels that the network was trained with."""
     layout: Literal["chw", "hwc", "cwh", "whc"] = "chw"
-    """How the owner's images lay: the last two exchange height and width."""
+    """Order of the axes of the images that the network was trained with; cwh and whc exchange height and width."""
     resize: int = 0
-    """Side in pixels that the network enlarges or reduces images to before all else; 0: it does not."""
+    """Side in pixels to which images are resized before the network; 0: no resizing."""
     key: str | None = None
-    """Which dictionary of the file holds the weights, where several fit: of a file with averaged weights, those or the
+    """Key of the weights in the file's dictionary, where several entries fit, such as averaged weights (EMA) beside the
     others."""
     ignore: str = ""
-    """Tensors that the model need not have, with commas between: whole names, their ends or beginnings (neuron_mask),
-    or with * and ?. A weight that torch.nn.utils.prune split is multiplied by its mask where weight_mask is ignored."""
+    """Comma-separated tensors of the file to leave out: names, ends or beginnings of names (neuron_mask), or patterns
+    with * and ?. If weight_mask is ignored, weights split by torch.nn.utils.prune are multiplied by their masks."""
     stem: Literal["", "plain", "max", "stride2", "stride2-max"] = ""
-    """Of a residual network, which no file tells: the stride of the first convolution (1 unless it says 2), and whether
-    3x3 max-pooling follows; default plain for a 3x3 convolution and stride2-max for a 7x7 one."""
+    """Stem of a residual network, which weight files do not record: the stride of the first convolution (1 unless
+    stride2) and whether 3x3 max-pooling follows (max); default: plain for a 3x3 convolution, stride2-max for a 7x7
+    one."""
     pool: str = ""
-    """What stands before the last layer, which no file tells: global (one mean over all places) or the side of the
-    squares that are averaged, such as 4; of a network for MNIST mean or max. Default global, and mean."""
+    """Pooling before the last layer, which weight files do not record: global (mean over all positions) or the side of
+    the averaged squares, such as 4; of an MNIST network: mean or max. Default: global; mean for an MNIST network."""
     transform_input: bool = False
-    """GoogLeNet brings its input from ImageNet's mean and std to 0.5, as torchvision's pretrained one does."""
+    """GoogLeNet: convert images normalised with ImageNet's mean and std to mean and std 0.5 inside the network, as
+    torchvision's pretrained model does."""
     network: str = ""
-    """Other options of the network that import lists as assumed: heads=6 or padding=same,epsilon=3."""
+    """Other network options, which `bdjax import` lists as assumed, as comma-separated NAME=VALUE pairs: heads=6 or
+    padding=same,epsilon=3."""

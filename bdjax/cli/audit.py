@@ -1,47 +1,49 @@
-"""`bdjax audit`: is there a backdoor in a model, and towards which class?"""
+"""`bdjax audit`: detect a backdoor in a model and its target class."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdjax.cli._common import first, parse, ready, remarks, say
-from bdjax.cli._options import Device
+from bdjax.cli._devices import run_context
+from bdjax.cli._options import DeviceFlags
+from bdjax.cli._output import print_remarks, say
+from bdjax.cli._parsing import first_argument, parse_flags
 from bdjax.text import parse_names
 
 ORDER = 41
-USAGE = "DIR [--clean DATA] [--methods A,B] [--size N] [--seed S] [--out DIR]"
-SUMMARY = "is there a backdoor in the model in DIR, and towards which class?"
+USAGE = "DIR [--clean-data D] [--methods A,B] [--size N] [--seed S] [--out DIR]"
+SUMMARY = "detect a backdoor in the model in DIR, and its target class"
 
 
 @dataclass
-class Flags(Device):
+class Flags(DeviceFlags):
     """Flags of `bdjax audit`."""
 
-    clean: str | None = None
-    """Clean images, labelled: digits, npz:PATH, folder:PATH or tfds:NAME; its test split is used. Default the data set
-    that the model was trained on; an imported model needs one."""
+    clean_data: str | None = None
+    """Data set of labelled clean images: digits, npz:PATH, folder:PATH or tfds:NAME; the test split is used. Default:
+    the data set that the model was trained on. Required for an imported model."""
     methods: str = ""
-    """Names with commas between; default all defenses that audit, but baeraser, which takes minutes on a CPU."""
+    """Comma-separated names of detectors; default: all but baeraser, which takes minutes on a CPU."""
     size: int | None = None
-    """Clean images to use; default 1,000, or all if there are fewer."""
+    """Number of clean images to use; default: 1,000, or all if there are fewer."""
     seed: int = 0
-    """Draws the images, and the methods' random numbers."""
+    """Seed of the choice of images and of the methods' random numbers."""
     out: Path | None = None
-    """Directory of audit.json and audit.png; those that stand there are replaced. Default DIR-audit."""
+    """Directory of audit.json and audit.png, where existing ones are replaced; default: DIR-audit."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    directory = Path(first("audit", argv))
-    options = parse("audit", (str(directory),), argv[1:], Flags)
+    """Run the command with the arguments that follow its name."""
+    directory = Path(first_argument("audit", argv))
+    options = parse_flags("audit", (str(directory),), argv[1:], Flags)
     from bdjax.io import checkpoint
     from bdjax.pipelines import audit
     from bdjax.reports import audit as report
 
-    with ready(options) as context:
+    with run_context(options) as context:
         result, arrays = audit.audit(
             directory,
-            options.clean,
+            options.clean_data,
             parse_names(options.methods),
             size=options.size,
             seed=options.seed,
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> None:
         checkpoint.write_text(out / "audit.json", json.dumps(result, indent=1) + "\n")
         report.draw(result, arrays, out / "audit.png")
     say(report.table(result))
-    remarks(result)
+    print_remarks(result)
     say(f"evidence: {out / 'audit.json'}, {out / 'audit.png'}")
     if options.json:
         say(json.dumps(result))

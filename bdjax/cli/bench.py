@@ -1,52 +1,54 @@
-"""`bdjax bench`: how fast this machine runs what the library does."""
+"""`bdjax bench`: measure how fast the library runs on this machine."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bdjax.cli._common import check_file, parse, say
-from bdjax.cli._options import Common
+from bdjax.cli._options import CommonFlags
+from bdjax.cli._output import say
+from bdjax.cli._parsing import parse_flags
+from bdjax.cli._paths import check_output_file
 
 ORDER = 65
 USAGE = "[--suite cpu|gpu] [--only A,B] [--repeats N] [--small] [--no-cold] [--markdown] [--out FILE.json]"
-SUMMARY = "images a second, share of the machine's peak, memory and compile time of each workload"
+SUMMARY = "measure images per second, share of peak, memory and compile time of each workload"
 
 
 @dataclass
-class Flags(Common):
+class Flags(CommonFlags):
     """Flags of `bdjax bench`."""
 
     suite: Literal["cpu", "gpu"] = "cpu"
-    """Sizes that fit a CPU or an accelerator; the shapes are CIFAR-10's."""
+    """Batch and data sizes for a CPU or for an accelerator; images have CIFAR-10's shape."""
     only: str = ""
-    """Names with commas between; * stands for anything: train/small_vgg/*,age. Default all."""
+    """Comma-separated names of workloads, where * matches any text: train/small_vgg/*,age; default: all."""
     repeats: int = 5
-    """Timed runs of each, after one that compiles."""
+    """Number of timed runs of each workload, after one that compiles."""
     small: bool = False
-    """Tiny sizes, to see that everything runs; the numbers mean nothing."""
+    """Use tiny sizes to check that everything runs; the numbers are meaningless."""
     markdown: bool = False
-    """End with the table as Markdown."""
+    """Print the table as Markdown at the end."""
     cold: bool = True
-    """Compile with an empty cache, then again with the filled one; else once, with the cache that there is."""
+    """Measure compilation with an empty and with a filled cache; --no-cold: once, with the present cache."""
     limit: float = 1800.0
-    """Seconds after which a workload is given up."""
+    """Time limit of each workload in seconds."""
     out: Path | None = None
-    """A .json file for the numbers; written anew after each workload."""
+    """File of the numbers, whose name ends in .json; updated after each workload."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    options = parse("bench", (), argv, Flags)
+    """Run the command with the arguments that follow its name."""
+    options = parse_flags("bench", (), argv, Flags)
     if options.out:
-        check_file(options.out, ".json", ".json")
+        check_output_file(options.out, ".json", ".json")
     from bdjax import bench
     from bdjax.reports import bench as report
 
-    bench.chosen(options.only)  # a name that matches nothing is refused before the heading
+    bench.chosen(options.only)  # raises for a name that matches nothing, before the heading is printed
     rows: list[dict] = []
 
-    def told(row: dict) -> None:
+    def record_row(row: dict) -> None:
         rows.append(row)
         say(report.line(row))
         if options.out:
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> None:
         small=options.small,
         limit=options.limit,
         cold=options.cold,
-        say=told,
+        say=record_row,
     )
     say(report.markdown(result) if options.markdown else report.notes(result))
     if options.out:

@@ -1,15 +1,19 @@
-"""`bdjax defend`: phase two, on a victim directory."""
+"""`bdjax defend`: remove the backdoor from the model in a directory."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax import registry
-from bdjax.cli._common import chosen, finish, first, methods, parse, ready, remove_run, say
+from bdjax.cli._devices import run_context
+from bdjax.cli._methods import leading_methods, pop_method
 from bdjax.cli._options import OutputFlags
+from bdjax.cli._output import print_run, say
+from bdjax.cli._parsing import first_argument, parse_flags
+from bdjax.cli._paths import remove_run
 
 ORDER = 40
-USAGE = "VICTIM_DIR DEFENSE [--defense.FIELD ..] [--split.FIELD ..] [--clean DIR] [--seed S] [--out DIR]"
-SUMMARY = "clean the model in VICTIM_DIR, measure before and after"
+USAGE = "VICTIM_DIR DEFENSE [--defense.FIELD ..] [--split.FIELD ..] [--clean-model DIR] [--seed S] [--out DIR]"
+SUMMARY = "remove the backdoor from the model in VICTIM_DIR, measure before and after"
 
 
 @dataclass
@@ -17,37 +21,38 @@ class Flags(OutputFlags):
     """Flags of `bdjax defend`."""
 
     dataset: str | None = None
-    """Where the victim's data set lies now, if it has moved. An imported model needs one; `--attack ATTACK
-    --attack.FIELD ..` says which trigger it is measured with."""
+    """Data set of the victim, if it has moved: digits, npz:PATH, folder:PATH or tfds:NAME. Required for an imported
+    model, whose attack success rate is measured with the trigger of --attack ATTACK --attack.FIELD .."""
     seed: int | None = None
-    """Of the defense; default the victim's."""
-    clean: Path | None = None
-    """A model of `bdjax train clean` with the victim's flags, for the score; default the one beside the victim."""
+    """Seed of the defense; default: the victim's."""
+    clean_model: Path | None = None
+    """Directory of the same model trained without poison (`bdjax train clean` with the victim's flags), for AGE's
+    score; default: the one beside the victim, if any."""
     estimate: bool = True
-    """Estimate the attack success rate without the trigger, too: by triggers recovered from the model before and after,
-    on images that the defense did not learn from."""
+    """Also estimate the attack success rate without the trigger: by triggers recovered from the model before and after
+    the defense, on images that the defense did not learn from."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    victim = Path(first("defend", argv, f"defenses: {', '.join(registry.names('defenses'))}"))
-    (defense,), rest = methods(argv[1:], "defend", ("defenses",))
-    attack, rest = chosen("attack", rest)
+    """Run the command with the arguments that follow its name."""
+    victim = Path(first_argument("defend", argv, f"defenses: {', '.join(registry.names('defenses'))}"))
+    (defense,), rest = leading_methods(argv[1:], "defend", ("defenses",))
+    attack, rest = pop_method("attack", rest)
     parts = {"attack": attack} if attack else {}
-    options = parse("defend", (str(victim), defense), rest, Flags, defense=defense, split=True, **parts)
+    options = parse_flags("defend", (str(victim), defense), rest, Flags, defense=defense, split=True, **parts)
     from bdjax.pipelines import run
 
-    own = {"dataset": options.dataset, "attack": attack, "attack_config": getattr(options, "attack", None)}
-    with ready(options) as context:
+    measured_with = {"dataset": options.dataset, "attack": attack, "attack_config": getattr(options, "attack", None)}
+    with run_context(options) as context:
         directory = options.out or run.defense_directory_of(
-            victim, defense, options.defense, options.split, options.seed, options.root, **own
+            victim, defense, options.defense, options.split, options.seed, options.root, **measured_with
         )
         if options.force:
             remove_run(directory)
         result = run.defend(
             victim, defense, options.defense, directory,
-            split=options.split, seed=options.seed, clean=options.clean, context=context, **own,
+            split=options.split, seed=options.seed, clean=options.clean_model, context=context, **measured_with,
         )  # fmt: skip
     if result["attack"] == "clean":
-        say("No trigger is put on images, so no attack success rate is measured; give one by --attack.")
-    finish(result, directory, options.json)
+        say("No trigger is put on images, so the attack success rate is not measured. Name the trigger with --attack.")
+    print_run(result, directory, options.json)

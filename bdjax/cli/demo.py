@@ -1,33 +1,36 @@
-"""`bdjax demo`: a small run that shows the whole job."""
+"""`bdjax demo`: a small complete run."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdjax.cli._common import finish, parse, ready, remove_run
-from bdjax.cli._options import Traced
+from bdjax.cli._devices import run_context
+from bdjax.cli._options import ProfileFlags
+from bdjax.cli._output import print_run
+from bdjax.cli._parsing import parse_flags
+from bdjax.cli._paths import remove_run
 
 ORDER = 10
 USAGE = "[--seed S] [--out DIR]"
-SUMMARY = "the main job on handwritten digits, with a table and a picture"
+SUMMARY = "plant and remove a backdoor in a classifier of handwritten digits, with a table and a picture"
 
 
 @dataclass
-class Flags(Traced):
+class Flags(ProfileFlags):
     """Flags of `bdjax demo`."""
 
     out: Path = Path("runs/demo")
-    """Directory of the run; an earlier demo there is replaced."""
+    """Directory of the run, where an earlier demo is replaced."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of all random numbers."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    options = parse("demo", (), argv, Flags)
+    """Run the command with the arguments that follow its name."""
+    options = parse_flags("demo", (), argv, Flags)
     from bdjax.config import demo
     from bdjax.pipelines import run
 
-    with ready(options) as context:
+    with run_context(options) as context:
         remove_run(options.out)
         result, directory = run.run(demo(options.seed), Path("runs"), options.out, context)
-    finish(result, directory, options.json)
+    print_run(result, directory, options.json)

@@ -1,42 +1,45 @@
-"""`bdjax evaluate`: measure a model directory again."""
+"""`bdjax evaluate`: measure the model in a directory."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdjax.cli._common import chosen, first, parse, ready, remarks, say
-from bdjax.cli._options import Common
+from bdjax.cli._devices import run_context
+from bdjax.cli._methods import pop_method
+from bdjax.cli._options import CommonFlags
+from bdjax.cli._output import print_remarks, say
+from bdjax.cli._parsing import first_argument, parse_flags
 from bdjax.text import UNMEASURED
 
 ORDER = 50
-USAGE = "DIR [--data D] [--attack ATTACK --attack.FIELD ..]"
-SUMMARY = "accuracy and attack success rate of a model directory"
+USAGE = "DIR [--dataset D] [--attack ATTACK --attack.FIELD ..]"
+SUMMARY = "measure accuracy and attack success rate of the model in DIR"
 
 
 @dataclass
-class Flags(Common):
+class Flags(CommonFlags):
     """Flags of `bdjax evaluate`."""
 
-    data: str | None = None
-    """Another data set of the model's shape: digits, npz:PATH, folder:PATH or tfds:NAME. An imported model needs one,
-    and `--attack ATTACK --attack.FIELD ..` says which trigger it is tried with; without, its accuracy is measured."""
+    dataset: str | None = None
+    """Another data set of the same image shape: digits, npz:PATH, folder:PATH or tfds:NAME. Required for an imported
+    model, whose attack success rate is measured with the trigger of --attack ATTACK --attack.FIELD .., if given."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    directory = Path(first("evaluate", argv))
-    attack, rest = chosen("attack", argv[1:])
-    options = parse("evaluate", (argv[0],), rest, Flags, **({"attack": attack} if attack else {}))
+    """Run the command with the arguments that follow its name."""
+    directory = Path(first_argument("evaluate", argv))
+    attack, rest = pop_method("attack", argv[1:])
+    options = parse_flags("evaluate", (argv[0],), rest, Flags, **({"attack": attack} if attack else {}))
     from bdjax.pipelines import run
 
-    with ready(options):
-        found = run.evaluate(directory, options.data, attack, getattr(options, "attack", None))
-    by_trigger = {f"asr {label}": value for label, value in found.get("asr_by_trigger", {}).items()}
-    apart = ("asr_by_trigger", "data", "warnings")
-    for name, value in ({k: v for k, v in found.items() if k not in apart} | by_trigger).items():
+    with run_context(options):
+        result = run.evaluate(directory, options.dataset, attack, getattr(options, "attack", None))
+    by_trigger = {f"asr {label}": value for label, value in result.get("asr_by_trigger", {}).items()}
+    printed_below = ("asr_by_trigger", "data", "warnings")
+    for name, value in ({k: v for k, v in result.items() if k not in printed_below} | by_trigger).items():
         if value is None:
             value = UNMEASURED if name == "asr" else "-"
         say(f"{name:16s} {value:.4f}" if isinstance(value, float) else f"{name:16s} {value}")
-    remarks(found)
+    print_remarks(result)
     if options.json:
-        say(json.dumps(found))
+        say(json.dumps(result))

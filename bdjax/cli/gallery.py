@@ -1,4 +1,4 @@
-"""`bdjax gallery`: a picture of triggers and a table."""
+"""`bdjax gallery`: a picture of triggers and a table of the changes that they make."""
 
 import json
 import sys
@@ -8,42 +8,46 @@ from typing import Annotated
 
 import tyro
 
-from bdjax.cli._common import check_file, parse, ready, say
-from bdjax.cli._options import Common
+from bdjax.cli._devices import run_context
+from bdjax.cli._options import CommonFlags
+from bdjax.cli._output import say
+from bdjax.cli._parsing import parse_flags
+from bdjax.cli._paths import check_output_file
 from bdjax.text import parse_integers
 
 ORDER = 90
 USAGE = "[ATTACK | VICTIM_DIR ...] [--dataset D] [--seed S] [--image I,J] --out FILE.png"
-SUMMARY = "triggers side by side: a picture and how far each takes an image from the clean one"
+SUMMARY = "draw triggers side by side, with a table of how much each changes an image"
 
 
 @dataclass(kw_only=True)
-class Flags(Common):
+class Flags(CommonFlags):
     """Flags of `bdjax gallery`."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ATTACK|VICTIM_DIR ...]")] = ()
-    """Attacks (with their default Config) and victim directories; none: all attacks whose trigger needs no training."""
+    """Attacks (with their default Config) and victim directories; default: all attacks whose trigger needs no
+    training."""
     out: Path
-    """PNG file to write; one that stands there is replaced."""
+    """PNG file to write; an existing file is replaced."""
     dataset: str | None = None
-    """digits, npz:PATH, folder:PATH or tfds:NAME; default that of the victims given, else digits."""
+    """Data set: digits, npz:PATH, folder:PATH or tfds:NAME; default: that of the victims, else digits."""
     seed: int = 0
-    """Decides which images are measured and what the triggers draw."""
+    """Seed of the choice of images and of random triggers."""
     image: str = ""
-    """Comma-separated positions in the test split of the images to show, at most 6; default 3 of the measured ones."""
+    """Comma-separated indices in the test split of the images to draw, at most 6; default: 3 of the measured ones."""
     count: int = 100
-    """Images of the test split behind the numbers; all, if there are fewer."""
+    """Number of test images that the table is measured on; all if there are fewer."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    options = parse("gallery", (), argv, Flags)
-    check_file(options.out, ".png", "PNG")
+    """Run the command with the arguments that follow its name."""
+    options = parse_flags("gallery", (), argv, Flags)
+    check_output_file(options.out, ".png", "PNG")
     images = parse_integers("--image", options.image, "0,1,2") if options.image else None
     from bdjax.pipelines import gallery
     from bdjax.reports import gallery as report
 
-    with ready(options) as context:
+    with run_context(options) as context:
         result, pictures = gallery.gallery(
             options.sources,
             dataset=options.dataset,

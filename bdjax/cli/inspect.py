@@ -1,4 +1,4 @@
-"""`bdjax inspect`: look inside a victim and what a defense made of it."""
+"""`bdjax inspect`: compare the activations of a victim and its purified model."""
 
 import json
 from dataclasses import dataclass
@@ -7,52 +7,59 @@ from typing import Annotated
 
 import tyro
 
-from bdjax.cli._common import chosen, parse, ready, say
-from bdjax.cli._options import Common
+from bdjax.cli._devices import run_context
+from bdjax.cli._methods import pop_method
+from bdjax.cli._options import CommonFlags
+from bdjax.cli._output import say
+from bdjax.cli._parsing import parse_flags
+from bdjax.errors import InputError
 
 ORDER = 47
-USAGE = "VICTIM_DIR PURIFIED_DIR [CLEAN_DIR] [--dataset D] [--attack ATTACK --attack.FIELD ..] [--out DIR]"
-SUMMARY = "what a defense did inside a victim"
+USAGE = "VICTIM_DIR PURIFIED_DIR [--clean-model DIR] [--dataset D] [--attack ATTACK --attack.FIELD ..] [--out DIR]"
+SUMMARY = "compare the activations of a victim and its purified model: TAC, CKA, BEC, t-SNE"
 
 
 @dataclass(kw_only=True)
-class Flags(Common):
+class Flags(CommonFlags):
     """Flags of `bdjax inspect`."""
 
     victim: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="VICTIM_DIR")]
-    """The model with the backdoor."""
+    """Directory of the model with the backdoor."""
     purified: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PURIFIED_DIR")]
-    """What a defense made of it."""
-    clean: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[CLEAN_DIR]")] = None
-    """From `bdjax train clean` with the victim's flags and another seed; without it there is no BEC."""
+    """Directory of the victim after a defense."""
+    clean_model: Path | None = None
+    """Directory of a model trained without poison (`bdjax train clean` with the victim's flags and another seed), which
+    BEC needs."""
     out: Path | None = None
-    """Directory of inspection.json and inspection.png; those that stand there are replaced. Default:
+    """Directory of inspection.json and inspection.png, where existing ones are replaced; default:
     PURIFIED_DIR-inspection."""
     dataset: str | None = None
-    """Where the victim's data set lies now, if it has moved. An imported model needs one, and `--attack ATTACK
-    --attack.FIELD ..` for the trigger to look for."""
+    """Data set of the victim, if it has moved: digits, npz:PATH, folder:PATH or tfds:NAME. Required for an imported
+    model, together with its trigger: --attack ATTACK --attack.FIELD .."""
     count: int | None = None
-    """Held-out images to look inside the models with; default 500, or all if there are fewer."""
+    """Number of held-out images to compare activations on; default: 500, or all if there are fewer."""
     seed: int = 0
-    """Decides which these are, and the t-SNE."""
+    """Seed of the choice of images and of the t-SNE."""
     share: float = 1.0
-    """Of the layers, counted from the last, that the means are over, in (0, 1]; BI-BAU takes 0.5."""
+    """Share of the layers, in (0, 1] and counted from the last, that the means are taken over; BI-BAU uses 0.5."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    attack, rest = chosen("attack", argv)
-    options = parse("inspect", (), rest, Flags, **({"attack": attack} if attack else {}))
+    """Run the command with the arguments that follow its name."""
+    if len(argv) > 2 and not any(argument.startswith("-") for argument in argv[:3]):
+        raise InputError("the third argument of inspect was renamed: use --clean-model DIR.")
+    attack, rest = pop_method("attack", argv)
+    options = parse_flags("inspect", (), rest, Flags, **({"attack": attack} if attack else {}))
     from bdjax.pipelines import inspection
     from bdjax.reports import inspection as report
 
     out = options.out or options.purified.with_name(f"{options.purified.name}-inspection")
     report.check_directory(out)
-    with ready(options) as context:
-        models = options.victim, options.purified, options.clean
-        drawn = {"count": options.count, "seed": options.seed, "share": options.share}
+    with run_context(options) as context:
+        models = options.victim, options.purified, options.clean_model
+        sampling = {"count": options.count, "seed": options.seed, "share": options.share}
         result = inspection.inspect(
-            *models, options.dataset, **drawn, attack=attack, attack_config=getattr(options, "attack", None),
+            *models, options.dataset, **sampling, attack=attack, attack_config=getattr(options, "attack", None),
             tick=context.tick,
         )  # fmt: skip
     say(report.write(result, out))

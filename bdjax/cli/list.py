@@ -1,20 +1,21 @@
-"""`bdjax list`: the methods of each kind; imports none of them."""
+"""`bdjax list`: list the methods of each kind without importing them."""
 
 from bdjax import registry
-from bdjax.cli._common import say, usage
+from bdjax.cli._output import say
+from bdjax.cli._parsing import stop_with_usage
 from bdjax.errors import InputError
 
 ORDER = 100
 USAGE = "[attacks|defenses|models|datasets]"
-SUMMARY = "what there is"
+SUMMARY = "list attacks, defenses, models and data sets"
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
+    """Run the command with the arguments that follow its name."""
     if argv[:1] in (["-h"], ["--help"]):
-        usage("list", argv)
+        stop_with_usage("list", argv)
     if argv and argv[0] not in registry.KINDS:
-        raise InputError(f"nothing is listed under {argv[0]!r}. Choose from {', '.join(registry.KINDS)}.")
+        raise InputError(f"unknown kind {argv[0]!r}. Choose from {', '.join(registry.KINDS)}.")
     for kind in argv[:1] or registry.KINDS:
         if not argv:
             say(f"{kind}:")

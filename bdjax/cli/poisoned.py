@@ -1,49 +1,52 @@
-"""`bdjax poisoned`: what a victim learnt from, for tools that look for poison in a data set."""
+"""`bdjax poisoned`: write the poisoned training set of a victim, for tools that detect poison in data."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdjax.cli._common import check_file, first, parse, ready, say
-from bdjax.cli._options import Common
+from bdjax.cli._devices import run_context
+from bdjax.cli._options import CommonFlags
+from bdjax.cli._output import say
+from bdjax.cli._parsing import first_argument, parse_flags
+from bdjax.cli._paths import check_output_file
 from bdjax.errors import InputError
 
 ORDER = 95
 USAGE = "VICTIM_DIR [--dataset D] [--force] --out FILE.npz"
-SUMMARY = "write the poisoned training set that VICTIM_DIR learnt from, bit for bit, as a data set"
+SUMMARY = "write the poisoned training set of VICTIM_DIR, bit for bit, as a data set"
 
 
 @dataclass(kw_only=True)
-class Flags(Common):
+class Flags(CommonFlags):
     """Flags of `bdjax poisoned`."""
 
     out: Path
-    """File to write, which --dataset npz:FILE reads: x_train and y_train (poison and cover images are in them, at the
-    positions `poisoned`), x_test, y_test and classes."""
+    """File to write, for use as --dataset npz:FILE: x_train, y_train, x_test, y_test, classes, and the indices of
+    poisoned and cover images in x_train as `poisoned`."""
     dataset: str | None = None
-    """Where the victim's data set lies now, if it has moved."""
+    """Data set of the victim, if it has moved: digits, npz:PATH, folder:PATH or tfds:NAME."""
     force: bool = False
-    """Replace a file that stands there."""
+    """Replace an existing file."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    directory = Path(first("poisoned", argv))
-    options = parse("poisoned", (argv[0],), argv[1:], Flags)
-    check_file(options.out, ".npz", ".npz")
+    """Run the command with the arguments that follow its name."""
+    directory = Path(first_argument("poisoned", argv))
+    options = parse_flags("poisoned", (argv[0],), argv[1:], Flags)
+    check_output_file(options.out, ".npz", ".npz")
     if options.out.exists() and not options.force:
-        raise InputError(f"--out {options.out} is there already. Choose another --out, or --force to replace it.")
+        raise InputError(f"--out {options.out} exists already. Choose another --out, or --force to replace it.")
     import numpy as np
 
     from bdjax.io import checkpoint
     from bdjax.pipelines import victim
 
-    with ready(options):
+    with run_context(options):
         data, images, labels, positions = victim.poisoned_set(directory, options.dataset)
     if images.dtype != np.uint8:
         raise InputError(
-            f"the poisoned images of {directory} are {images.dtype} (attack.quantise=False keeps them so), and a data "
-            "set file holds uint8. Train a victim without --attack.no-quantise, or call "
+            f"the poisoned images of {directory} are {images.dtype} (attack.quantise=False), but a data set "
+            "file holds uint8. Train a victim without --attack.no-quantise, or call "
             "bdjax.pipelines.victim.poisoned_set."
         )
     arrays = {

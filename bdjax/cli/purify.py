@@ -1,4 +1,4 @@
-"""`bdjax purify`: from a weight file to a cleaned weight file and a report, in one command."""
+"""`bdjax purify`: turn a weight file into a cleaned weight file and a report, in one command."""
 
 import json
 import shlex
@@ -6,51 +6,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bdjax.cli._common import chosen, first, import_options, parse, ready, say
-from bdjax.cli._options import Device, Foreign
+from bdjax.cli._devices import run_context
+from bdjax.cli._import_options import import_options
+from bdjax.cli._methods import pop_method
+from bdjax.cli._options import DeviceFlags, WeightFileFlags
+from bdjax.cli._output import say
+from bdjax.cli._parsing import first_argument, parse_flags
 from bdjax.text import parse_names
 
 ORDER = 44
-USAGE = "FILE|DIR [--model M] --clean DATA [--defense D --defense.FIELD ..] [--input-mean ..] --out DIR"
-SUMMARY = "import, audit, clean, compare and export in one go, with a report"
+USAGE = "FILE|DIR [--model M] --clean-data D [--defense DEFENSE --defense.FIELD ..] [--input-mean ..] --out DIR"
+SUMMARY = "import, audit, clean, compare and export a model in one command, with an HTML report"
 
 
 @dataclass(kw_only=True)
-class Flags(Foreign, Device):
-    """Flags of `bdjax purify`; those of `bdjax import` are for a FILE."""
+class Flags(WeightFileFlags, DeviceFlags):
+    """Flags of `bdjax purify`; those of `bdjax import` apply to a FILE."""
 
     out: Path
-    """Directory of everything: model, purified, purified.pt or .pth or .safetensors, audit.json, pictures, report.html,
-    result.json. What stands there of the very same call is finished; anything else is left alone."""
-    clean: str | None = None
-    """Clean images, labelled: digits, npz:PATH, folder:PATH or tfds:NAME; a hundred will do. Default the data set that
-    a directory's model was trained on."""
+    """Directory of all results: model, purified, purified.pt (.pth, .safetensors), audit.json, pictures, report.html,
+    result.json. An unfinished run of the same call is continued; other content is an error and is not changed."""
+    clean_data: str | None = None
+    """Data set of labelled clean images: digits, npz:PATH, folder:PATH or tfds:NAME; a hundred images suffice. Required
+    for a FILE and an imported model; default: the data set that the model in DIR was trained on."""
     images: Literal["test", "all"] | None = None
-    """Which of them: the test split, or all; default the test split, or all where that has fewer than 500 images and
-    the model is an imported one."""
+    """Images of that data set to use: its test split, or all; default: the test split, but all for an imported model if
+    the test split has fewer than 500 images."""
     held_out: int | None = None
-    """How many are kept from the defense, to measure accuracy on and to audit by; default half."""
+    """Number of these images that the defense does not see, for measuring accuracy and for the audit; default: half."""
     methods: str = ""
-    """Of the audit, with commas between; default all that can."""
+    """Comma-separated names of the audit's detectors; default: all but baeraser, which takes minutes on a CPU."""
     seed: int = 0
-    """Draws the parts, and the methods' random numbers."""
+    """Seed of the split of the images and of the methods' random numbers."""
     report: bool = True
-    """Write report.html, one file for people."""
+    """Write report.html, a single self-contained file."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    source = Path(first("purify", argv))
-    defense, rest = chosen("defense", argv[1:])
+    """Run the command with the arguments that follow its name."""
+    source = Path(first_argument("purify", argv))
+    defense, rest = pop_method("defense", argv[1:])
     defense = defense or "auto"
-    options = parse("purify", (argv[0],), rest, Flags, defense=defense)
+    options = parse_flags("purify", (argv[0],), rest, Flags, defense=defense)
     imported = import_options(options)
     from bdjax.pipelines import purification
     from bdjax.reports.purification import summary
 
-    with ready(options) as context:
+    with run_context(options) as context:
         result = purification.purify(
-            source, options.out, defense, options.defense, clean=options.clean, imported=imported,
+            source, options.out, defense, options.defense, clean=options.clean_data, imported=imported,
             images=options.images, held_out=options.held_out, seed=options.seed,
             methods=parse_names(options.methods), report=options.report,
             command=shlex.join(["bdjax", "purify", *argv]), context=context, say=say,

@@ -1,4 +1,4 @@
-"""`bdjax reactivate`: attack a purified model again."""
+"""`bdjax reactivate`: try to reactivate the backdoor of a purified model."""
 
 import dataclasses
 import json
@@ -6,58 +6,62 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdjax import registry
-from bdjax.cli._common import first, methods, parse, ready, remove_run, say
-from bdjax.cli._options import Device
+from bdjax.cli._devices import run_context
+from bdjax.cli._methods import leading_methods
+from bdjax.cli._options import DeviceFlags
+from bdjax.cli._output import say
+from bdjax.cli._parsing import first_argument, parse_flags
+from bdjax.cli._paths import remove_run
 
 ORDER = 45
-USAGE = "PURIFIED_DIR ATTACK [--clean DIR] [--attack.FIELD ..] [--retuning.FIELD ..] [--seed S] [--out DIR]"
-SUMMARY = "attack a purified model again (retuning, query_reactivation): R-ASR, Q-ASR"
+USAGE = "PURIFIED_DIR ATTACK [--clean-model DIR] [--attack.FIELD ..] [--retuning.FIELD ..] [--seed S] [--out DIR]"
+SUMMARY = "try to reactivate the backdoor of a purified model (retuning, query_reactivation): R-ASR, Q-ASR"
 
 
 @dataclass
-class Flags(Device):
+class Flags(DeviceFlags):
     """Flags of `bdjax reactivate`."""
 
-    clean: Path | None = None
-    """Directory of a clean model trained alike (`bdjax train clean`), the line to compare with; default one that is
-    found in, or trained into, --root."""
+    clean_model: Path | None = None
+    """Directory of the same model trained without poison (`bdjax train clean`), which is attacked for comparison;
+    default: one that is found in, or trained into, ROOT/victims."""
     seed: int = 0
-    """Of the attack."""
+    """Seed of the attack."""
     dataset: str | None = None
-    """Where the model's data set lies now, if it has moved."""
+    """Data set of the model, if it has moved: digits, npz:PATH, folder:PATH or tfds:NAME."""
     root: Path = Path("runs")
-    """Where clean models are kept: ROOT/victims."""
+    """Directory of victims: clean models are kept in ROOT/victims."""
     out: Path | None = None
-    """Directory for the result and the re-activated model; default PURIFIED_DIR-ATTACK beside it."""
+    """Directory of the result and the reactivated model; default: PURIFIED_DIR-ATTACK."""
     force: bool = False
-    """Replace an earlier result that stands there."""
+    """Replace an earlier result."""
 
 
 def _needs(attack: str) -> dict[str, type]:
-    """The Configs of the re-activations that `attack` begins with."""
+    """Config classes, by name, of the reactivation attacks that run before `attack`."""
     from bdjax.config import config_of
 
     return {name: config_of("attacks", name) for name in getattr(registry.load("attacks", attack), "NEEDS", ())}
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    directory = Path(first("reactivate", argv))
-    (attack,), rest = methods(argv[1:], "reactivate", ("attacks",))
+    """Run the command with the arguments that follow its name."""
+    directory = Path(first_argument("reactivate", argv))
+    (attack,), rest = leading_methods(argv[1:], "reactivate", ("attacks",))
     needs = _needs(attack)
     fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in needs.items()]
     flags = dataclasses.make_dataclass("Flags", fields, bases=(Flags,))
-    options = parse("reactivate", (str(directory), attack), rest, flags, attack=attack)
+    options = parse_flags("reactivate", (str(directory), attack), rest, flags, attack=attack)
     from bdjax.pipelines import reactivation
 
     out = options.out or directory.with_name(f"{directory.name}-{attack}")
-    with ready(options) as context:
+    with run_context(options) as context:
         context.store = options.root / "victims"
         if options.force:
             remove_run(out)
         result = reactivation.reactivate(
             directory, attack, options.attack, out,
-            earlier={name: getattr(options, name) for name in needs}, seed=options.seed, clean=options.clean,
+            earlier={name: getattr(options, name) for name in needs}, seed=options.seed, clean=options.clean_model,
             dataset=options.dataset, context=context,
         )  # fmt: skip
     say(f"{attack} of {directory}: n = {result['n_test']} (ACC), {result['n_asr']} (ASR); seed {options.seed}")

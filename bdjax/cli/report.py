@@ -1,14 +1,15 @@
-"""`bdjax report`: the table of many results."""
+"""`bdjax report`: a table of many results."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bdjax.cli._common import first, parse, say
+from bdjax.cli._output import say
+from bdjax.cli._parsing import first_argument, parse_flags
 
 ORDER = 80
 USAGE = "DIR [--csv | --markdown]"
-SUMMARY = "mean, std and n of the results below DIR, beside the papers'"
+SUMMARY = "tabulate mean, std and n of the results below DIR, beside the papers' numbers"
 
 
 @dataclass
@@ -16,18 +17,20 @@ class Flags:
     """Flags of `bdjax report`."""
 
     csv: bool = False
-    """Comma-separated values."""
+    """Print comma-separated values (default: plain text)."""
     markdown: bool = False
-    """A Markdown table (the default is plain text)."""
+    """Print a Markdown table (default: plain text)."""
     papers: Path | None = None
-    """Folder of the papers' CSV tables; default experiments/papers."""
+    """Directory of the papers' CSV tables; default: experiments/papers."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    directory = Path(first("report", argv))
-    options = parse("report", (argv[0],), argv[1:], Flags)
+    """Run the command with the arguments that follow its name."""
+    directory = Path(first_argument("report", argv))
+    options = parse_flags("report", (argv[0],), argv[1:], Flags)
     from bdjax.reports import table
 
-    form: Literal["text", "csv", "markdown"] = "csv" if options.csv else "markdown" if options.markdown else "text"
-    say(table.report(directory, form, options.papers))
+    table_format: Literal["text", "csv", "markdown"] = (
+        "csv" if options.csv else "markdown" if options.markdown else "text"
+    )
+    say(table.report(directory, table_format, options.papers))

@@ -1,33 +1,37 @@
-"""`bdjax run`: the main job, from an attack's name to the numbers after a defense."""
+"""`bdjax run`: train a victim of an attack and apply a defense to it."""
 
 from dataclasses import dataclass
 
-from bdjax.cli._common import finish, methods, parse, ready, remove_run
-from bdjax.cli._options import Plant
+from bdjax.cli._devices import run_context
+from bdjax.cli._methods import leading_methods
+from bdjax.cli._options import TrainingFlags
+from bdjax.cli._output import print_run
+from bdjax.cli._parsing import parse_flags
+from bdjax.cli._paths import remove_run
 
 ORDER = 20
 USAGE = (
     "ATTACK DEFENSE [--dataset D] [--model M] [--seed S] [--attack.FIELD ..] [--defense.FIELD ..] [--fit.FIELD ..]"
-    " [--split.FIELD ..] [--clean] [--out DIR]"
+    " [--split.FIELD ..] [--with-clean-model] [--out DIR]"
 )
-SUMMARY = "plant ATTACK, checkpoint the victim, clean it with DEFENSE, measure before and after"
+SUMMARY = "train a model with the backdoor of ATTACK, purify it with DEFENSE, measure before and after"
 
 
 @dataclass
-class Flags(Plant):
+class Flags(TrainingFlags):
     """Flags of `bdjax run`."""
 
-    clean: bool = False
-    """Train the same model without poison, too, and print AGE's score against it."""
+    with_clean_model: bool = False
+    """Also train the same model without poison, and print AGE's score, which compares the purified model with it."""
     estimate: bool = True
-    """Estimate the attack success rate without the trigger, too: by triggers recovered from the model before and after,
-    on images that the defense did not learn from."""
+    """Also estimate the attack success rate without the trigger: by triggers recovered from the model before and after
+    the defense, on images that the defense did not learn from."""
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    (attack, defense), rest = methods(argv, "run", ("attacks", "defenses"))
-    options = parse("run", (attack, defense), rest, Flags, attack=attack, defense=defense, fit=True, split=True)
+    """Run the command with the arguments that follow its name."""
+    (attack, defense), rest = leading_methods(argv, "run", ("attacks", "defenses"))
+    options = parse_flags("run", (attack, defense), rest, Flags, attack=attack, defense=defense, fit=True, split=True)
     from bdjax.config import Experiment
     from bdjax.pipelines import run
 
@@ -35,8 +39,8 @@ def main(argv: list[str]) -> None:
         attack, defense, options.dataset, options.model, options.seed, options.attack, options.defense,
         options.fit, options.split,
     )  # fmt: skip
-    with ready(options) as context:
+    with run_context(options) as context:
         if options.force:
             remove_run(options.out or run.directory_of(experiment, options.root))
-        result, directory = run.run(experiment, options.root, options.out, context, clean=options.clean)
-    finish(result, directory, options.json)
+        result, directory = run.run(experiment, options.root, options.out, context, clean=options.with_clean_model)
+    print_run(result, directory, options.json)

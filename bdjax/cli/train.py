@@ -1,25 +1,29 @@
-"""`bdjax train`: phase one, in a process of its own."""
+"""`bdjax train`: train a model with a backdoor."""
 
 import json
 
-from bdjax.cli._common import methods, parse, ready, remove_run, say
-from bdjax.cli._options import Plant
+from bdjax.cli._devices import run_context
+from bdjax.cli._methods import leading_methods
+from bdjax.cli._options import TrainingFlags
+from bdjax.cli._output import say
+from bdjax.cli._parsing import parse_flags
+from bdjax.cli._paths import remove_run
 
 ORDER = 30
 USAGE = "ATTACK [--dataset D] [--model M] [--seed S] [--attack.FIELD ..] [--fit.FIELD ..] [--out DIR]"
-SUMMARY = "plant ATTACK and write a victim directory"
+SUMMARY = "train a model with the backdoor of ATTACK and write it to a directory, a victim"
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the command; `argv` is what follows its name."""
-    (attack,), rest = methods(argv, "train", ("attacks",))
-    options = parse("train", (attack,), rest, Plant, attack=attack, fit=True)
+    """Run the command with the arguments that follow its name."""
+    (attack,), rest = leading_methods(argv, "train", ("attacks",))
+    options = parse_flags("train", (attack,), rest, TrainingFlags, attack=attack, fit=True)
     from bdjax.config import Experiment
     from bdjax.io import checkpoint
     from bdjax.pipelines import run, victim
 
     experiment = Experiment(attack, None, options.dataset, options.model, options.seed, options.attack, fit=options.fit)
-    with ready(options) as context:
+    with run_context(options) as context:
         directory = options.out or run.victim_directory_of(experiment, options.root)
         if options.force:
             remove_run(directory)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from accelerator.records import Run
-from bdjax.cli._common import prepare_jax
+from bdjax.cli._devices import prepare_jax
 from bdjax.pipelines.environment import environment
 
 _CALLS = 20  # of a program between two readings of the clock

@@ -14,7 +14,7 @@ import jax
 from accelerator.records import Run, SkipStep
 from bdjax import datasets, interop
 from bdjax.attacks import badnets, retuning
-from bdjax.cli._common import prepare_jax
+from bdjax.cli._devices import prepare_jax
 from bdjax.config import Experiment, SplitConfig
 from bdjax.defenses import age as age_
 from bdjax.defenses import baeraser as baeraser_

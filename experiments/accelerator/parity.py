@@ -20,7 +20,7 @@ import optax
 
 from accelerator.records import Run
 from bdjax import hypergrad, models
-from bdjax.cli._common import prepare_jax
+from bdjax.cli._devices import prepare_jax
 from bdjax.types import Model
 
 QUANTITIES = ("logits", "gradient", "hypergradient")
