@@ -1,4 +1,4 @@
-"""What the tests of the tuning defenses share: a small victim, views of the blobs, and a callback that records scalars."""
+"""Helpers of the tests of the tuning defenses: a small victim, views, and a callback that records scalars."""
 
 import jax
 import jax.numpy as jnp

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from bdjax.defenses._batch import batch_of
-from bdjax.defenses._tuning import descend, iterate_epochs, training_state, variables_of
+from bdjax.defenses._tuning import descend, hyper_arrays, image_arrays, iterate_epochs, training_state, variables_of
 from bdjax.engine import FitConfig, augment, parallel
 from bdjax.engine.optimizer import learning_rates
 from bdjax.types import Callback, Key, Model, Variables, Victim, to_float
@@ -73,10 +73,9 @@ def train_epochs(
     else:
         table = np.repeat(np.array([[rates(epoch)] for epoch in range(recipe.epochs)], np.float32), steps, 1)
     constants = {
-        "images": jnp.asarray(images),
-        "labels": jnp.asarray(labels),
+        **image_arrays(images, labels),
+        **hyper_arrays(recipe, ("momentum", "weight_decay")),
         "extra": extra,
-        **{name: jnp.float32(getattr(recipe, name)) for name in ("momentum", "weight_decay")},
         "sign": jnp.float32(sign),
     }
     for number, state, metrics in iterate_epochs(

@@ -44,7 +44,16 @@ from bdjax.defenses._inversion_steps import (
     inversion_step,
     mask_step,
 )
-from bdjax.defenses._tuning import equal_batches, round_reporter, run_epochs, training_state, variables_of
+from bdjax.defenses._tuning import (
+    copy_variables,
+    equal_batches,
+    hyper_arrays,
+    image_arrays,
+    round_reporter,
+    run_epochs,
+    training_state,
+    variables_of,
+)
 from bdjax.engine import predict
 from bdjax.errors import check_fields
 from bdjax.models import head, unet
@@ -129,13 +138,12 @@ class Inversion:
         self._apply = generator_function(victim.model.shape, config.width, config.downs)
         self._state = training_state(net.init(jax.random.fold_in(key, 0)), "adam")
         self._constants: dict[str, Any] = {
-            "images": jnp.asarray(view.images),
-            "labels": jnp.asarray(view.labels),
-            "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
+            **image_arrays(view.images, view.labels),
+            "hyper": hyper_arrays(config, _DYNAMIC),
         }
         self.target: int | None = None
         self._train(
-            copy_step(victim.model, self._apply, config.augment), {"model": _copy_variables(victim.variables)},
+            copy_step(victim.model, self._apply, config.augment), {"model": copy_variables(victim.variables)},
             config.pretrain_epochs, jax.random.fold_in(key, 1), "the generator copies",
         )  # fmt: skip
 
@@ -160,7 +168,7 @@ class Inversion:
         """
         config, model = self._config, self._model
         size = head(variables["params"]).shape[0]
-        copy = _copy_variables(variables)
+        copy = copy_variables(variables)
         state = {"params": jax.random.normal(jax.random.fold_in(key, 0), (size,)), "batch_stats": copy["batch_stats"]}
         state = training_state(state, "adam")
         state = run_epochs(
@@ -239,7 +247,7 @@ def alternate(
     number, size = equal_batches(config.batch_size, len(view.labels))
     generator = generator_function(victim.model.shape, config.width, config.downs)
     step = make_step(victim.model, generator, config.augment, config.fraction, size)
-    constants = {**constants, "images": jnp.asarray(view.images), "labels": jnp.asarray(view.labels)}
+    constants = {**constants, **image_arrays(view.images, view.labels)}
     rates, examples = np.full((config.epochs, number), config.learning_rate), to_float(view.images[:4])
     for round_ in range(config.rounds):
         round_key, stage = jax.random.fold_in(key, round_ + 1), f"{name} round {round_ + 1} of {config.rounds}"
@@ -256,8 +264,3 @@ def alternate(
             extra_batch=partial(choose_positions, config.fraction, number, size),
         )  # fmt: skip
     return variables_of(state)
-
-
-def _copy_variables(variables: Variables) -> dict[str, Any]:
-    """Return a copy of the variables, which may be donated."""
-    return {name: jax.tree.map(jnp.array, variables[name]) for name in ("params", "batch_stats")}

@@ -16,6 +16,7 @@ import optax
 
 from bdjax import models
 from bdjax.defenses._guard import accuracy, split_off
+from bdjax.defenses._tuning import image_arrays
 from bdjax.engine import augment, parallel, run_epoch
 from bdjax.engine.epoch import check_finite
 from bdjax.engine.optimizer import direction
@@ -193,8 +194,7 @@ def learn_masks(
     batch = {"index": order, "augment": keys[0], "dropout": keys[1]}
     per_step = {"noise": jax.random.split(jax.random.fold_in(key, 1), steps)}
     constants = {
-        "images": jnp.asarray(view.images),
-        "labels": jnp.asarray(view.labels),
+        **image_arrays(view.images, view.labels),
         "variables": jax.tree.map(jnp.asarray, {**variables}),
         "values": {name: jnp.float32(value) for name, value in optimizer._asdict().items()},
     }

@@ -1,6 +1,6 @@
 """Training of the victim on the defender's images, with the engine's step or with a step of the method's own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -156,9 +156,24 @@ def round_reporter(
     return report
 
 
+def image_arrays(images: Any, labels: Any) -> dict[str, jax.Array]:
+    """Return the entries "images" (stored [n, H, W, C]) and "labels" (int32 [n]) of a step's constants."""
+    return {"images": jnp.asarray(images), "labels": jnp.asarray(labels)}
+
+
+def hyper_arrays(config: Any, names: Iterable[str]) -> dict[str, jax.Array]:
+    """Return fields of a Config as float32 scalars by name, so that their values do not need recompilation."""
+    return {name: jnp.float32(getattr(config, name)) for name in names}
+
+
+def copy_variables(variables: Variables) -> dict[str, Any]:
+    """Return a copy of a model's variables, which may be donated."""
+    return {name: jax.tree.map(jnp.array, variables[name]) for name in ("params", "batch_stats")}
+
+
 def training_state(variables: Variables, optimizer: Name) -> dict[str, Any]:
     """Return the state of a model in training, with copies of its variables, because the state is donated."""
-    state = {name: jax.tree.map(jnp.array, variables[name]) for name in ("params", "batch_stats")}
+    state = copy_variables(variables)
     return {**state, "opt": direction(optimizer, jnp.float32(0)).init(state["params"])}
 
 

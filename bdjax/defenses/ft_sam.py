@@ -38,7 +38,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.defenses._tuning import equal_batches, round_reporter, run_epochs, training_state, variables_of
+from bdjax.defenses._tuning import (
+    equal_batches,
+    hyper_arrays,
+    image_arrays,
+    round_reporter,
+    run_epochs,
+    training_state,
+    variables_of,
+)
 from bdjax.engine import augment, parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
@@ -102,9 +110,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """
     number, size = equal_batches(config.batch_size, len(view.labels))
     constants: dict[str, Any] = {
-        "images": jnp.asarray(view.images),
-        "labels": jnp.asarray(view.labels),
-        "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
+        **image_arrays(view.images, view.labels),
+        "hyper": hyper_arrays(config, _DYNAMIC),
     }
     state = training_state(victim.variables, "sgd")
     state["opt"] = _sam(constants["hyper"], config.adaptive, None).init(state["params"])

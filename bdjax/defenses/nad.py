@@ -39,6 +39,8 @@ import optax
 from bdjax.defenses._tuning import (
     descend,
     equal_batches,
+    hyper_arrays,
+    image_arrays,
     round_reporter,
     run_epochs,
     training_state,
@@ -115,11 +117,9 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     _check_layers(names, model, victim.variables)
     number, size = equal_batches(config.batch_size, len(view.labels))
     constants: dict[str, Any] = {
-        "images": jnp.asarray(view.images),
-        "labels": jnp.asarray(view.labels),
+        **image_arrays(view.images, view.labels),
         "betas": jnp.asarray(config.betas[-len(names) :], jnp.float32),
-        "momentum": jnp.float32(config.momentum),
-        "weight_decay": jnp.float32(config.weight_decay),
+        **hyper_arrays(config, ("momentum", "weight_decay")),
     }
     teacher = run_epochs(
         _step(model, config.augment, ()), training_state(victim.variables, "nesterov"), constants,

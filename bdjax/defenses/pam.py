@@ -36,7 +36,7 @@ import optax
 
 from bdjax.defenses._inversion import InversionConfig, alternate
 from bdjax.defenses._inversion_steps import max_chosen, mix_generated
-from bdjax.defenses._tuning import descend, training_state
+from bdjax.defenses._tuning import descend, hyper_arrays, training_state
 from bdjax.engine import augment, parallel
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
@@ -91,7 +91,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """
     constants = {
         "original": jax.tree.map(jnp.array, victim.variables["params"]),
-        "hyper": {name: jnp.float32(getattr(config, name)) for name in ("rho", "momentum")},
+        "hyper": hyper_arrays(config, ("rho", "momentum")),
     }
     return alternate(config, victim, view, key, "PAM", _step, training_state(victim.variables, "sgd"), constants)
 

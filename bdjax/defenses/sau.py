@@ -50,6 +50,8 @@ import optax
 from bdjax.defenses._tuning import (
     descend,
     equal_batches,
+    hyper_arrays,
+    image_arrays,
     round_reporter,
     run_epochs,
     training_state,
@@ -124,10 +126,9 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     """
     number, size = equal_batches(config.batch_size, len(view.labels))
     constants: dict[str, Any] = {
-        "images": jnp.asarray(view.images),
-        "labels": jnp.asarray(view.labels),
+        **image_arrays(view.images, view.labels),
         "original": jax.tree.map(jnp.array, {**victim.variables}),
-        "hyper": {name: jnp.float32(getattr(config, name)) for name in _DYNAMIC},
+        "hyper": hyper_arrays(config, _DYNAMIC),
     }
 
     state = run_epochs(
