@@ -1,11 +1,11 @@
-"""Measures of attacks and defenses; masked and jittable. Each function's docstring gives its formula and source.
+"""Measures of attacks and defenses. Each function's docstring gives its formula and source.
 
-`silhouette` and `tsne` are scikit-learn's and `wilson` is SciPy's: they run on the host.
+All functions can be jitted, except `silhouette` and `tsne`, which call scikit-learn, and `wilson`, which calls SciPy.
 """
 
 from bdjax.metrics.accuracy import accuracy
 from bdjax.metrics.asr import attack_success_rate
-from bdjax.metrics.bec import Existence, bec, bec_sigmoid
+from bdjax.metrics.bec import BecResult, bec, bec_sigmoid
 from bdjax.metrics.cka import linear_cka
 from bdjax.metrics.ctca import class_accuracy, ctca
 from bdjax.metrics.detection import Detection, anomaly_index, detection
@@ -16,7 +16,7 @@ from bdjax.metrics.similarity import distance, psnr, ssim, ssim_window
 from bdjax.metrics.tac import tac
 
 __all__ = [
-    "Detection", "Existence", "accuracy", "anomaly_index", "attack_success_rate", "bec", "bec_sigmoid",
+    "BecResult", "Detection", "accuracy", "anomaly_index", "attack_success_rate", "bec", "bec_sigmoid",
     "class_accuracy", "ctca", "detection", "distance", "linear_cka", "psnr", "score", "silhouette", "ssim",
     "ssim_window", "tac", "tsne", "wilson",
 ]  # fmt: skip

@@ -5,15 +5,18 @@ import jax
 from bdjax.metrics.accuracy import accuracy
 
 
-def attack_success_rate(predictions: jax.Array, wanted: jax.Array, eligible: jax.Array | None = None) -> jax.Array:
-    """Share of triggered images that the model gives the label the attacker wants.
+def attack_success_rate(
+    predictions: jax.Array, target_labels: jax.Array, eligible: jax.Array | None = None
+) -> jax.Array:
+    """Fraction of triggered images that the model assigns to the attacker's label.
 
     Args:
       predictions: int32 [N], of the triggered images.
-      wanted: int32 [N], the target label, or (y + 1) mod C for an all-to-all attack.
-      eligible: bool [N]; false for images whose true class is the target already. Counting those
-        (None) is what the releases of I-BAU, WaNet and IAD do: a clean model then scores about 1/C.
+      target_labels: int32 [N], the target class, or (y + 1) mod C for an all-to-all attack.
+      eligible: bool [N], False for images whose true class is already the target. The releases of I-BAU, WaNet and IAD
+        count those as well (None): a clean model then scores about 1/C.
 
-    Returns: float32 scalar in [0, 1]; NaN when no image is eligible.
+    Returns:
+      float32 scalar in [0, 1]; NaN when no image is eligible.
     """
-    return accuracy(predictions, wanted, eligible)
+    return accuracy(predictions, target_labels, eligible)

@@ -1,4 +1,4 @@
-"""Outliers among classes, and how often verdicts that rest on them are right."""
+"""Anomaly index of the classes, and detection rates of the verdicts that are based on it."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,16 @@ import jax.numpy as jnp
 
 
 def anomaly_index(values: jax.Array) -> jax.Array:
-    """`(v - median) / s`, about a normal's standard deviations: s is 1.4826 times the median of |v - median| (Neural
-    Cleanse), or 1.2533 times its mean where more than half of the values are equal (below 1e-6 of each other).
+    """Anomaly index `(v - median) / s` of each value, in standard deviations of a normal distribution.
 
-    Args: float [C]; NaN are left out.
-    Returns: float32 [C], NaN where the value is; zeros where all values are equal.
+    s is 1.4826 times the median of |v - median| (Neural Cleanse), or 1.2533 times its mean where more than half of the
+    values are equal (within 1e-6 of each other).
+
+    Args:
+      values: float [C]; NaN are ignored.
+
+    Returns:
+      float32 [C]; NaN where the value is NaN, zeros where all values are equal.
     """
     values = values.astype(jnp.float32)
     change = values - jnp.nanmedian(values)
@@ -20,28 +25,36 @@ def anomaly_index(values: jax.Array) -> jax.Array:
 
 
 class Detection(NamedTuple):
-    """Shares of right verdicts, float32 scalars; NaN when no model counts."""
+    """Fractions of correct verdicts, float32 scalars; NaN when no model counts."""
 
     target: jax.Array
-    """Of the poisoned models with one target, whose class was named."""
+    """Fraction of the poisoned models with one target whose target was predicted."""
     poisoned: jax.Array
-    """Of the poisoned models, that were called so."""
+    """True positive rate: fraction of the poisoned models that were judged poisoned."""
     clean: jax.Array
-    """Of the clean models, that were not called poisoned."""
+    """True negative rate: fraction of the clean models that were judged clean."""
     balanced: jax.Array
-    """Mean of the last two."""
+    """Balanced accuracy: mean of the last two."""
 
 
-def detection(named: jax.Array, called: jax.Array, targets: jax.Array, poisoned: jax.Array) -> Detection:
-    """How often an audit of M models was right.
+def detection(
+    predicted_targets: jax.Array, judged_poisoned: jax.Array, targets: jax.Array, poisoned: jax.Array
+) -> Detection:
+    """Fractions of correct verdicts of an audit of M models.
 
     Args:
-      named: int32 [M], the class that it suspects most; called: bool [M], whether it calls the model poisoned.
-      targets: int32 [M], the attack's target, -1 where there is none or several; poisoned: bool [M], the truth.
+      predicted_targets: int32 [M], the class with the highest anomaly score.
+      judged_poisoned: bool [M], whether the audit judges the model to be poisoned.
+      targets: int32 [M], the attack's target class, -1 where there is none or more than one.
+      poisoned: bool [M], whether the model is poisoned.
+
+    Returns:
+      The fractions.
     """
 
-    def share(right: jax.Array, counted: jax.Array) -> jax.Array:
-        return (right & counted).sum(dtype=jnp.float32) / counted.sum(dtype=jnp.float32)
+    def share(correct: jax.Array, counted: jax.Array) -> jax.Array:
+        return (correct & counted).sum(dtype=jnp.float32) / counted.sum(dtype=jnp.float32)
 
-    found, spared = share(called, poisoned), share(~called, ~poisoned)
-    return Detection(share(named == targets, poisoned & (targets >= 0)), found, spared, (found + spared) / 2)
+    true_positive, true_negative = share(judged_poisoned, poisoned), share(~judged_poisoned, ~poisoned)
+    target = share(predicted_targets == targets, poisoned & (targets >= 0))
+    return Detection(target, true_positive, true_negative, (true_positive + true_negative) / 2)

@@ -1,9 +1,18 @@
-"""How far a rate that was measured on n images may be from the true one."""
+"""Confidence interval of a rate measured on n images."""
 
 
-def wilson(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a rate of `right` in `n`: (low, high)."""
+def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a rate.
+
+    Args:
+      correct: number of successes.
+      n: number of trials.
+      confidence: confidence level, in (0, 1).
+
+    Returns:
+      (lower bound, upper bound).
+    """
     from scipy.stats import binomtest
 
-    ends = binomtest(right, n).proportion_ci(confidence, method="wilson")
+    ends = binomtest(correct, n).proportion_ci(confidence, method="wilson")
     return float(ends.low), float(ends.high)

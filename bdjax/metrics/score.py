@@ -1,4 +1,7 @@
-"""AGE's score: what is left of the backdoor and of the accuracy, in one number (Hsieh et al., 2024, Eq. 6)."""
+"""Unlearning score of AGE: remaining attack success and remaining accuracy in one number.
+
+Hsieh et al., "Mitigating Backdoor Attacks using Activation-Guided Model Editing", 2024, Eq. 6.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +10,21 @@ import jax.numpy as jnp
 def score(
     asr_unlearned: jax.Array, asr_victim: jax.Array, acc_unlearned: jax.Array, acc_retrained: jax.Array
 ) -> jax.Array:
-    """`(1 - ASR_U / ASR_V) * ACC_U / ACC_R` of an unlearned model U, its victim V and a model R trained without poison.
+    """Unlearning score `(1 - ASR_U / ASR_V) * ACC_U / ACC_R`.
 
-    1 is as good as training anew; more where U is more accurate than R, negative where the ASR rose. The paper prints
-    percent, and averages the score over runs, which is a little less than the score of averages.
+    1 is as good as retraining; the score exceeds 1 where the unlearned model is more accurate than the retrained one,
+    and is negative where the ASR increased. The paper prints percent, and averages the score over runs, which is
+    slightly less than the score of the averages.
 
-    Args: fractions, all measured on the same images and with the same trigger.
-    Returns: float32; NaN where ASR_V or ACC_R is zero.
+    Args:
+      asr_unlearned: ASR_U of the unlearned model. All four are fractions, measured on the same images and with the
+        same trigger.
+      asr_victim: ASR_V of the victim.
+      acc_unlearned: ACC_U of the unlearned model.
+      acc_retrained: ACC_R of a model that was trained without poison.
+
+    Returns:
+      float32; NaN where ASR_V or ACC_R is zero.
     """
     asr_u, asr_v, acc_u, acc_r = (
         jnp.asarray(value, jnp.float32) for value in (asr_unlearned, asr_victim, acc_unlearned, acc_retrained)
