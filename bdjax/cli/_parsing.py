@@ -43,9 +43,12 @@ def stop_with_usage(name: str, argv: list[str], details: str = "") -> NoReturn:
     Raises:
       InputError: when `argv` does not begin with -h or --help.
     """
-    text = f"usage: bdjax {name} {load_command(name).USAGE}" + (f"\n{details}" if details else "")
+    usage = load_command(name).USAGE
+    text = f"usage: bdjax {name} {usage}" + (f"\n{details}" if details else "")
     if argv and argv[0] in ("-h", "--help"):
-        say(f"{text}\n\n{load_command(name).SUMMARY}")
+        arguments = usage.partition("[")[0]
+        more = f"\n\nAll flags: bdjax {name} {arguments}--help" if arguments else ""
+        say(f"{text}\n\n{load_command(name).SUMMARY}{more}")
         sys.exit(0)
     raise InputError(f"{name} needs more arguments.\n{text}")
 

@@ -14,6 +14,8 @@ def main(argv: list[str]) -> None:
     """Run the command with the arguments that follow its name."""
     if argv[:1] in (["-h"], ["--help"]):
         stop_with_usage("list", argv)
+    if len(argv) > 1:
+        raise InputError(f"list takes one kind, got {' '.join(argv)}. Choose from {', '.join(registry.KINDS)}.")
     if argv and argv[0] not in registry.KINDS:
         raise InputError(f"unknown kind {argv[0]!r}. Choose from {', '.join(registry.KINDS)}.")
     for kind in argv[:1] or registry.KINDS:

@@ -17,9 +17,9 @@ class Flags:
     """Flags of `bdjax report`."""
 
     csv: bool = False
-    """Print comma-separated values (default: plain text)."""
+    """Print comma-separated values instead of plain text."""
     markdown: bool = False
-    """Print a Markdown table (default: plain text)."""
+    """Print a Markdown table instead of plain text."""
     papers: Path | None = None
     """Directory of the papers' CSV tables; default: experiments/papers."""
 

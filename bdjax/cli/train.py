@@ -11,7 +11,7 @@ from bdjax.cli._paths import remove_run
 
 ORDER = 30
 USAGE = "ATTACK [--dataset D] [--model M] [--seed S] [--attack.FIELD ..] [--fit.FIELD ..] [--out DIR]"
-SUMMARY = "train a model with the backdoor of ATTACK and write it to a directory, a victim"
+SUMMARY = "train a model with the backdoor of ATTACK and write it to a victim directory"
 
 
 def main(argv: list[str]) -> None:
