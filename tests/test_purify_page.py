@@ -1,16 +1,24 @@
 """The report of a purification: everything in one file, everything escaped, fit for a phone, a screen and paper."""
 
+import fnmatch
 import os
 import re
 import shutil
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 
 from bdjax.reports import page
+from bdjax.reports._html import render
 
+TEMPLATES = Path(page.__file__).parent / "templates"
 EVIL = "<script>document.title='owned'</script>"
+CONTROLS = "\x1b[2J\u202e\u200b"
+SYNTAX = "{{ 7 * 7 }}{% include 'style.css' %}{# gone #}"
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -20,7 +28,7 @@ def shown(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (30, 32, 32, 3)).astype(np.uint8)
-    classes = [EVIL, "a\"b' onload=alert(1)", "x" * 70, *(f"class {label}" for label in range(3, 43))]
+    classes = [EVIL, "a\"b' onload=alert(1)", CONTROLS + "x" * 70, *(f"class {label}" for label in range(3, 43))]
     pictures = [
         {"file": page.picture(folder, f"audit-{i}", images[i]), "method": "universal", "title": f"→ {classes[i]}"}
         for i in range(3)
@@ -40,7 +48,8 @@ def shown(tmp_path_factory):
         {"file": page.picture(folder, f"changed-{sort}-{place}", images[9 + place]), "sort": sort, "label": 0,
          "before": 1, "after": 2} for sort in ("broken", "mended", "other") for place in range(7)
     ]  # fmt: skip
-    tensors = [[f"layer{i}.{EVIL}.{'w' * 60}", "float32", [64, 64, 3, 3]] for i in range(20)]
+    tensors = [[f"layer{i}.{EVIL}.{'w' * 60}", "float32", [64, 64, 3, 3]] for i in range(19)]
+    tensors.append([SYNTAX + CONTROLS, "float32", []])
     source = {"format": "torch", "key": EVIL, "names": "torchvision", "tensors": tensors}
     result = {
         "input": {"kind": "file", "path": f"/home/someone/{'very_' * 20}/{EVIL}.pt", "sha256": "ab" * 32},
@@ -113,6 +122,34 @@ def test_what_came_from_outside_is_text(shown, read):
     assert said.count(EVIL) > 20
 
 
+def test_control_characters_are_visible_in_text_and_in_attributes(shown, read):
+    assert not set(CONTROLS) - set("[2J") & set(shown[0].read_text())
+    escaped = "\\x1b[2J\\u202e\\u200b"
+    assert "".join(read.texts).count(escaped) > 10
+    assert any(escaped in attributes.get("alt", "") for _, attributes in read.tags)
+
+
+def test_template_syntax_in_a_name_is_text(read):
+    assert SYNTAX in "".join(read.texts)
+
+
+def test_no_template_switches_the_escaping_off():
+    for path in TEMPLATES.glob("*.html"):
+        assert not re.search(r"\bsafe\b|autoescape|Markup", path.read_text()), path.name
+
+
+def test_a_value_that_a_template_needs_and_lacks_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="'summary' is undefined"):
+        render("purification.html", {"title": "a model"})
+
+
+def test_the_templates_are_installed_with_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["bdjax.reports"]
+    files = [f"templates/{path.name}" for path in TEMPLATES.iterdir()]
+    assert len(files) >= 4 and all(any(fnmatch.fnmatch(file, pattern) for pattern in patterns) for file in files)
+
+
 def test_numbers_settings_and_the_way_back_are_in_it(shown, read):
     said = " ".join("".join(read.texts).split())
     for part in ("90.0 %", "86.0 %", "84.0 to 94.0 %", "45 of 50", "23 of 50", "default 5", "default 0.1", "yes",
@@ -160,9 +197,7 @@ def contrast(one, two):
 
 
 def test_text_stands_out_in_light_and_in_dark():
-    from bdjax.reports._style import CSS
-
-    for block in re.findall(r":root \{(.*?)\}", CSS, re.S):
+    for block in re.findall(r":root \{(.*?)\}", (TEMPLATES / "style.css").read_text(), re.S):
         colours = dict(re.findall(r"--(\w+): (#\w+)", block))
         for ink in ("ink", "faint", "bad"):
             assert all(contrast(colours[ink], colours[paper]) >= 4.5 for paper in ("paper", "soft")), ink

@@ -1,11 +1,13 @@
-"""HTML by elements, each of which escapes what it is given; pictures inside it."""
+"""Render the HTML templates of this package: every value is escaped, and its control characters are made visible."""
 
 import base64
-import html
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from bdjax.io.files import remove_symlink
 from bdjax.text import visible
@@ -13,55 +15,58 @@ from bdjax.text import visible
 _LARGEST = 224  # pixels of a picture's longer side
 
 
-class Safe(str):
-    """HTML that is escaped already."""
+def render(template: str, values: dict[str, Any]) -> str:
+    """Fill in a template of bdjax/reports/templates.
 
-    __slots__ = ()
+    Values may come from strangers: markup in them is escaped, and control and formatting characters other than line
+    ends and tabs are written as their code points.
 
+    Args:
+      template: file name of the template.
+      values: its variables by name.
 
-def el(tag: str, *children: Any, **attributes: Any) -> Safe:
-    """An element; children that are not :class:`Safe` and all attributes are escaped, attributes of None left out."""
-    names = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value is not None}
-    opened = "".join(f' {name}="{_escaped(value)}"' for name, value in names.items())
-    inner = "".join(child if isinstance(child, Safe) else _escaped(child) for child in children)
-    return Safe(f"<{tag}{opened}>" if tag == "img" else f"<{tag}{opened}>{inner}</{tag}>")
+    Returns:
+      The HTML document.
 
-
-def _escaped(value: Any) -> str:
-    """Neither an element of HTML nor what would turn the text around it."""
-    return html.escape(visible(str(value), lines=True))
-
-
-def facts(rows: list[tuple[str, Any]]) -> Safe:
-    """Names and what they stand for."""
-    return el("dl", *(el("div", el("dt", name), el("dd", value)) for name, value in rows))
+    Raises:
+      jinja2.UndefinedError: the template uses a variable that `values` lacks.
+    """
+    return _environment().get_template(template).render(values)
 
 
-def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]], caption: str) -> Safe:
-    """Rows whose first cell names them. The caption is for those who do not see it."""
-    top = el("tr", *(el("th", head, scope="col") if head else el("td") for head in heads))
-    lines = [el("tr", el("th", first, scope="row"), *(el("td", cell) for cell in rest)) for first, *rest in rows]
-    drawn = el("table", el("caption", caption), el("thead", top), el("tbody", *lines))
-    return el("div", drawn, class_="scroll", tabindex="0", role="region", aria_label=caption)
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("bdjax.reports"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
-def gallery(folder: Path, pictures: list[tuple[str, str, str]]) -> Safe:
-    """(file below the folder, alternative text, caption) of each; the files go into the page."""
-    figures = []
-    for file, alternative, caption in pictures:
-        data = base64.b64encode((folder / file).read_bytes()).decode()
-        image = el("img", src=f"data:image/png;base64,{data}", alt=alternative)
-        figures.append(el("figure", image, el("figcaption", caption)))
-    return el("div", *figures, class_="gallery")
+def _printable(value: Any) -> Any:
+    """The text of a value; the output of macros, whose values went through here already, as it is."""
+    return value if isinstance(value, Markup) else visible(str(value), lines=True)
 
 
-def code(text: str) -> Safe:
-    """A command or a path, as it is typed."""
-    return el("pre", el("code", text), tabindex="0")
+def data_uri(path: Path) -> str:
+    """A PNG file as the address of an <img>, so that the page needs no other file."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def picture(folder: Path, name: str, image: np.ndarray) -> str:
-    """Write an image (uint8, or floats in [0, 1], [h, w, C]) to FOLDER/pictures/NAME.png; its path below the folder."""
+    """Write an image to FOLDER/pictures/NAME.png, at most 224 pixels wide and high.
+
+    Args:
+      folder: folder of the page.
+      name: file name without its ending.
+      image: [h, w, C], uint8, or floats in [0, 1]; one channel is written as grey, others as RGB.
+
+    Returns:
+      Path of the file relative to `folder`.
+    """
     from PIL import Image
 
     stored = image if image.dtype == np.uint8 else np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)

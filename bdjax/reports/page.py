@@ -1,229 +1,222 @@
-"""A purification as one HTML file for people: everything inside it, nothing to load, nothing that runs.
+"""The report of a purification: one self-contained HTML file, which loads nothing and has no scripts.
 
-Whatever comes from a file, a class name or a command line goes through :func:`el`, which escapes it.
+The sentences and the structure are in templates/purification.html; this module prepares the values.
 """
 
-import html
 import shlex
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 from bdjax.io import checkpoint
-from bdjax.reports._html import Safe, code, el, facts, gallery, picture, table
-from bdjax.reports._style import CSS, PAGE
+from bdjax.reports._html import data_uri, picture, render
 from bdjax.text import UNMEASURED, visible
 
 __all__ = ["picture", "write"]
 
-_TOP = 5  # classes of a method's evidence
+_TOP = 5  # classes listed for each method of the audit
 _SORTS = {"broken": "right before, wrong now", "mended": "wrong before, right now", "other": "wrong before and now"}
 _PHASES = ("before", "after")
 
 
+class _Fact(NamedTuple):
+    """A row of a list of facts."""
+
+    name: str
+    value: Any
+    code: bool = False  # set in a monospaced font
+
+
+class _Picture(NamedTuple):
+    """A picture of a gallery."""
+
+    source: str
+    alternative: str
+    caption: str
+
+
 def write(result: dict[str, Any], folder: Path) -> Path:
-    """Write FOLDER/report.html. Args: result: as `purification.purify` gives it; its pictures lie below `folder`."""
-    sections = [
-        el("section", el("h2", heading, id=anchor), *make(result, folder))
-        for anchor, heading, make in (
-            ("summary", "In short", _summary),
-            ("input", "What came in", _input),
-            ("audit", "What the audit found", _audit),
-            ("accuracy", "Accuracy before and after", _accuracy),
-            ("changed", "Predictions that changed", _changed),
-            ("done", "What was done", _done),
-            ("undo", "How to undo it", _undo),
-        )
-    ]
-    title = f"{Path(result['input']['path']).name}: audited and cleaned"
-    foot = el("footer", f"Made by bdjax {result['env']['bdjax']} on {result['env']['date']}.")
-    text = Template(PAGE).substitute(
-        title=html.escape(visible(title)), css=CSS, heading=el("h1", title), body="\n".join(sections), foot=foot
-    )
-    checkpoint.write_text(folder / "report.html", text)
+    """Write the report to FOLDER/report.html.
+
+    Args:
+      result: as `bdjax.pipelines.purification.purify` returns it.
+      folder: holds the pictures that `result` names; they are copied into the page.
+
+    Returns:
+      Path of the report.
+    """
+    values = {
+        "title": f"{visible(Path(result['input']['path']).name)}: audited and cleaned",
+        "summary": _summary(result),
+        "input": _input(result),
+        "audit": _audit(result, folder),
+        "accuracy": _accuracy(result),
+        "changed": _changed(result, folder),
+        "done": _done(result),
+        "undo": _undo(result),
+        "data": result["data"]["spec"],
+        "seed": result["seed"],
+        "n_clean": result["n_defender"] + result["n_held_out"],
+        "n_defender": result["n_defender"],
+        "n_held_out": result["n_held_out"],
+        "version": result["env"]["bdjax"],
+        "date": result["env"]["date"],
+    }
+    checkpoint.write_text(folder / "report.html", render("purification.html", values))
     return folder / "report.html"
 
 
-def _summary(result: dict[str, Any], folder: Path) -> list[Safe]:
-    found, cards = result["audit"], []
-    for phase, words in (("before", "Audit of what came in"), ("after", "Audit of the cleaned model")):
-        kind = "bad" if found[phase]["poisoned"] else "plain"
-        cards.append(
-            el("div", el("h3", words), el("p", _first_up(found[phase]["verdict"]), "."), class_=f"card {kind}")
-        )
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    """Both verdicts, the accuracies, and the notes."""
+    verdicts = []
+    for phase, heading in (("before", "Audit of what came in"), ("after", "Audit of the cleaned model")):
+        audit = result["audit"][phase]
+        kind = "bad" if audit["poisoned"] else "plain"
+        verdicts.append({"heading": heading, "kind": kind, "sentence": f"{_capitalise(audit['verdict'])}."})
     rates = " → ".join(f"{100 * result['accuracy'][phase]['rate']:.1f}\u00a0%" for phase in _PHASES)
-    where = f"on {result['n_held_out']} images held out; {result['changed']['all']} predictions changed"
-    cards.append(
-        el("div", el("h3", "Clean accuracy"), el("p", rates, class_="big"), el("p", where), class_="card plain")
-    )
-    return [el("div", *cards, class_="cards"), el("ul", *(el("li", note) for note in result["notes"]))]
+    return {"verdicts": verdicts, "rates": rates, "notes": result["notes"]}
 
 
-def _input(result: dict[str, Any], folder: Path) -> list[Safe]:
+def _input(result: dict[str, Any]) -> dict[str, Any]:
+    """Facts on the model as it came in, and the tensors of a weight file."""
     incoming, model = result["input"], result["model"]
-    source, of_file = model["source"], incoming["kind"] == "file"
-    done = {name: value for name, value in (model["input"] or {}).items() if value}
-    rows: list[tuple[str, Any]] = [
-        ("file" if of_file else f"directory ({incoming['kind']})", el("code", incoming["path"])),
-        ("sha256" if of_file else "hash in its manifest", el("code", incoming["sha256"])),
-        ("architecture", model["model"]),
-        ("images", " × ".join(map(str, model["shape"])) + " (height, width, channels)"),
-        ("before the network", ", ".join(f"{k} {v}" for k, v in done.items()) or "taken as they are, in [0, 1]"),
-        ("classes", f"{len(result['classes'])}: {_some(result['classes'], 20)}"),
+    source, is_file = model["source"], incoming["kind"] == "file"
+    steps = {name: value for name, value in (model["input"] or {}).items() if value}
+    facts = [
+        _Fact("file" if is_file else f"directory ({incoming['kind']})", incoming["path"], code=True),
+        _Fact("sha256" if is_file else "hash in its manifest", incoming["sha256"], code=True),
+        _Fact("architecture", model["model"]),
+        _Fact("images", " × ".join(map(str, model["shape"])) + " (height, width, channels)"),
+        _Fact("before the network", ", ".join(f"{k} {v}" for k, v in steps.items()) or "taken as they are, in [0, 1]"),
+        _Fact("classes", f"{len(result['classes'])}: {_shortened(result['classes'], 20)}"),
     ]
-    if not source:
-        return [facts(rows)]
-    under = f", under {source['key']!r}" if source["key"] else ""
-    rows.append(("format", f"{source['format']}, {len(source['tensors'])} tensors{under}"))
-    rows.append(("names", f"as by {source['names']}"))
-    tensors = [(name, dtype, " × ".join(map(str, shape)) or "a number") for name, dtype, shape in source["tensors"]]
-    listed = table(("tensor", "type", "shape"), tensors, "Tensors of the file")
-    return [facts(rows), el("details", el("summary", f"All {len(tensors)} tensors by name"), listed)]
+    tensors: list[tuple[str, str, str]] = []
+    if source:
+        key = f", under {source['key']!r}" if source["key"] else ""
+        facts.append(_Fact("format", f"{source['format']}, {len(source['tensors'])} tensors{key}"))
+        facts.append(_Fact("names", f"as by {source['names']}"))
+        tensors = [(name, dtype, " × ".join(map(str, shape)) or "a number") for name, dtype, shape in source["tensors"]]
+    return {"facts": facts, "tensors": tensors, "n_tensors": len(tensors)}
 
 
-def _audit(result: dict[str, Any], folder: Path) -> list[Safe]:
-    found = result["audit"]
-    words = (
-        f"{len(found['before']['methods'])} methods judged the model by {found['before']['n']} of the held-out images, "
-        "before and after. It counts as suspected where two of them accuse one class (or the only one asked does)."
-    )
-    parts = [el("p", words)]
-    if truth := found["before"]["truth"]:
-        parts.append(el("p", f"The model was trained here, so the truth is known: its attack is {truth['attack']}."))
-    parts += [el("article", *_evidence(result, method, folder)) for method in found["before"]["methods"]]
-    words = (
-        "A recovered patch is what a method needed to turn images to that class; δ is one perturbation for all images, "
-        "drawn on grey and scaled. Of a clean model, too, something is recovered."
-    )
-    return [*parts, el("p", words, class_="note")]
+def _audit(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The evidence of every method."""
+    before = result["audit"]["before"]
+    methods = [_evidence(result, method, folder) for method in before["methods"]]
+    return {
+        "methods": methods,
+        "n_methods": len(methods),
+        "n": before["n"],
+        "attack": before["truth"] and before["truth"]["attack"],
+    }
 
 
-def _evidence(result: dict[str, Any], method: str, folder: Path) -> list[Safe]:
+def _evidence(result: dict[str, Any], method: str, folder: Path) -> dict[str, Any]:
     """What one method says, before and after, and what it recovered."""
     both = [result["audit"][phase]["methods"][method] for phase in _PHASES]
     rows = [
-        ("says", *("poisoned" if own["poisoned"] else "clean" for own in both)),
-        ("most suspicious class", *(_class(result, own["target"]) for own in both)),
-        ("its score", *(_number(own["score"]) for own in both)),
+        ("says", *("poisoned" if scores["poisoned"] else "clean" for scores in both)),
+        ("most suspicious class", *(_class(result, scores["target"]) for scores in both)),
+        ("its score", *(_number(scores["score"]) for scores in both)),
     ]
-    if any("norm" in own for own in both):
-        rows.append(("norm, in distances between images", *(_number(own.get("norm")) for own in both)))
-    for place in range(2, min(_TOP, len(result["classes"])) + 1):
-        rows.append((f"{place}. by score", *(_ranked(result, own["classes"], place) for own in both)))
-    rows.append(("seconds", *(f"{own['seconds'] + own['compile']:.1f}" for own in both)))
-    parts = [el("h3", method), table(("", *_PHASES), rows, f"What {method} found before and after")]
+    if any("norm" in scores for scores in both):
+        rows.append(("norm, in distances between images", *(_number(scores.get("norm")) for scores in both)))
+    for rank in range(2, min(_TOP, len(result["classes"])) + 1):
+        rows.append((f"{rank}. by score", *(_ranked(result, scores["classes"], rank) for scores in both)))
+    rows.append(("seconds", *(f"{scores['seconds'] + scores['compile']:.1f}" for scores in both)))
+    phases = []
     for phase in _PHASES:
-        shown = [one for one in result["audit"][phase]["pictures"] if one["method"] == method]
-        if shown:
-            drawn = [(one["file"], f"recovered by {method} {phase}: {one['title']}", one["title"]) for one in shown]
-            parts += [el("h4", f"Recovered {phase}"), gallery(folder, drawn)]
-    return parts
+        pictures = [
+            _Picture(data_uri(folder / row["file"]), f"recovered by {method} {phase}: {row['title']}", row["title"])
+            for row in result["audit"][phase]["pictures"]
+            if row["method"] == method
+        ]
+        if pictures:
+            phases.append({"name": phase, "pictures": pictures})
+    return {"name": method, "rows": rows, "caption": f"What {method} found before and after", "phases": phases}
 
 
-def _accuracy(result: dict[str, Any], folder: Path) -> list[Safe]:
-    rows = []
-    for phase, own in result["accuracy"].items():
-        between = f"{100 * own['low']:.1f} to {100 * own['high']:.1f} %"
-        rows.append((phase, f"{100 * own['rate']:.1f} %", between, f"{own['right']} of {own['n']}"))
-    words = (
-        f"Of {result['n_defender'] + result['n_held_out']} clean images of {result['data']['spec']}, "
-        f"{result['n_defender']} were used to clean with and {result['n_held_out']} were held out, drawn by class with "
-        f"seed {result['seed']}. The defense saw none of the latter."
-    )
-    parts = [
-        table(("", "accuracy", "95 % interval (Wilson)", "right"), rows, "Accuracy on held-out images"),
-        el("div", *(_bar(phase, own) for phase, own in result["accuracy"].items())),
-        el("p", words),
-    ]
-    if asr := result["asr"]:
+def _accuracy(result: dict[str, Any]) -> dict[str, Any]:
+    """Clean accuracies with their intervals, and the attack success rate where the trigger is known."""
+    rows, bars = [], []
+    for phase, accuracy in result["accuracy"].items():
+        low, rate, high = (100 * accuracy[name] for name in ("low", "rate", "high"))
+        rows.append((phase, f"{rate:.1f} %", f"{low:.1f} to {high:.1f} %", f"{accuracy['right']} of {accuracy['n']}"))
+        low, rate, high = (round(value, 2) for value in (low, rate, high))
+        label = f"{phase}: {rate:.1f} %, between {low:.1f} and {high:.1f} %"
+        bars.append({"phase": phase, "low": low, "value": rate, "high": high, "label": label})
+    asr = result["asr"]
+    if asr:
         rates = " → ".join(f"{100 * asr[phase]:.1f} %" for phase in _PHASES)
-        parts.append(
-            el("p", f"The trigger is known ({asr['attack']}): its success rate {rates}, on {asr['n']} images.")
-        )
-    else:
-        parts.append(el("p", f"Attack success rate: {UNMEASURED}."))
-    if said := result.get("data_notes"):
-        parts.append(el("p", " ".join(said)))
-    return parts
+        asr = {"attack": asr["attack"], "rates": rates, "n": asr["n"]}
+    data_notes = " ".join(result.get("data_notes") or ())
+    return {"rows": rows, "bars": bars, "asr": asr, "unmeasured": UNMEASURED, "data_notes": data_notes}
 
 
-def _bar(phase: str, own: dict[str, Any]) -> Safe:
-    """A bar from 0 to 100 % with its interval, drawn in SVG."""
-    low, rate, high = (round(100 * own[name], 2) for name in ("low", "rate", "high"))
-    shapes = (
-        el("rect", class_="track", x=0, y=2, width=100, height=6),
-        el("rect", class_=phase, x=0, y=2, width=rate, height=6),
-        el("path", class_="whisker", d=f"M{low} 5H{high}M{low} 3v4M{high} 3v4"),
-    )
-    label = f"{phase}: {rate:.1f} %, between {low:.1f} and {high:.1f} %"
-    drawn = el("svg", *shapes, viewBox="0 0 100 10", preserveAspectRatio="none", role="img", aria_label=label)
-    return el("div", el("span", phase), drawn, class_="bar")
-
-
-def _changed(result: dict[str, Any], folder: Path) -> list[Safe]:
+def _changed(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """How many predictions changed, and pictures of the first of each sort."""
     changed, n = result["changed"], result["n_held_out"]
     rows = [(words, changed[sort]) for sort, words in _SORTS.items()]
-    parts = [
-        table(("", "images"), [*rows, ("all that changed", f"{changed['all']} of {n}")], "Predictions that changed")
-    ]
+    groups = []
     for sort, words in _SORTS.items():
-        shown, drawn = [one for one in changed["shown"] if one["sort"] == sort], []
-        for one in shown:
-            before, after, label = (_class(result, one[key]) for key in ("before", "after", "label"))
-            said = f"image of {label}, taken for {before} before and {after} after"
-            drawn.append((one["file"], said, f"{before} → {after}; it is {label}"))
-        if shown:
-            some = f" (the first {len(shown)} of {changed[sort]})" if changed[sort] > len(shown) else ""
-            parts += [el("h3", _first_up(words) + some), gallery(folder, drawn)]
-    return parts
+        pictures = []
+        for row in (row for row in changed["shown"] if row["sort"] == sort):
+            before, after, label = (_class(result, row[key]) for key in ("before", "after", "label"))
+            alternative = f"image of {label}, taken for {before} before and {after} after"
+            pictures.append(_Picture(data_uri(folder / row["file"]), alternative, f"{before} → {after}; it is {label}"))
+        if pictures:
+            shown = f" (the first {len(pictures)} of {changed[sort]})" if changed[sort] > len(pictures) else ""
+            groups.append({"heading": _capitalise(words) + shown, "pictures": pictures})
+    all_rows = [*rows, ("all that changed", f"{changed['all']} of {n}")]
+    return {"count": changed["all"], "rows": all_rows, "groups": groups}
 
 
-def _done(result: dict[str, Any], folder: Path) -> list[Safe]:
+def _done(result: dict[str, Any]) -> dict[str, Any]:
+    """The defense with its settings, what it cost, what was written, and the versions."""
     defaults, seconds, weights, data = (result[name] for name in ("defaults", "seconds", "weights", "data"))
     settings = []
     for name, value in result["defense_config"].items():
-        usual = defaults.get(name)
-        settings.append((name, _value(value), "" if usual == value else f"default {_value(usual)}"))
-    rows = [
-        ("defense", result["defense"]),
-        ("seed", result["seed"]),
-        ("clean images", f"{result['n_defender']} of {data['spec']} (fingerprint {data['fingerprint'][:16]}…)"),
-        ("audits", ", ".join(result["audit"]["before"]["methods"])),
-        ("seconds", f"{seconds['defense']:.1f}, and {seconds['compile']:.1f} to compile"),
-        ("written", f"{weights['file']}: {weights['tensors']} tensors, named as by {weights['names']}"),
-        ("its sha256", el("code", weights["sha256"])),
+        default = defaults.get(name)
+        settings.append((name, _setting(value), "" if default == value else f"default {_setting(default)}"))
+    facts = [
+        _Fact("defense", result["defense"]),
+        _Fact("seed", result["seed"]),
+        _Fact("clean images", f"{result['n_defender']} of {data['spec']} (fingerprint {data['fingerprint'][:16]}…)"),
+        _Fact("audits", ", ".join(result["audit"]["before"]["methods"])),
+        _Fact("seconds", f"{seconds['defense']:.1f}, and {seconds['compile']:.1f} to compile"),
+        _Fact("written", f"{weights['file']}: {weights['tensors']} tensors, named as by {weights['names']}"),
+        _Fact("its sha256", weights["sha256"], code=True),
     ]
-    return [
-        facts(rows),
-        el("h3", "Every setting of the defense"),
-        table(("setting", "value", ""), settings, f"Settings of {result['defense']}"),
-        el("h3", "Versions and hardware"),
-        facts([(name, value) for name, value in result["env"].items() if value is not None]),
-    ]
+    environment = [_Fact(name, value) for name, value in result["env"].items() if value is not None]
+    return {
+        "facts": facts,
+        "settings": settings,
+        "caption": f"Settings of {result['defense']}",
+        "environment": environment,
+    }
 
 
-def _undo(result: dict[str, Any], folder: Path) -> list[Safe]:
+def _undo(result: dict[str, Any]) -> dict[str, Any]:
+    """Commands that check the incoming file and export its weights again."""
     incoming, weights = result["input"], result["weights"]
-    parts = [el("p", "What came in was only read. To undo all of this, go on using it:"), code(incoming["path"])]
+    check = ""
     if incoming["kind"] == "file":
         line = shlex.quote(f"{incoming['sha256']}  {incoming['path']}")
-        parts += [el("p", "It is the same file as long as this says OK:"), code(f"echo {line} | sha256sum --check")]
+        check = f"echo {line} | sha256sum --check"
     out = f"original{Path(weights['file']).suffix}"
-    again = ["bdjax", "export", result["model"]["directory"], "--format", weights["format"], "--out", out]
-    parts += [el("p", "Its weights, with the same names and bits, are written again by:"), code(shlex.join(again))]
-    if result["command"]:
-        parts += [el("p", "All of this was made by:"), code(result["command"])]
-    return parts
+    export = ["bdjax", "export", result["model"]["directory"], "--format", weights["format"], "--out", out]
+    return {"path": incoming["path"], "check": check, "export": shlex.join(export), "command": result["command"]}
 
 
-def _ranked(result: dict[str, Any], scores: list[float | None], place: int) -> str:
+def _ranked(result: dict[str, Any], scores: list[float | None], rank: int) -> str:
+    """The class of that rank (1: the highest score) with its score; a dash when fewer were judged."""
     judged = sorted((-score, label) for label, score in enumerate(scores) if score is not None)
-    if place > len(judged):
+    if rank > len(judged):
         return "–"
-    return f"{_class(result, judged[place - 1][1])}: {_number(-judged[place - 1][0])}"
+    return f"{_class(result, judged[rank - 1][1])}: {_number(-judged[rank - 1][0])}"
 
 
 def _class(result: dict[str, Any], label: int) -> str:
+    """A class's number, followed by its name where it has one."""
     name = result["classes"][label]
     return str(label) if name == str(label) else f"{label} ({name})"
 
@@ -232,15 +225,17 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _value(value: Any) -> str:
+def _setting(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
 
 
-def _some(names: list[str], most: int) -> str:
+def _shortened(names: list[str], most: int) -> str:
+    """The first names with commas between them, and how many more there are."""
     return ", ".join(names[:most]) + (f", … {len(names) - most} more" if len(names) > most else "")
 
 
-def _first_up(words: str) -> str:
+def _capitalise(words: str) -> str:
+    """The same text with a capital first letter."""
     return words[:1].upper() + words[1:]
