@@ -39,7 +39,7 @@ OPCODES = {
 @pytest.mark.parametrize("most", [10**4, pytest.param(_pickle.MAX_OPCODES, marks=pytest.mark.slow)])
 def test_a_pickle_of_very_many_opcodes_is_refused_at_the_bound(most, wrap, case, tmp_path, monkeypatch):
     assert _pickle.MAX_OPCODES <= 10**6
-    monkeypatch.setattr(_pickle, "MOST", most)
+    monkeypatch.setattr(_pickle, "MAX_OPCODES", most)
     begin, again = OPCODES[case]
     (tmp_path / "x.pt").write_bytes(wrap(b"\x80\x04" + begin + again * most + b"."))
     with pytest.raises(InputError, match=f"more than {_pickle.MAX_OPCODES} opcodes"):
@@ -101,7 +101,7 @@ def claimed(blocks, convolutions=2):
 
 @pytest.mark.parametrize("convolutions", [2, 3])
 def test_a_network_of_more_blocks_than_any_is_not_built(convolutions, monkeypatch):
-    monkeypatch.setattr(names, "like_of", lambda model: pytest.fail("a model was built"))
+    monkeypatch.setattr(names, "variable_shapes", lambda model: pytest.fail("a model was built"))
     wanted = matching.ModelFacts("resnet", None, None, None)
     with pytest.raises(InputError, match="at most 128 together, got .64, 64, 64, 64."):
         matching.best_fit("x", {"": claimed((64,) * 4, convolutions)}, wanted, None)
@@ -117,7 +117,7 @@ def test_different_networks_are_built_until_a_bound_on_all_of_them(monkeypatch):
     """Four networks that differ in a block, each with as many as one may have."""
     different = {f"d{place}": claimed((32, 32, 32, 28 + place)) for place in range(4)}
     built, like = set(), names.variable_shapes
-    monkeypatch.setattr(names, "like_of", lambda model: built.add(model) or like(model))
+    monkeypatch.setattr(names, "variable_shapes", lambda model: built.add(model) or like(model))
     wanted = matching.ModelFacts("resnet", None, None, None)
     with pytest.raises(InputError, match="several different networks that might be resnet.*--key.*'d0', 'd1'"):
         matching.best_fit("x", different, wanted, None)

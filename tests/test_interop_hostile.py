@@ -106,7 +106,7 @@ def test_what_a_file_asks_to_run_is_named(name, tried):
         ("container: a network's program", "a whole network with its program"),
         ("safetensors: a header of 16 EB", "claims a header of 18446744073709551615 bytes"),
         ("safetensors: offsets that overlap", "invalid offset"),
-        ("values: NaN in classifier.bias, torch", "'classifier.bias' holds values that are no finite float32 numbers"),
+        ("values: NaN in classifier.bias, torch", "'classifier.bias' contains NaN or Inf in float32"),
         ("values: a negative variance", "'features.1.running_var' is a variance and holds negative values"),
     ],
 )

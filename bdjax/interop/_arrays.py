@@ -1,4 +1,4 @@
-"""NumPy arrays in a pickle: their bytes are in it, so they are tensors that need no storage. Nothing is run."""
+"""NumPy arrays in a pickle. Their bytes are part of the pickle, so they need no storage, and no code is run."""
 
 from math import prod
 from typing import Any
@@ -14,7 +14,7 @@ _CODES = {f"{dtype.kind}{dtype.itemsize}": name for name, dtype in DTYPES.items(
 
 
 class Dtype(Skipped):
-    """numpy.dtype(code), and the order of bytes that its state tells."""
+    """numpy.dtype(code), with the byte order from its state."""
 
     __slots__ = ("code", "order")
 
@@ -25,13 +25,13 @@ class Dtype(Skipped):
         self.code = code.lstrip("<>=|")
 
     def build(self, state: Any) -> None:
-        """Take the state (version, order, ...)."""
+        """Read the state (version, order, ...)."""
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "=", "|"):
             self.order = state[1]
 
 
 class Array(Skipped):
-    """An array; `tensor` where it is one of plain numbers whose bytes are all there."""
+    """A NumPy array. `tensor` is None unless it holds plain numbers and all of their bytes."""
 
     __slots__ = ("tensor",)
 
@@ -40,21 +40,21 @@ class Array(Skipped):
         self.tensor: Tensor | None = None
 
     def build(self, state: Any) -> None:
-        """Take the state (version, shape, dtype, whether columns come first, bytes)."""
+        """Read the state (version, shape, dtype, whether in Fortran order, bytes)."""
         if isinstance(state, tuple) and len(state) == 5:
             self.tensor = _tensor(state[4], state[2], state[1], state[3])
 
 
 def from_buffer(arguments: tuple[Any, ...]) -> Array:
-    """What _frombuffer(bytes, dtype, shape, order) stands for, as protocol 5 writes arrays."""
+    """Return the array of _frombuffer(bytes, dtype, shape, order), the form of pickle protocol 5."""
     array = Array()
     if len(arguments) == 4:
         array.tensor = _tensor(arguments[0], arguments[1], arguments[2], arguments[3] == "F")
     return array
 
 
-def _tensor(raw: Any, dtype: Any, shape: Any, columns_first: Any) -> Tensor | None:
-    """The tensor, or None for anything but plain numbers in exactly so many bytes."""
+def _tensor(raw: Any, dtype: Any, shape: Any, fortran_order: Any) -> Tensor | None:
+    """Return the tensor, or None unless it holds plain numbers in exactly the bytes that its shape needs."""
     if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, Dtype) or dtype.code not in _CODES:
         return None
     if not isinstance(shape, tuple) or len(shape) > 16 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
@@ -68,6 +68,6 @@ def _tensor(raw: Any, dtype: Any, shape: Any, columns_first: Any) -> Tensor | No
         if not raw:
             return np.zeros(shape, DTYPES[name])
         elements = np.frombuffer(raw, stored).astype(DTYPES[name], copy=False)
-        return elements.reshape(shape, order="F" if columns_first else "C")
+        return elements.reshape(shape, order="F" if fortran_order else "C")
 
     return Tensor(name, shape, read)

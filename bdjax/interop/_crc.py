@@ -1,4 +1,4 @@
-"""The checksums of a zip's entries, which opening it does not compare."""
+"""Verification of the CRC-32 checksums of a zip file, which opening it does not verify."""
 
 import zipfile
 import zlib
@@ -11,9 +11,9 @@ _PART = 1 << 20
 
 
 def check(path: Path) -> None:
-    """Raise Refused when an entry's bytes are not those that its CRC-32 was taken of.
+    """Raise Refused when the bytes of an entry do not match its CRC-32.
 
-    A file in which every entry's is 0 was written without (torch.serialization.set_crc32_options).
+    If all checksums are 0, the file was written without them (torch.serialization.set_crc32_options).
     """
     with open_regular(path, MAX_WEIGHTS, "a weight file") as file:
         if file.read(2) != b"PK":
@@ -24,12 +24,12 @@ def check(path: Path) -> None:
                 if not any(entry.CRC for entry in entries):
                     return
                 for entry in entries:
-                    _compare(archive, entry)
+                    _verify(archive, entry)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
             raise Refused(f"it is damaged ({quote(str(error))}). Copy or save it again") from None
 
 
-def _compare(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    with archive.open(entry) as opened:  # its end raises BadZipFile
+def _verify(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    with archive.open(entry) as opened:  # raises BadZipFile at the end
         while opened.read(_PART):
             pass

@@ -1,7 +1,7 @@
-"""The containers of weights, opened without trusting a number in them: safetensors, torch's zip and what came before.
+"""Containers of weights, read without trusting any number in them: safetensors, torch's zip and its legacy format.
 
-Every size is compared with the size of the file before anything of that size is read, and a tensor's elements are read
-when they are asked for, one tensor at a time. torch.save compresses nothing, so nothing is decompressed here.
+Every size is compared with the size of the file before that many bytes are read, and the elements of a tensor are read
+on demand. torch.save does not compress, so nothing is decompressed here.
 """
 
 import io
@@ -14,11 +14,11 @@ import numpy as np
 import safetensors
 
 from bdjax.interop import _globals, _pickle
-from bdjax.interop._globals import Global, Skipped
-from bdjax.interop._tensors import Refused, Storage, Tensor, quote
+from bdjax.interop._globals import STORAGES, Global, Skipped
+from bdjax.interop._tensors import OTHER_STORAGES, Refused, Storage, Tensor, quote
 
-MAX_BYTES = 96 << 20  # of a pickle, in which NumPy's arrays may lie, or of six headers
-_MAX_ENTRIES = 20_000  # of an archive, and tensors of a safetensors file
+MAX_BYTES = 96 << 20  # of a pickle, which may contain NumPy arrays; a safetensors header has at most a sixth of it
+_MAX_ENTRIES = 20_000  # entries of an archive, tensors of a safetensors file
 KERAS = (
     "Weights of Keras are not read. Load it where you trust it (keras.models.load_model(FILE)), give its "
     "arrays PyTorch's names and layouts, and save them: safetensors.numpy.save_file(arrays, 'weights.safetensors'); "
@@ -32,7 +32,7 @@ _SAFE = {
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name. Raises Refused when it is damaged."""
+    """Return the tensors of a safetensors file by name. Raises Refused when it is damaged."""
     with open(path, "rb") as opened:
         head = opened.read(8)
     length = int.from_bytes(head, "little")
@@ -55,14 +55,14 @@ def _safe_tensor(path: Path, file: Any, name: str) -> Tensor:
         raise Refused(f"tensor {quote(name)} is of type {quote(dtype)}; read are {', '.join(_SAFE)}")
 
     def read() -> np.ndarray:
-        with safetensors.safe_open(path, framework="numpy") as again:  # closed at once: it maps the whole file
-            return again.get_tensor(name)
+        with safetensors.safe_open(path, framework="numpy") as opened:  # closed at once, because it maps the whole file
+            return opened.get_tensor(name)
 
     return Tensor(_SAFE[dtype], tuple(part.get_shape()), read)
 
 
 def open_zip(path: Path) -> Any:
-    """The value that torch.save wrote as a zip (PyTorch 1.6 and later). Raises Refused when it is not such a file."""
+    """Return the value in a zip of torch.save (PyTorch 1.6 and later). Raises Refused when it is another file."""
     entries = _entries(path)
     pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].count("/") > 1:
@@ -79,7 +79,7 @@ def open_zip(path: Path) -> Any:
     if order not in (b"little", b"big"):
         raise Refused(f"its byteorder is {quote(order)}, not little or big")
     known: dict[str, Storage] = {}
-    value = _pickle.load(stream, lambda reference: _pickle.storage(reference, known))
+    value = _pickle.load(stream, lambda reference: _storage(reference, known))
     _globals.check_root(value)
     for key, storage in known.items():
         if f"{folder}data/{key}" not in entries:
@@ -88,8 +88,27 @@ def open_zip(path: Path) -> Any:
     return value
 
 
+def _storage(reference: Any, known: dict[str, Storage]) -> Storage:
+    """Return the storage of torch's persistent reference ("storage", type, key, device, elements, ...).
+
+    `known` holds the storages by key; a new key is added.
+    """
+    if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
+        raise Refused(f"it refers to {quote(reference)}, which is no storage of a tensor")
+    kind, key, count = reference[1], reference[2], reference[4]
+    dtype = None
+    if isinstance(kind, Global):
+        dtype = STORAGES.get(kind, str(kind) if kind in OTHER_STORAGES else None)
+    if dtype is None or type(key) is not str or type(count) is not int or not 0 <= count < 2**48:
+        raise Refused(f"a storage of {quote(kind)} with {quote(count)} elements is not one that can be read")
+    entry = known.setdefault(key, Storage(key, dtype, count))
+    if (entry.dtype, entry.count) != (dtype, count):
+        raise Refused(f"storage {quote(key)} is described in two ways")
+    return entry
+
+
 def _entries(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each file of the archive lies: name -> (first byte, bytes)."""
+    """Return the position of each entry of the archive: name -> (first byte, bytes)."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         _check_directory(file, size)
@@ -101,33 +120,33 @@ def _entries(path: Path) -> dict[str, tuple[int, int]]:
         if len(infos) > _MAX_ENTRIES:
             raise Refused(f"it has {len(infos)} entries, more than any model that can be read")
         _check_kind([info.filename for info in infos])
-        found: dict[str, tuple[int, int]] = {}
+        positions: dict[str, tuple[int, int]] = {}
         for info in infos:
             name = info.filename
             if name.startswith("/") or "\\" in name or ".." in name.split("/") or ":" in name:
                 raise Refused(f"its entry {quote(name)} points outside of it")
-            if name in found:
+            if name in positions:
                 raise Refused(f"its entry {quote(name)} is there twice")
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
                 raise Refused(f"its entry {quote(name)} is compressed, which torch.save never does; it is not unpacked")
-            file.seek(max(0, info.header_offset))  # a negative one is no header's place
+            file.seek(max(0, info.header_offset))  # a negative offset is invalid
             header = file.read(30)
             if len(header) < 30 or header[:4] != b"PK\3\4":
                 raise Refused(f"its entry {quote(name)} does not lie where its directory says: it is damaged")
             start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
             if start + info.file_size > size:
                 raise Refused(f"its entry {quote(name)} claims {info.file_size} bytes: it is cut off")
-            found[name] = (start, info.file_size)
+            positions[name] = (start, info.file_size)
     end = 0
-    for start, length in sorted(found.values()):
+    for start, length in sorted(positions.values()):
         if length and start < end:
             raise Refused("two of its entries overlap, which torch.save never writes")
         end = max(end, start + length)
-    return found
+    return positions
 
 
 def _check_kind(names: list[str]) -> None:
-    """Refuse, with what to do, an archive of something else than weights; such ones are compressed in part."""
+    """Raise Refused, with the remedy, for an archive that does not hold weights."""
     ends = {name.rpartition("/")[2] for name in names}
     if "archive_format" in ends or "serialized_exported_program.json" in ends:
         raise Refused(
@@ -149,13 +168,13 @@ def _check_kind(names: list[str]) -> None:
 
 
 def _check_directory(file: Any, size: int) -> None:
-    """Refuse an archive whose list of entries is too long, before `zipfile` makes an object of each."""
+    """Refuse an archive whose directory is too long, before `zipfile` creates an object for each entry."""
     file.seek(max(0, size - 42))
     tail = file.read()
     if len(tail) < 22 or tail[-22:-18] != b"PK\5\6":
         raise Refused("its end is missing or not torch's: the zip is cut off, or something follows it")
     length = struct.unpack("<I", tail[-10:-6])[0]
-    if tail[:4] == b"PK\6\7":  # the larger form keeps its numbers in a record before
+    if tail[:4] == b"PK\6\7":  # zip64 keeps its sizes in a preceding record
         file.seek(max(0, size - 42 - 56))
         record = file.read(56)
         length = struct.unpack("<Q", record[40:48])[0] if record[:4] == b"PK\6\6" else size
@@ -164,7 +183,7 @@ def _check_directory(file: Any, size: int) -> None:
 
 
 def open_legacy(path: Path) -> Any:
-    """The value that torch.save wrote before PyTorch 1.6: pickles, then storages. Raises Refused for other files."""
+    """Return the value in a legacy file of torch.save (before PyTorch 1.6): pickles, then storages."""
     with open(path, "rb") as file:
         stream = io.BytesIO(file.read(MAX_BYTES))
     known: dict[str, Storage] = {}
@@ -186,27 +205,27 @@ def open_legacy(path: Path) -> Any:
         if root not in roots:
             raise Refused(f"it refers to storage {quote(root)}, which is not in it")
         start, size = roots[root]
-        skipped = offset * storage.itemsize
-        storage.bind(path, start + skipped, size - skipped, system.get("little_endian") is False)
+        begin = offset * storage.itemsize
+        storage.bind(path, start + begin, size - begin, system.get("little_endian") is False)
     return value
 
 
 def _legacy_roots(
-    path: Path, place: int, keys: list[str], known: dict[str, Storage], views: dict[str, tuple[str, int]]
+    path: Path, position: int, keys: list[str], known: dict[str, Storage], views: dict[str, tuple[str, int]]
 ) -> dict[str, tuple[int, int]]:
-    """Where each storage lies, one behind the other from `place` on: key -> (first byte, bytes)."""
+    """Return the position of each storage, consecutive from `position` on: key -> (first byte, bytes)."""
     roots: dict[str, tuple[int, int]] = {}
-    whole = path.stat().st_size
+    file_size = path.stat().st_size
     sizes = {views.get(key, (key, 0))[0]: storage.itemsize for key, storage in known.items()}
     with open(path, "rb") as file:
         for key in keys:
-            file.seek(place)
+            file.seek(position)
             count = int.from_bytes(file.read(8), "little", signed=True)
             if key not in sizes:
                 raise Refused(f"it holds storage {quote(key)}, which no tensor refers to")
-            roots[key] = (place + 8, count * sizes[key])
-            place += 8 + count * sizes[key]
-            if count < 0 or place > whole:
+            roots[key] = (position + 8, count * sizes[key])
+            position += 8 + count * sizes[key]
+            if count < 0 or position > file_size:
                 raise Refused(f"storage {quote(key)} claims {quote(count)} elements: the file is cut off")
     return roots
 
@@ -216,19 +235,19 @@ def _no_storage(reference: Any) -> Any:
 
 
 def _legacy_storage(reference: Any, known: dict[str, Storage], views: dict[str, tuple[str, int]]) -> Any:
-    """A storage, or the view of one that old versions wrote: (..., root's elements, (view, offset, elements))."""
+    """Return a storage, or the view of one in old files: (..., elements of the root, (view, offset, elements))."""
     if isinstance(reference, tuple) and reference[:1] == ("module",):  # the class of a network, with its source
-        found = reference[1] if len(reference) > 1 else None
-        if isinstance(found, Global):
-            return found
-        other = Skipped(found if type(found) is str else "unnamed")
-        other.network = True
-        return other
+        name = reference[1] if len(reference) > 1 else None
+        if isinstance(name, Global):
+            return name
+        placeholder = Skipped(name if type(name) is str else "unnamed")
+        placeholder.network = True
+        return placeholder
     view = reference[5] if isinstance(reference, tuple) and len(reference) > 5 else None
     if view is None:
-        return _pickle.storage(reference, known)
+        return _storage(reference, known)
     if not isinstance(view, tuple) or len(view) != 3 or type(view[1]) is not int or not 0 <= view[1] < 2**48:
         raise Refused(f"a view of a storage is {quote(view)}: it is damaged")
     key = f"{quote(reference[2])} seen as {quote(view[0])}"
     views[key] = (str(reference[2]) if isinstance(reference[2], str) else "", view[1])
-    return _pickle.storage((*reference[:2], key, reference[3], view[2]), known)
+    return _storage((*reference[:2], key, reference[3], view[2]), known)

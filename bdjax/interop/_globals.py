@@ -1,8 +1,8 @@
-"""What a pickle may name: tensors, plain values, and objects that stay placeholders. Nothing is looked up or built.
+"""Classes and functions that a pickle may name; no name is imported and no object is built.
 
-A name of a class or of a function that puts data together becomes a :class:`Skipped`, whatever package it is of: it is
-listed, and its content is dropped. A name that acts on the machine (os, subprocess, eval ...) stands beside weights
-only to attack who loads them, so such a file is refused by that name.
+The name of a class, or of a function that builds data, becomes a :class:`Skipped` placeholder, whatever its package: it
+is listed, and its content is dropped. A name that acts on the machine (os, subprocess, eval ...) occurs beside weights
+only in an attack, so such a file is refused.
 """
 
 import re
@@ -12,18 +12,18 @@ from bdjax.interop._tensors import DTYPES, Refused, quote
 
 
 class Global(str):
-    """MODULE.NAME, which is never looked up."""
+    """A name MODULE.NAME in a pickle; it is never imported."""
 
 
 class Skipped:
-    """A value that is no tensor in this file's sense: never built, known by the name of what would have been made."""
+    """Placeholder of an object that is not built, with the name of its class or function."""
 
     __slots__ = ("name", "network", "plain")
 
     def __init__(self, name: str, plain: bool = False) -> None:
-        """`plain`: a shape, a dtype, a number of NumPy's, which is not worth listing."""
+        """Set the name; `plain` marks values that are not listed, such as shapes, dtypes and NumPy scalars."""
         self.name, self.plain = name, plain
-        self.network = False  # whether it has modules and parameters, as a whole network has
+        self.network = False  # whether it has modules and parameters, like a whole network
 
 
 STORAGES = {f"torch.{name}Storage": dtype for name, dtype in (
@@ -49,8 +49,8 @@ _ACTING = {
 }  # fmt: skip
 _HARMLESS = {"types.SimpleNamespace", "io.BytesIO", "io.StringIO", "_io.BytesIO", "_io.StringIO",
              "builtins.getattr", "__builtin__.getattr", "__builtins__.getattr"}  # fmt: skip
-"""Of the modules above; `getattr` is how enumerations are written, and what it may get is checked."""
-_LONGEST = 300  # characters of a name; patterns are looked for in it
+"""Exceptions within the modules above; `getattr` encodes enumerations, and its arguments are checked."""
+_LONGEST = 300  # largest number of characters of a name
 _BUILTINS = ("builtins", "__builtin__", "__builtins__")
 _FUNCTIONS = {
     "collections.defaultdict", "collections.deque", "datetime.datetime", "datetime.date", "datetime.time",
@@ -58,11 +58,11 @@ _FUNCTIONS = {
     "numpy.recarray", "torch.device", "torch.dtype", "array.array", "itertools.count", "easydict.EasyDict",
 }  # fmt: skip
 _BUILDS = re.compile(r"_\w*?(reconstruct|rebuild|unpickle|ctor|frombuffer|newobj|get_layout|create)")
-"""Functions by which classes put their instances together when they are unpickled."""
+"""Names of functions that build instances of classes when they are unpickled."""
 
 
 def checked_global(name: str) -> Global:
-    """The global `name`. Raises Refused for one that acts on the machine."""
+    """Return the global `name`. Raises Refused when it acts on the machine."""
     if len(name) > _LONGEST:
         raise Refused(f"it names a class or function by {len(name)} characters; at most {_LONGEST} are read")
     module, _, attribute = name.rpartition(".")
@@ -70,20 +70,20 @@ def checked_global(name: str) -> Global:
     acts = top in _ACTING or (top in _BUILTINS and attribute not in _TYPES and not _is_error(attribute))
     if acts and name not in _HARMLESS:
         raise refusal(name)
-    if top in _BUILTINS:  # as Python 3 calls it
+    if top in _BUILTINS:  # Python 3's name
         return Global(f"builtins.{'range' if attribute == 'xrange' else attribute}")
     return Global(name)
 
 
 def placeholder(function: Global, arguments: tuple[Any, ...]) -> Skipped:
-    """The placeholder of what `function(*arguments)` would make. Raises Refused for what only runs something."""
+    """Return a placeholder for the result of a call. Raises Refused when the function does not build data."""
     name = str(function)
     module, _, attribute = name.rpartition(".")
     if attribute == "getattr" and module in _BUILTINS:
         if len(arguments) == 2 and isinstance(arguments[0], Global) and isinstance(arguments[1], str):
-            owner, wanted = arguments[0], arguments[1]
-            if owner.rpartition(".")[2][:1].isupper() and wanted.isidentifier() and wanted[0] != "_":
-                return Skipped(f"{owner}.{wanted}"[:200])
+            owner, member = arguments[0], arguments[1]
+            if owner.rpartition(".")[2][:1].isupper() and member.isidentifier() and member[0] != "_":
+                return Skipped(f"{owner}.{member}"[:200])
         raise refusal(name)
     builds = attribute[:1].isupper() or name in _FUNCTIONS or name in STORAGES or module in _BUILTINS
     if not builds and _BUILDS.match(attribute) is None and name not in _PLAIN and not _is_class(attribute):
@@ -93,12 +93,12 @@ def placeholder(function: Global, arguments: tuple[Any, ...]) -> Skipped:
 
 
 def global_placeholder(value: Global) -> Skipped:
-    """A global that stands for itself, as a dtype or a function of an activation does."""
+    """Return a placeholder for a global that is a value itself, such as a dtype or an activation function."""
     return Skipped(str(value), str(value) in _PLAIN)
 
 
 def refusal(name: str) -> Refused:
-    """The answer to a file that names something to run."""
+    """Return the exception for a file that names something to run."""
     return Refused(
         f"it asks to run {quote(name)}, which is no tensor and no plain value; nothing was run. If you trust it, "
         "load it where it comes from and save its weights alone: torch.save(model.state_dict(), FILE)"
@@ -106,7 +106,7 @@ def refusal(name: str) -> Refused:
 
 
 def network_refusal(name: str) -> Refused:
-    """The answer to a file that holds a network as an object and no weights by name."""
+    """Return the exception for a file that holds a network as an object and no tensors by name."""
     return Refused(
         f"it asks to run {quote(name)}, for it holds a whole network with its program, not weights; nothing was run. "
         "Load it where you trust it and save its weights: torch.save(model.state_dict(), FILE)"
@@ -114,7 +114,7 @@ def network_refusal(name: str) -> Refused:
 
 
 def check_root(value: Any) -> None:
-    """Raise Refused for a file that is one placeholder, with what it would have made."""
+    """Raise Refused when the content of a file is a single placeholder."""
     if isinstance(value, Skipped) and value.name != "numpy.ndarray":
         raise network_refusal(value.name) if is_network(value) else refusal(value.name)
     if isinstance(value, Global):
@@ -122,17 +122,17 @@ def check_root(value: Any) -> None:
 
 
 def is_network(value: Any) -> bool:
-    """Whether a placeholder stands for a network of PyTorch's."""
+    """Whether a placeholder stands for a PyTorch network."""
     return isinstance(value, Skipped) and (value.network or value.name.startswith("torch.nn.modules."))
 
 
 def is_tensor(name: str) -> bool:
-    """Whether the placeholder of that name stands for a tensor of a sort that is not read: sparse, quantised .."""
+    """Whether a placeholder of that name stands for a tensor that is not read, such as a sparse or quantised one."""
     return name.startswith(("a tensor of ", "torch._utils._rebuild_", "torch._tensor.", "torch.nn.parameter."))
 
 
 def _is_class(attribute: str) -> bool:
-    """CamelCase behind any underscores, as `_RandomState`."""
+    """Whether a name is in CamelCase after any underscores, such as `_RandomState`."""
     return attribute.lstrip("_")[:1].isupper()
 
 

@@ -1,10 +1,10 @@
-"""The meaning of a pickle, found without running it: tensors, dictionaries and plain values.
+"""Interpreter of the safe subset of pickle: tensors, dictionaries and plain values, without running any code.
 
-The readers of `pickletools` take each opcode's argument, with its length checked against what is there; a machine of
-this module's own carries the opcodes out. It knows no imports and calls nothing: a global is its name, and the few that
-PyTorch and NumPy write around tensors have a meaning here. Every other object is an inert placeholder (`_globals`).
-Work and memory grow with the bytes and the opcodes, of which there may be `MAX_OPCODES`: what is nested is shared, and keys of
-dictionaries that are neither texts nor small numbers become placeholders, for hashing them could take forever.
+`pickletools` reads the argument of each opcode and checks its length against the data; the interpreter in this module
+executes the opcodes. It imports and calls nothing: a global is only its name, and the few globals that PyTorch and
+NumPy write for tensors are interpreted here. Every other object becomes an inert placeholder (`_globals`). Time and
+memory are proportional to the bytes and opcodes, at most `MAX_OPCODES`: nested objects are shared, and dictionary keys
+other than strings and small integers become placeholders, because hashing them could take unbounded time.
 """
 
 import pickletools
@@ -16,25 +16,32 @@ from bdjax.interop._globals import STORAGES, Global, Skipped
 from bdjax.interop._tensors import DTYPES, OTHER_STORAGES, Refused, Storage, Tensor, quote
 
 MAX_OPCODES = 1_000_000
-MAX_NAMES = 100_000  # of classes and functions; torch.save writes each once
-MAX_ENCODED = 96 << 20  # characters that Python 2's way of writing bytes takes, in all
+MAX_NAMES = 100_000  # references to classes and functions; torch.save writes each once
+MAX_ENCODED = 96 << 20  # characters of bytes in Python 2's encoding, in total
 _MARK = object()
-_ENDED = Refused("the pickle takes more from its stack than is there: it is damaged")
+_STACK_EMPTY = Refused("the pickle takes more from its stack than is there: it is damaged")
 
 
 def load(stream: BinaryIO, persistent: Callable[[Any], Any]) -> Any:
-    """The value of the pickle at the head of `stream`, which is left behind its end.
+    """Interpret the pickle at the start of a stream, which is then positioned at its end.
 
-    Args: persistent: what stands for an outside reference, `persistent(reference) -> value`.
-    Raises Refused for what is damaged, too much, or asks to run something.
+    Args:
+      stream: the pickle.
+      persistent: `persistent(reference) -> value` resolves persistent references.
+
+    Returns:
+      The value of the pickle.
+
+    Raises:
+      Refused: when the pickle is damaged, too large, or names code to run.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    encoded = named = 0
+    encoded_count = name_count = 0
     try:
         for _ in range(MAX_OPCODES):
             code = stream.read(1)
-            kind, reader, own = _STEPS[code] if code in _STEPS else _unknown(code)
+            kind, reader, operand = _STEPS[code] if code in _STEPS else _refuse_opcode(code)
             argument: Any = reader(stream) if reader is not None else None
             if kind == "get":
                 stack.append(memo[argument])
@@ -43,33 +50,36 @@ def load(stream: BinaryIO, persistent: Callable[[Any], Any]) -> Any:
             elif kind == "push":
                 stack.append(argument)
             elif kind == "build":
-                own(stack)
+                operand(stack)
             elif kind == "constant":
-                stack.append(own)
+                stack.append(operand)
             elif kind == "new":
-                stack.append(own())
+                stack.append(operand())
             elif kind == "reduce":
-                encoded += _reduce(stack)
-                if encoded > MAX_ENCODED:
+                encoded_count += _reduce(stack)
+                if encoded_count > MAX_ENCODED:
                     raise Refused(f"the pickle encodes more than {MAX_ENCODED} characters, more than it can hold")
             elif kind == "global":
-                named += 1
-                if named > MAX_NAMES:
+                name_count += 1
+                if name_count > MAX_NAMES:
                     raise Refused(f"the pickle names more than {MAX_NAMES} classes, which no list of weights does")
-                stack.append(_globals.checked_global(_stacked(stack) if argument is None else argument.replace(" ", ".", 1)))
-            elif kind == "outside":
+                stack.append(
+                    _globals.checked_global(_pop_name(stack) if argument is None else argument.replace(" ", ".", 1))
+                )
+            elif kind == "persistent":
                 stack.append(persistent(stack.pop()))
             elif kind == "stop":
                 (value,) = stack
                 return value
     except IndexError:
-        raise _ENDED from None
+        raise _STACK_EMPTY from None
     except (ValueError, KeyError, OverflowError, UnicodeError, TypeError) as error:
         raise Refused(f"the pickle is damaged ({type(error).__name__}: {quote(str(error))})") from None
     raise Refused(f"the pickle has more than {MAX_OPCODES} opcodes, which no list of weights needs")
 
 
-def _unknown(code: bytes) -> Any:
+def _refuse_opcode(code: bytes) -> Any:
+    """Raise Refused for an opcode that is not interpreted."""
     name = next((opcode.name for opcode in pickletools.opcodes if opcode.code.encode("latin-1") == code), None)
     if not code:
         raise Refused("the pickle ends before its end mark: the file is cut off")
@@ -78,32 +88,19 @@ def _unknown(code: bytes) -> Any:
     raise Refused(f"the pickle uses {name}, which torch.save does not write")
 
 
-def storage(reference: Any, known: dict[str, Storage]) -> Storage:
-    """The storage that torch's reference ("storage", type, key, device, elements, ...) names: one for each key."""
-    if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
-        raise Refused(f"it refers to {quote(reference)}, which is no storage of a tensor")
-    kind, key, count = reference[1], reference[2], reference[4]
-    dtype = None
-    if isinstance(kind, Global):
-        dtype = STORAGES.get(kind, str(kind) if kind in OTHER_STORAGES else None)
-    if dtype is None or type(key) is not str or type(count) is not int or not 0 <= count < 2**48:
-        raise Refused(f"a storage of {quote(kind)} with {quote(count)} elements is not one that can be read")
-    found = known.setdefault(key, Storage(key, dtype, count))
-    if (found.dtype, found.count) != (dtype, count):
-        raise Refused(f"storage {quote(key)} is described in two ways")
-    return found
-
-
-def _since_mark(stack: list[Any]) -> list[Any]:
-    for place in range(len(stack) - 1, -1, -1):
-        if stack[place] is _MARK:
-            items = stack[place + 1 :]
-            del stack[place:]
+def _pop_to_mark(stack: list[Any]) -> list[Any]:
+    """Pop the items above the last mark, and the mark."""
+    for index in range(len(stack) - 1, -1, -1):
+        if stack[index] is _MARK:
+            items = stack[index + 1 :]
+            del stack[index:]
             return items
-    raise _ENDED
+    raise _STACK_EMPTY
 
 
 def _tuple(count: int) -> Callable[[list[Any]], None]:
+    """Return the operation that pops `count` items and pushes their tuple."""
+
     def build(stack: list[Any]) -> None:
         items = [stack.pop() for _ in range(count)][::-1]
         stack.append(tuple(items))
@@ -111,7 +108,8 @@ def _tuple(count: int) -> Callable[[list[Any]], None]:
     return build
 
 
-def _into_list(stack: list[Any], items: list[Any]) -> None:
+def _extend_list(stack: list[Any], items: list[Any]) -> None:
+    """Extend the list at the top of the stack."""
     if isinstance(stack[-1], Skipped):
         return
     if not isinstance(stack[-1], list):
@@ -119,7 +117,8 @@ def _into_list(stack: list[Any], items: list[Any]) -> None:
     stack[-1].extend(items)
 
 
-def _into_dict(stack: list[Any], items: list[Any]) -> None:
+def _update_dict(stack: list[Any], items: list[Any]) -> None:
+    """Store alternating keys and values in the dictionary at the top of the stack."""
     target = stack[-1]
     if isinstance(target, Skipped):
         return
@@ -128,26 +127,27 @@ def _into_dict(stack: list[Any], items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if isinstance(key, list | dict | bytearray):
             raise Refused(f"a dictionary has {quote(key)} as a key, which no dictionary can have: it is damaged")
-        known = type(key) is str or isinstance(key, Skipped) or (type(key) is int and abs(key) < 2**31)
-        target[key if known else Skipped("a key", plain=True)] = value
+        is_hashable = type(key) is str or isinstance(key, Skipped) or (type(key) is int and abs(key) < 2**31)
+        target[key if is_hashable else Skipped("a key", plain=True)] = value
 
 
-def _pair(stack: list[Any]) -> None:
+def _setitem(stack: list[Any]) -> None:
     value, key = stack.pop(), stack.pop()
-    _into_dict(stack, [key, value])
+    _update_dict(stack, [key, value])
 
 
 def _dictionary(arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    """An ordered dictionary; Python 2 wrote its pairs as an argument."""
-    made: dict[Any, Any] = {}
+    """Return the dictionary of OrderedDict(*arguments); Python 2 wrote the pairs as an argument."""
+    dictionary: dict[Any, Any] = {}
     for pair in arguments[0] if arguments and isinstance(arguments[0], list) else ():
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise Refused("an ordered dictionary is made of what are no pairs: it is damaged")
-        _into_dict([made], list(pair))
-    return made
+        _update_dict([dictionary], list(pair))
+    return dictionary
 
 
-def _rebuilt(arguments: tuple[Any, ...]) -> Tensor | Skipped:
+def _rebuild_tensor(arguments: tuple[Any, ...]) -> Tensor | Skipped:
+    """Return the tensor of _rebuild_tensor(storage, offset, shape, stride, ...)."""
     if len(arguments) < 4 or not isinstance(arguments[0], Storage):
         raise Refused("a tensor is made of something else than a storage: it is damaged")
     if arguments[0].dtype in OTHER_STORAGES:
@@ -155,44 +155,45 @@ def _rebuilt(arguments: tuple[Any, ...]) -> Tensor | Skipped:
     return arguments[0].tensor(*arguments[1:4])
 
 
-def _rebuilt_typed(arguments: tuple[Any, ...]) -> Tensor | Skipped:
-    """_rebuild_tensor_v3: a storage of bytes, and the type of elements behind the rest."""
-    whole = arguments[0] if len(arguments) > 6 else None
-    if not isinstance(whole, Storage) or not isinstance(arguments[6], Global):
+def _rebuild_tensor_v3(arguments: tuple[Any, ...]) -> Tensor | Skipped:
+    """Return the tensor of _rebuild_tensor_v3: a storage of bytes, and the element type as the last argument."""
+    untyped = arguments[0] if len(arguments) > 6 else None
+    if not isinstance(untyped, Storage) or not isinstance(arguments[6], Global):
         raise Refused("a tensor is made of something else than a storage and a type: it is damaged")
     dtype = arguments[6].removeprefix("torch.")
     if dtype not in DTYPES:
         return Skipped(f"a tensor of {arguments[6]}")
-    if whole.itemsize != 1 or len(whole.views) >= MAX_VIEWS:
-        raise Refused(f"storage {quote(whole.key)} is described in more ways than torch.save writes")
-    view = Storage(whole.key, dtype, whole.count // DTYPES[dtype].itemsize)
-    whole.views.append(view)
+    if untyped.itemsize != 1 or len(untyped.views) >= MAX_VIEWS:
+        raise Refused(f"storage {quote(untyped.key)} is described in more ways than torch.save writes")
+    view = Storage(untyped.key, dtype, untyped.count // DTYPES[dtype].itemsize)
+    untyped.views.append(view)
     return view.tensor(*arguments[1:4])
 
 
-def _parameter(arguments: tuple[Any, ...]) -> Tensor | Skipped:
+def _rebuild_parameter(arguments: tuple[Any, ...]) -> Tensor | Skipped:
+    """Return the tensor of a parameter."""
     if not arguments or not isinstance(arguments[0], Tensor | Skipped):
         raise Refused("a parameter is made of something else than a tensor: it is damaged")
     return arguments[0]
 
 
-def _of_type(arguments: tuple[Any, ...]) -> Tensor | Skipped:
-    """_rebuild_from_type_v2(function, type, arguments, state): a tensor with attributes, or of a class of its own."""
+def _rebuild_from_type(arguments: tuple[Any, ...]) -> Tensor | Skipped:
+    """Return the tensor of _rebuild_from_type_v2(function, type, arguments, state), used for tensor subclasses."""
     if len(arguments) > 2 and arguments[1] in _TENSORS and arguments[0] in _REBUILDERS and type(arguments[2]) is tuple:
         return _REBUILDERS[arguments[0]](arguments[2])
-    named = len(arguments) > 1 and isinstance(arguments[1], Global)
-    return Skipped(f"a tensor of {arguments[1]}" if named else _OF_TYPE)
+    has_type = len(arguments) > 1 and isinstance(arguments[1], Global)
+    return Skipped(f"a tensor of {arguments[1]}" if has_type else _FROM_TYPE)
 
 
 def _reduce(stack: list[Any]) -> int:
-    """A call, in the meaning that it has here. Returns how many characters it encoded."""
+    """Interpret a call on the stack, and return the number of characters that it encoded to bytes."""
     arguments, function = stack.pop(), stack.pop()
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         raise Refused("the pickle calls what is no function: it is damaged")
     if function in STORAGES:
         raise Refused(f"it asks to make a {function}, which torch.save does not write")
     if function == "_codecs.encode" and arguments[1:] == ("latin1",) and type(arguments[0]) is str:
-        stack.append(arguments[0].encode("latin-1"))  # how protocol 2 writes bytes
+        stack.append(arguments[0].encode("latin-1"))  # the form of bytes in protocol 2
         return len(arguments[0])
     if function in _CALLS:
         stack.append(_CALLS[function](arguments))
@@ -206,21 +207,21 @@ def _reduce(stack: list[Any]) -> int:
 
 
 def _new(count: int) -> Callable[[list[Any]], None]:
-    """An instance of a class, made without its `__init__`: a placeholder. `count`: of what stands behind the class."""
+    """Return the operation that replaces a class and its `count` arguments by a placeholder of an instance."""
 
     def build(stack: list[Any]) -> None:
         for _ in range(count):
             stack.pop()
-        found = stack.pop()
-        if not isinstance(found, Global):
+        name = stack.pop()
+        if not isinstance(name, Global):
             raise Refused("the pickle makes an instance of what is no class: it is damaged")
-        stack.append(_dictionary(()) if found in _DICTIONARIES else Skipped(str(found)))
+        stack.append(_dictionary(()) if name in _DICTIONARIES else Skipped(str(name)))
 
     return build
 
 
 def _build(stack: list[Any]) -> None:
-    """State of an object: of a NumPy array, what a state dict knows of its modules, or a placeholder's, which goes."""
+    """Set the state of an object: used for NumPy arrays, dropped for dictionaries and placeholders."""
     state, target = stack.pop(), stack[-1]
     if isinstance(target, _arrays.Array | _arrays.Dtype):
         target.build(state)
@@ -231,17 +232,18 @@ def _build(stack: list[Any]) -> None:
 
 
 def _additems(stack: list[Any]) -> None:
-    _since_mark(stack)
+    _pop_to_mark(stack)
     if not isinstance(stack[-1], Skipped):
         raise Refused("the pickle adds to what is no set: it is damaged")
 
 
 def _frozenset(stack: list[Any]) -> None:
-    _since_mark(stack)
+    _pop_to_mark(stack)
     stack.append(Skipped("builtins.frozenset"))
 
 
-def _stacked(stack: list[Any]) -> str:
+def _pop_name(stack: list[Any]) -> str:
+    """Pop a global's module and name, and return MODULE.NAME."""
     name, module = stack.pop(), stack.pop()
     if type(name) is not str or type(module) is not str:
         raise Refused("the pickle names a global by what is no text: it is damaged")
@@ -249,34 +251,34 @@ def _stacked(stack: list[Any]) -> str:
 
 
 def _appends(stack: list[Any]) -> None:
-    items = _since_mark(stack)
-    _into_list(stack, items)
+    items = _pop_to_mark(stack)
+    _extend_list(stack, items)
 
 
 def _setitems(stack: list[Any]) -> None:
-    items = _since_mark(stack)
-    _into_dict(stack, items)
+    items = _pop_to_mark(stack)
+    _update_dict(stack, items)
 
 
 def _append(stack: list[Any]) -> None:
     item = stack.pop()
-    _into_list(stack, [item])
+    _extend_list(stack, [item])
 
 
-MAX_VIEWS = 64  # types that one storage is seen as
-_OF_TYPE = "torch._tensor._rebuild_from_type_v2"
+MAX_VIEWS = 64  # views of one storage with other element types
+_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 _TENSORS = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _DICTIONARIES = ("collections.OrderedDict", "collections.defaultdict")
 _REBUILDERS: dict[str, Callable[[tuple[Any, ...]], Tensor | Skipped]] = {
-    "torch._utils._rebuild_tensor": _rebuilt,
-    "torch._utils._rebuild_tensor_v2": _rebuilt,
-    "torch._utils._rebuild_tensor_v3": _rebuilt_typed,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
 }
 _CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     **_REBUILDERS,
-    _OF_TYPE: _of_type,
+    _FROM_TYPE: _rebuild_from_type,
     **dict.fromkeys(_DICTIONARIES, _dictionary),
     "numpy.dtype": _arrays.Dtype,
     **dict.fromkeys(_arrays.RECONSTRUCT, lambda arguments: _arrays.Array()),
@@ -296,17 +298,17 @@ _BUILDERS: dict[str, Callable[[list[Any]], None]] = {
     "TUPLE1": _tuple(1),
     "TUPLE2": _tuple(2),
     "TUPLE3": _tuple(3),
-    "TUPLE": lambda stack: stack.append(tuple(_since_mark(stack))),
+    "TUPLE": lambda stack: stack.append(tuple(_pop_to_mark(stack))),
     "APPEND": _append,
     "APPENDS": _appends,
-    "SETITEM": _pair,
+    "SETITEM": _setitem,
     "SETITEMS": _setitems,
     "ADDITEMS": _additems,
     "FROZENSET": _frozenset,
     "NEWOBJ": _new(1),
     "NEWOBJ_EX": _new(2),
     "POP": lambda stack: stack.pop(),
-    "POP_MARK": lambda stack: _since_mark(stack).clear(),
+    "POP_MARK": lambda stack: _pop_to_mark(stack).clear(),
     "BUILD": _build,
 }
 _KINDS: dict[str, tuple[str, Any]] = {
@@ -320,7 +322,7 @@ _KINDS: dict[str, tuple[str, Any]] = {
     "REDUCE": ("reduce", None),
     "GLOBAL": ("global", None),
     "STACK_GLOBAL": ("global", None),
-    "BINPERSID": ("outside", None),
+    "BINPERSID": ("persistent", None),
     "STOP": ("stop", None),
 }
 _STEPS: dict[bytes, tuple[str, Callable[[BinaryIO], Any] | None, Any]] = {

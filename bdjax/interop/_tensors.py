@@ -1,4 +1,4 @@
-"""What a weight file is read into: tensors that are checked before a byte of them is read, and nothing that runs."""
+"""Tensors and storages of a weight file, checked before any of their bytes is read. No code is run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,53 +21,63 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "uint8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
-"""Of the elements of a tensor, by their name in PyTorch."""
+"""Types of tensor elements by their PyTorch names."""
 OTHER_STORAGES = {
     "torch.ComplexFloatStorage": 8, "torch.ComplexDoubleStorage": 16, "torch.QInt8Storage": 1,
     "torch.QUInt8Storage": 1, "torch.QInt32Storage": 4, "torch.QUInt4x2Storage": 1, "torch.QUInt2x4Storage": 1,
     "torch.storage.UntypedStorage": 1, "torch.UntypedStorage": 1,
 }  # fmt: skip
-"""Storages of elements that are no plain weights: bytes an element. Their tensors are passed over."""
+"""Storages of other elements, with their bytes per element. Their tensors are skipped."""
 
 
 class Refused(Exception):
-    """What a file holds is not taken; the message says what, in one line without the file's name."""
+    """A file is rejected; the message states the reason in one line, without the name of the file."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: checked, not yet read."""
+    """A tensor in a file, validated but not yet read."""
 
     dtype: str
-    """One of DTYPES."""
+    """Key of DTYPES."""
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    """`read() -> array` of that dtype and shape, from the file."""
+    """`read()` returns the array of that dtype and shape from the file."""
 
 
 @dataclass
 class Storage:
-    """A run of elements that tensors look into; its bytes may be found later than the tensors."""
+    """A block of elements that tensors are views of; the position of its bytes may become known after the tensors."""
 
     key: str
     dtype: str
-    """One of DTYPES, or of OTHER_STORAGES."""
+    """Key of DTYPES or of OTHER_STORAGES."""
     count: int
-    """Elements that the pickle claims."""
+    """Number of elements according to the pickle."""
     path: Path = Path()
     start: int = 0
-    """First byte in the file; with `path` and the order of bytes set by whoever finds it."""
+    """Offset of the first byte in the file; set by :meth:`bind`, as are `path` and `big_endian`."""
     big_endian: bool = False
     views: list["Storage"] = field(default_factory=list)
-    """The same bytes as elements of another type."""
+    """Storages that interpret the same bytes as elements of another type."""
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element."""
+        """Bytes per element."""
         return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else OTHER_STORAGES[self.dtype]
 
     def bind(self, path: Path, start: int, size: int, big_endian: bool) -> None:
-        """Say where its bytes lie: `size` of them are there. Raises Refused when more were claimed."""
+        """Set the position of the bytes in a file.
+
+        Args:
+          path: the file.
+          start: offset of the first byte.
+          size: number of available bytes.
+          big_endian: byte order.
+
+        Raises:
+          Refused: when fewer bytes are available than the pickle claims.
+        """
         need = self.count * self.itemsize
         if size < need:
             raise Refused(f"storage {quote(self.key)} claims {need} bytes and has {max(size, 0)}: the file is cut off")
@@ -75,7 +85,19 @@ class Storage:
             storage.path, storage.start, storage.big_endian = path, start, big_endian
 
     def tensor(self, offset: Any, shape: Any, stride: Any) -> Tensor:
-        """The tensor that begins at element `offset`. Raises Refused when it does not lie inside without overlaps."""
+        """Create a tensor that is a view of this storage. The arguments come from the file and are validated.
+
+        Args:
+          offset: first element.
+          shape: shape of the tensor.
+          stride: strides in elements.
+
+        Returns:
+          The tensor.
+
+        Raises:
+          Refused: when the tensor exceeds the storage or overlaps itself.
+        """
         for name, value in (("shape", shape), ("stride", stride)):
             if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 2**48 for size in value):
                 raise Refused(f"a tensor's {name} is {quote(value)}, not sizes")
@@ -94,8 +116,8 @@ class Storage:
             dtype = DTYPES[self.dtype]
             if not prod(shape):
                 return np.zeros(shape, dtype)
-            order, place = ">" if self.big_endian else "<", self.start + offset * dtype.itemsize
-            raw = np.fromfile(self.path, f"{order}u{dtype.itemsize}", last + 1 - offset, offset=place)
+            order, start = ">" if self.big_endian else "<", self.start + offset * dtype.itemsize
+            raw = np.fromfile(self.path, f"{order}u{dtype.itemsize}", last + 1 - offset, offset=start)
             elements = raw.astype(f"=u{dtype.itemsize}", copy=False).view(dtype)
             steps = [step * dtype.itemsize for step in stride]
             return np.lib.stride_tricks.as_strided(elements, shape, steps, writeable=False)
@@ -104,7 +126,7 @@ class Storage:
 
 
 def quote(value: Any) -> str:
-    """A stranger's value for a message: one line, short, nothing that moves the cursor."""
+    """Format an untrusted value for a message: one short line without control characters."""
     if isinstance(value, tuple | list):
         parts = [type(part).__name__ if isinstance(part, tuple | list) else quote(part) for part in value[:6]]
         return "[" + ", ".join(parts) + (", ..." if len(value) > 6 else "") + "]"

@@ -1,4 +1,4 @@
-"""What a weight file does not tell of its network: what is assumed, and what else would fit and how well."""
+"""Options of a network that a weight file does not determine: defaults, alternatives, and their accuracies."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,22 +12,27 @@ Measure = Callable[[Model, Variables], float]
 
 
 def best_variant(
-    fit: matching.Fit, wanted: matching.ModelFacts, again: Callable[[matching.ModelFacts], matching.Fit],
+    fit: matching.Fit, facts: matching.ModelFacts, refit: Callable[[matching.ModelFacts], matching.Fit],
     variables: Variables, measure: Measure,
 ) -> tuple[matching.Fit, list[dict[str, Any]]]:  # fmt: skip
-    """The fit whose network has the highest accuracy, the earliest among equals, and what each one has.
+    """Select the network with the highest accuracy, the earliest among equals.
 
-    One option after the other is varied, with what was best of those before: a network for each value, not for each
-    combination of them.
+    One option after the other is varied, with the best values of the options before it, so a network is built for each
+    value and not for each combination.
 
     Args:
-      again: the fit of other options; the weights are the same ones.
+      fit: the fit with the default options.
+      facts: what is known of the model.
+      refit: `refit(facts) -> fit` with other options and the same weights.
+      variables: the weights.
+      measure: accuracy of a model on clean images.
 
-    Returns: the fit, and a list of {"options", "acc"}; "acc" is None where the images do not fit a network. Raises what
-    `measure` raises of the network that is assumed.
+    Returns:
+      (the best fit, a list of {"options", "acc"}); "acc" is None where the images do not fit a network. Exceptions of
+      `measure` on the default network are passed on.
     """
     open_options = {
-        name: values for name, values in fit.options.items() if len(values) > 1 and name not in wanted.chosen
+        name: values for name, values in fit.options.items() if len(values) > 1 and name not in facts.chosen
     }
     tried: list[dict[str, Any]] = []
     first = {name: values[0] for name, values in open_options.items()}
@@ -36,33 +41,42 @@ def best_variant(
 
     def attempt(options: dict[str, Any]) -> tuple[float, dict[str, Any], matching.Fit] | None:
         try:
-            one = again(matching.with_options(wanted, options))
-            acc = float(measure(one.model, variables))
+            variant = refit(matching.with_options(facts, options))
+            acc = float(measure(variant.model, variables))
         except InputError:
             tried.append({"options": options, "acc": None})
             return None
         tried.append({"options": options, "acc": acc})
-        return acc, options, one
+        return acc, options, variant
 
     for name, values in open_options.items():
-        found = [attempt({**best[1], name: value}) for value in values[1:]]
-        best = max([best, *(one for one in found if one is not None)], key=lambda one: one[0])
+        attempts = [attempt({**best[1], name: value}) for value in values[1:]]
+        best = max([best, *(result for result in attempts if result is not None)], key=lambda result: result[0])
     return best[2], tried
 
 
-def assumption_record(fit: matching.Fit, given: Mapping[str, Any], tried: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the manifest says: option -> {"value", "instead_of", "by": "default", "flag" or "accuracy"}."""
-    measured = {option for one in tried for option in one["options"]}
-    found: dict[str, Any] = {}
+def assumption_record(fit: matching.Fit, stated: Mapping[str, Any], tried: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the manifest's record of the options.
+
+    Args:
+      fit: the chosen fit.
+      stated: options that the user stated.
+      tried: result of :func:`best_variant`.
+
+    Returns:
+      option -> {"value", "instead_of": alternatives, "by": "default", "flag" or "accuracy"}.
+    """
+    measured = {option for attempt in tried for option in attempt["options"]}
+    record: dict[str, Any] = {}
     for option, values in fit.options.items():
-        if len(values) > 1 or option in given:
-            by = "flag" if option in given else "accuracy" if option in measured else "default"
-            found[option] = {"value": values[0], "instead_of": list(values[1:]), "by": by}
-    return found
+        if len(values) > 1 or option in stated:
+            by = "flag" if option in stated else "accuracy" if option in measured else "default"
+            record[option] = {"value": values[0], "instead_of": list(values[1:]), "by": by}
+    return record
 
 
 def option_flag(option: str, value: Any) -> str:
-    """How the command line says an option: `--stem max`."""
+    """Return the command-line flag of an option, such as `--stem max`."""
     if option == "pool" and value == 0:
         value = "global"
     if option == "transform_input":
@@ -71,14 +85,24 @@ def option_flag(option: str, value: Any) -> str:
 
 
 def describe(assumed: Mapping[str, Any], tried: list[dict[str, Any]], note: str = "") -> list[str]:
-    """Lines for people on what was assumed, and on what was tried."""
+    """Describe the chosen and the tried options for the user.
+
+    Args:
+      assumed: result of :func:`assumption_record`.
+      tried: result of :func:`best_variant`.
+      note: further line, "" for none.
+
+    Returns:
+      The lines.
+    """
     lines = []
-    for option, one in assumed.items():
-        others = " or ".join(option_flag(option, value) for value in one["instead_of"])
-        why = {"default": "assumed", "flag": "as given", "accuracy": "the most accurate"}[one["by"]]
-        lines.append(f"{option_flag(option, one['value'])} ({why}{f'; the file would fit {others}, too' if others else ''})")
-    for one in tried:
-        said = ", ".join(option_flag(option, value) for option, value in one["options"].items()) or "the one that fits"
-        acc = "these images do not fit it" if one["acc"] is None else f"accuracy {one['acc']:.4f}"
-        lines.append(f"tried {said}: {acc}")
+    for option, record in assumed.items():
+        others = " or ".join(option_flag(option, value) for value in record["instead_of"])
+        reason = {"default": "assumed", "flag": "as given", "accuracy": "the most accurate"}[record["by"]]
+        alternatives = f"; the file would fit {others}, too" if others else ""
+        lines.append(f"{option_flag(option, record['value'])} ({reason}{alternatives})")
+    for attempt in tried:
+        options = ", ".join(option_flag(option, value) for option, value in attempt["options"].items())
+        acc = "these images do not fit it" if attempt["acc"] is None else f"accuracy {attempt['acc']:.4f}"
+        lines.append(f"tried {options or 'the one that fits'}: {acc}")
     return [*lines, *([note] if note else [])]

@@ -1,8 +1,8 @@
-"""Weight files written without PyTorch: safetensors, and the zip that `torch.load(weights_only=True)` takes.
+"""Write weight files without PyTorch: safetensors, and the zip that `torch.load(weights_only=True)` reads.
 
-A `.pt` file gets what torch.save gives one: the pickle of an ordered dictionary whose tensors refer to storages, and
-each storage as a file of its own, uncompressed and at a multiple of 64 bytes. It has no date: the same weights make the
-same bytes.
+A `.pt` file has the structure of torch.save: the pickle of an ordered dictionary whose tensors refer to storages, and
+each storage in a separate entry, uncompressed and aligned to 64 bytes. It contains no date, so the same weights give
+the same bytes.
 """
 
 import struct
@@ -22,32 +22,38 @@ _ALIGN = 64
 
 
 def safetensors_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Tensors as a safetensors file."""
-    whole = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
-    return safetensors.numpy.save(whole, metadata={"format": "pt"})
+    """Return the content of a safetensors file."""
+    contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
+    return safetensors.numpy.save(contiguous, metadata={"format": "pt"})
 
 
 def write_torch(file: BinaryIO, tensors: Mapping[str, np.ndarray], folder: str = "archive") -> None:
-    """Write tensors as torch.save writes a state dict."""
+    """Write tensors in the format of torch.save(state_dict, file).
+
+    Args:
+      file: file opened for writing.
+      tensors: arrays by name, in order.
+      folder: name of the folder in the zip.
+    """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
         def add(name: str, content: Any) -> None:
             info = zipfile.ZipInfo(f"{folder}/{name}", (1980, 1, 1, 0, 0, 0))
             begins = file.tell() + 30 + len(info.filename.encode())
-            pad = -(begins + 4) % _ALIGN  # a field that readers pass over, as torch's own padding
+            pad = -(begins + 4) % _ALIGN  # padding in a field that readers skip, as torch pads
             info.extra = struct.pack("<2sH", b"FB", pad) + b"Z" * pad
             archive.writestr(info, content)
 
         add("data.pkl", _pickle(tensors))
         add("byteorder", b"little")
         for key, array in enumerate(tensors.values()):
-            plain = np.ascontiguousarray(array)
-            add(f"data/{key}", plain.astype(plain.dtype.newbyteorder("<"), copy=False).tobytes())
+            contiguous = np.ascontiguousarray(array)
+            add(f"data/{key}", contiguous.astype(contiguous.dtype.newbyteorder("<"), copy=False).tobytes())
         add("version", b"3\n")
 
 
 def _pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """OrderedDict of tensors, each _rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict()), protocol 2."""
+    """Pickle an OrderedDict of _rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict()), protocol 2."""
     empty = b"ccollections\nOrderedDict\n)R"
     items = b"".join(
         _text(name)

@@ -1,4 +1,5 @@
-"""The names of PyTorch's networks, one module for each family of ours; its `NAMINGS` are tables, the usual one first.
+"""Tables of the layer names of PyTorch networks, one module per family.
 
-A module is found by being here: see :class:`bdjax.interop.names.Naming` for what a table says.
+Each module defines `NAMINGS`, a tuple of :class:`bdjax.interop.names.Naming` with the usual one first. All modules in
+this folder are used.
 """

@@ -1,4 +1,4 @@
-"""ConvNeXt-Tiny, as torchvision names it."""
+"""ConvNeXt-Tiny: torchvision's names."""
 
 from bdjax.interop.names import Naming
 

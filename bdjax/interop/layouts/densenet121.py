@@ -1,13 +1,13 @@
-"""DenseNet-121: torchvision's names, which timm's are, too, and those of its first weights."""
+"""DenseNet-121: torchvision's and timm's names, and those of torchvision's first weights."""
 
 from typing import Any
 
 from bdjax.interop.names import Naming
 
 
-def _old(ours: str) -> str:
-    """`denselayer1.norm1` was `denselayer1.norm.1` in torchvision's first weights."""
-    return f"{ours[:-1]}.{ours[-1]}" if ".denselayer" in ours else ours
+def _old(name: str) -> str:
+    """Convert to the names of torchvision's first weights: `denselayer1.norm1` was `denselayer1.norm.1`."""
+    return f"{name[:-1]}.{name[-1]}" if ".denselayer" in name else name
 
 
 _SHARED: dict[str, Any] = {"layers": {"features.conv0": "features.conv0", "head": "classifier"}}

@@ -9,24 +9,24 @@ from bdjax.models import efficientnet_b3, efficientnet_v2_s
 
 _LAYERS = {"features.0.0": "features.0.0", "head": "classifier.1"}
 _NETS = {"efficientnet_b3": efficientnet_b3.Net, "efficientnet_v2_s": efficientnet_v2_s.Net}
-_EPSILONS = {"efficientnet_b3": 5, "efficientnet_v2_s": 3}  # torchvision's
+_EPSILONS = {"efficientnet_b3": 5, "efficientnet_v2_s": 3}  # of torchvision's networks
 
 
 def _names(model: str) -> Callable[[str], str]:
-    """`features.4.0.block.1.0` is `blocks.3.0.conv_dw`."""
+    """Return the renaming to timm's names: `features.4.0.block.1.0` is `blocks.3.0.conv_dw`."""
     stages = _NETS[model].STAGES
     last = f"features.{len(stages) + 1}"
     ends = {"features.0.0": "conv_stem", "features.0.1": "bn1", f"{last}.0": "conv_head", f"{last}.1": "bn2"}
 
-    def rename(ours: str) -> str:
-        found = re.fullmatch(r"features\.(\d)\.(\d+)\.block\.(\d)\.(.+)", ours)
-        if found is None:
-            return ends.get(ours, ours)
-        fused, _, expansion = stages[int(found[1]) - 1][:3]
+    def rename(name: str) -> str:
+        match = re.fullmatch(r"features\.(\d)\.(\d+)\.block\.(\d)\.(.+)", name)
+        if match is None:
+            return ends.get(name, name)
+        fused, _, expansion = stages[int(match[1]) - 1][:3]
         parts: tuple[str, ...] = ("fused", "project") if expansion > 1 else ("single",)
         if not fused:
             parts = (*(("expand",) if expansion > 1 else ()), "depth", "squeeze", "project")
-        return f"blocks.{int(found[1]) - 1}.{found[2]}.{_timm.layer(parts, int(found[3]), found[4])}"
+        return f"blocks.{int(match[1]) - 1}.{match[2]}.{_timm.layer(parts, int(match[3]), match[4])}"
 
     return rename
 
@@ -38,7 +38,7 @@ NAMINGS = tuple(
         Naming(model, "torchvision", _LAYERS, options=_timm.torchvision_options(_EPSILONS[model])),
         Naming(
             model, "timm", {"head": "classifier"}, rename=_names(model), first="features.0.0",
-            options=_timm.options, name_options=_timm.called(f"(tf_)?{called}"),
+            options=_timm.options, name_options=_timm.name_options(f"(tf_)?{called}"),
         ),
     )
 )  # fmt: skip

@@ -1,10 +1,10 @@
-"""GoogLeNet, as torchvision names it."""
+"""GoogLeNet: torchvision's names."""
 
 from bdjax.interop.names import Naming, Options, Shapes
 
 
-def _options(of: Shapes, size: tuple[int, int]) -> Options:
-    return {"transform_input": (False, True) if of("conv1.conv")[1] == 3 else (False,)}
+def _options(shapes: Shapes, size: tuple[int, int]) -> Options:
+    return {"transform_input": (False, True) if shapes("conv1.conv")[1] == 3 else (False,)}
 
 
 NAMINGS = (

@@ -1,22 +1,22 @@
-"""BadNets' network for MNIST: BackdoorBox's names and those of versions that put each layer into a sequence."""
+"""BadNets' network for MNIST: BackdoorBox's names, and those of implementations that wrap each layer in a sequence."""
 
 from math import isqrt
 
 from bdjax.interop.names import Naming, Options, Shapes
 
 _NAMES = ("badnet", "badnets_cnn", "baselinemnistnetwork", "baseline_mnist_network", "mnist_net", "mnistnet")
-_SOFTMAX = "where the network ends in a softmax, it is left out: what the model gives are logits"
+_SOFTMAX = "if the network ends in a softmax, it is omitted: the model returns logits"
 
 
-def _options(of: Shapes, size: tuple[int, int]) -> Options:
-    second, dense = of("conv2"), of("fc1")
+def _options(shapes: Shapes, size: tuple[int, int]) -> Options:
+    second, dense = shapes("conv2"), shapes("fc1")
     units = (second[0] if second else 32, dense[0] if dense else 512)
-    return {"units": (units,), "kernel": (of("conv1")[2],), "pool": ("mean", "max")}
+    return {"units": (units,), "kernel": (shapes("conv1")[2],), "pool": ("mean", "max")}
 
 
-def _side(of: Shapes) -> int:
-    """Each unpadded convolution takes kernel - 1 pixels, each pooling half of what is left."""
-    dense, second, kernel = of("fc1"), of("conv2"), of("conv1")[2]
+def _side(shapes: Shapes) -> int:
+    """Return the side of the images: an unpadded convolution removes kernel - 1 pixels, a pooling halves the side."""
+    dense, second, kernel = shapes("fc1"), shapes("conv2"), shapes("conv1")[2]
     places = dense[1] // max(1, second[0]) if len(dense) == 2 and second else 0
     return (isqrt(places) * 2 + kernel - 1) * 2 + kernel - 1 if places and isqrt(places) ** 2 == places else 0
 

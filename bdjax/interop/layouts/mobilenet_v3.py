@@ -8,27 +8,27 @@ from bdjax.interop.names import Naming
 from bdjax.models import mobilenet_v3_large, mobilenet_v3_small
 
 _STAGES = {"small": (1, 2, 3, 2, 3), "large": (1, 2, 3, 4, 2, 3)}
-"""timm's: blocks of each."""
+"""Blocks per stage, in timm's numbering."""
 _LAYERS = {"features.0.0": "features.0.0", "head": "classifier.3"}
 
 
 def _names(size: str) -> Callable[[str], str]:
-    """`features.2.block.1.0` is `blocks.1.0.conv_dw`."""
+    """Return the renaming to timm's names: `features.2.block.1.0` is `blocks.1.0.conv_dw`."""
     blocks = {"small": mobilenet_v3_small, "large": mobilenet_v3_large}[size].Net.BLOCKS
 
-    def rename(ours: str) -> str:
-        found = re.fullmatch(r"features\.(\d+)\.block\.(\d)\.(.+)", ours)
-        if found is None:
+    def rename(name: str) -> str:
+        match = re.fullmatch(r"features\.(\d+)\.block\.(\d)\.(.+)", name)
+        if match is None:
             last = f"features.{len(blocks) + 1}"
             at = f"blocks.{len(_STAGES[size])}.0"
             return {
                 "features.0.0": "conv_stem", "features.0.1": "bn1", f"{last}.0": f"{at}.conv", f"{last}.1": f"{at}.bn1",
                 "classifier.0": "conv_head",
-            }.get(ours, ours)  # fmt: skip
-        index, place = int(found[1]), int(found[2])
+            }.get(name, name)  # fmt: skip
+        index, place = int(match[1]), int(match[2])
         squeezes = blocks[index - 1][2] > 0
         parts = (*(() if index == 1 else ("expand",)), "depth", *(("squeeze",) if squeezes else ()), "project")
-        return f"blocks.{_timm.place(_STAGES[size], index - 1)}.{_timm.layer(parts, place, found[3])}"
+        return f"blocks.{_timm.place(_STAGES[size], index - 1)}.{_timm.layer(parts, place, match[3])}"
 
     return rename
 
@@ -41,7 +41,7 @@ NAMINGS = tuple(
         Naming(
             f"mobilenet_v3_{size}", "timm", {"head": "classifier"}, rename=_names(size), first="features.0.0",
             convolved=("classifier.0",), options=_timm.options,
-            name_options=_timm.called(f"(tf_)?mobilenetv3_{size}"),
+            name_options=_timm.name_options(f"(tf_)?mobilenetv3_{size}"),
         ),
     )
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pre-activation ResNet-18: BackdoorBench's, WaNet's and kuangliu's names are the same."""
+"""Pre-activation ResNet-18: the names of BackdoorBench, WaNet and kuangliu, which are the same."""
 
 from itertools import count
 
@@ -7,22 +7,22 @@ from bdjax.interop.names import Naming, Options, Shapes
 
 
 def _layers() -> dict[str, str]:
-    """The shortcut, where there is one, is built before the block's convolutions."""
+    """Return the table of names; the shortcut of a block is numbered before its convolutions."""
     conv, norm = count(), count()
-    found = {f"Conv_{next(conv)}": "conv1", "head": "linear"}
+    layers = {f"Conv_{next(conv)}": "conv1", "head": "linear"}
     for stage in range(1, 5):
         for block in range(2):
             at = f"layer{stage}.{block}"
             if stage > 1 and block == 0:
-                found[f"Conv_{next(conv)}"] = f"{at}.shortcut.0"
+                layers[f"Conv_{next(conv)}"] = f"{at}.shortcut.0"
             for unit in (1, 2):
-                found[f"BatchNorm_{next(norm)}"] = f"{at}.bn{unit}"
-                found[f"Conv_{next(conv)}"] = f"{at}.conv{unit}"
-    return found
+                layers[f"BatchNorm_{next(norm)}"] = f"{at}.bn{unit}"
+                layers[f"Conv_{next(conv)}"] = f"{at}.conv{unit}"
+    return layers
 
 
-def _options(of: Shapes, size: tuple[int, int]) -> Options:
-    return {"pool": _residual.pools(of, 8 * of("Conv_0")[0], _residual.halved(min(size), 3))}
+def _options(shapes: Shapes, size: tuple[int, int]) -> Options:
+    return {"pool": _residual.pools(shapes, 8 * shapes("Conv_0")[0], _residual.halved(min(size), 3))}
 
 
 NAMINGS = (

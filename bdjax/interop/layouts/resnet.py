@@ -1,4 +1,4 @@
-"""Residual networks of any depth: `resnet` with four stages, `resnet_cifar` with the three that were made for CIFAR."""
+"""Residual networks of any depth: `resnet` with four stages, `resnet_cifar` with three."""
 
 import re
 from collections.abc import Callable
@@ -10,30 +10,30 @@ from bdjax.interop.names import Naming, Options, Shapes
 _DEPTHS = {
     10: (1, 1, 1, 1), 14: (2, 2, 1, 1), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3),
 }  # fmt: skip
-_CALLED = re.compile(
+_NAME = re.compile(
     r"(?:wide_|wide)?(?:resnet|resnext)_?(\d+)(?:_32x4d|_32x8d|_64x4d|_2)?(?:_imagenet|_comp|_cifar\d*)?"
 )
 
 
-def _dxy(ours: str) -> str:
-    """`layer1.0.conv1` is `stage_1.0.conv_a`."""
-    if ours in ("conv1", "bn1"):
-        return f"{ours[:-1]}_1_3x3" if ours == "conv1" else "bn_1"
-    ours = re.sub(r"layer(\d)", r"stage_\1", ours)
-    return re.sub(r"(conv|bn)([12])$", lambda found: f"{found[1]}_{'ab'[int(found[2]) - 1]}", ours)
+def _dxy(name: str) -> str:
+    """Convert to D-X-Y's names: `layer1.0.conv1` is `stage_1.0.conv_a`."""
+    if name in ("conv1", "bn1"):
+        return f"{name[:-1]}_1_3x3" if name == "conv1" else "bn_1"
+    name = re.sub(r"layer(\d)", r"stage_\1", name)
+    return re.sub(r"(conv|bn)([12])$", lambda match: f"{match[1]}_{'ab'[int(match[2]) - 1]}", name)
 
 
-def _options(of: Shapes, size: tuple[int, int]) -> Options:
-    stem, blocks = of("conv1"), []
+def _options(shapes: Shapes, size: tuple[int, int]) -> Options:
+    stem, blocks = shapes("conv1"), []
     for stage in range(1, 5):
         count = 0
-        while count < 64 and of(f"layer{stage}.{count}.conv1"):
+        while count < 64 and shapes(f"layer{stage}.{count}.conv1"):
             count += 1
         blocks += [count] if count else []
-    bottleneck, second = bool(of("layer1.0.conv3")), of("layer1.0.conv2")
+    bottleneck, second = bool(shapes("layer1.0.conv3")), shapes("layer1.0.conv2")
     width, kernel = stem[0], stem[2]
     inner, groups = (second[0], second[0] // max(1, second[1])) if bottleneck and len(second) == 4 else (0, 1)
-    projects = any(of(f"layer{stage}.0.downsample.0") for stage in range(1, 5))
+    projects = any(shapes(f"layer{stage}.0.downsample.0") for stage in range(1, 5))
     stems = _residual.ASSUMED.get(kernel, ("plain",)) if len(blocks) == 4 else ("plain",)
     last = _residual.halved(min(size), max(0, len(blocks) - 1) + _residual.stem_halvings(stems[0]))
     return {
@@ -41,38 +41,39 @@ def _options(of: Shapes, size: tuple[int, int]) -> Options:
         "bottleneck": (bottleneck,),
         "inner": (0 if inner == width else inner,),
         "groups": (max(1, groups),),
-        "shortcut": ("b",) if projects else ("a-end",) if of.naming.label == "D-X-Y" else ("a", "a-end"),
+        "shortcut": ("b",) if projects else ("a-end",) if shapes.naming.label == "D-X-Y" else ("a", "a-end"),
         "kernel": (kernel,),
         "stem": stems,
         "blur": (False, True) if len(blocks) == 4 else (False,),
-        "pool": _residual.pools(of, width * 2 ** max(0, len(blocks) - 1) * (4 if bottleneck else 1), last),
+        "pool": _residual.pools(shapes, width * 2 ** max(0, len(blocks) - 1) * (4 if bottleneck else 1), last),
     }
 
 
 def _four(name: str) -> Options | None:
-    """resnet34, resnet50, resnext50_32x4d, wide_resnet50_2 .."""
-    found = _CALLED.fullmatch(name)
-    if found is None or int(found[1]) not in _DEPTHS:
+    """Return the options that a name with four stages implies: resnet34, resnext50_32x4d, wide_resnet50_2, ..."""
+    match = _NAME.fullmatch(name)
+    if match is None or int(match[1]) not in _DEPTHS:
         return None
-    depth = int(found[1])
+    depth = int(match[1])
     return {"blocks": (_DEPTHS[depth],), "bottleneck": (depth >= 50,)}
 
 
 def _three(name: str) -> Options | None:
-    """resnet20 and so on: 6n+2 layers in basic blocks, else 9n+2 in bottleneck ones."""
-    found = _CALLED.fullmatch(name)
-    if found is None or name.startswith("wide") or int(found[1]) in (10, 18, 34, 50, 101, 152):
+    """Return the options that a name with three stages implies: 6n+2 layers in basic or 9n+2 in bottleneck blocks."""
+    match = _NAME.fullmatch(name)
+    if match is None or name.startswith("wide") or int(match[1]) in (10, 18, 34, 50, 101, 152):
         return None
-    depth = int(found[1])
-    for each in (6, 9):
-        if depth > 2 and (depth - 2) % each == 0:
-            return {"blocks": (((depth - 2) // each,) * 3,), "bottleneck": (each == 9,)}
+    depth = int(match[1])
+    for layers in (6, 9):
+        if depth > 2 and (depth - 2) % layers == 0:
+            return {"blocks": (((depth - 2) // layers,) * 3,), "bottleneck": (layers == 9,)}
     return None
 
 
-def _all(model: str, side: int, called: Callable[[str], Options | None]) -> list[Naming]:
+def _all(model: str, side: int, name_options: Callable[[str], Options | None]) -> list[Naming]:
     shared: dict[str, Any] = {
-        "first": "conv1", "side": side, "options": _options, "name_options": called, "flattened": ("head", "pooled"),
+        "first": "conv1", "side": side, "options": _options, "name_options": name_options,
+        "flattened": ("head", "pooled"),
     }  # fmt: skip
     sorts = [(label, _residual.plain(short), head) for label, short, head in _residual.SORTS]
     sorts += [("weiaicunzai", _residual.weiaicunzai, "fc"), ("TrojanZoo", _residual.trojanzoo, "classifier.fc")]

@@ -1,16 +1,16 @@
-"""SENet-18, as kuangliu names it."""
+"""SENet-18: kuangliu's names."""
 
 from bdjax.interop.layouts import _residual
 from bdjax.interop.names import Naming, Options, Shapes
 
 
-def _options(of: Shapes, size: tuple[int, int]) -> Options:
-    width, inner = of("conv1")[0], of("layer4.0.fc1")
+def _options(shapes: Shapes, size: tuple[int, int]) -> Options:
+    width, inner = shapes("conv1")[0], shapes("layer4.0.fc1")
     reduction = 8 * width // inner[0] if inner and inner[0] else 16
     return {
-        "preact": (not of("layer2.0.shortcut.1"),),
+        "preact": (not shapes("layer2.0.shortcut.1"),),
         "reduction": (min(64, max(1, reduction)),),
-        "pool": _residual.pools(of, 8 * width, _residual.halved(min(size), 3)),
+        "pool": _residual.pools(shapes, 8 * width, _residual.halved(min(size), 3)),
     }
 
 

@@ -1,4 +1,4 @@
-"""I-BAU's small VGG."""
+"""I-BAU's small VGG: names of its release, and of implementations without dropout modules."""
 
 from math import isqrt
 from typing import Any
@@ -7,18 +7,18 @@ from bdjax.interop.names import Naming, Shapes
 
 
 def _layers(dropout: bool, head: str) -> dict[str, str]:
-    """Three blocks of twice conv, BatchNorm, ELU, then pooling and, if it is a module of its own, dropout."""
-    found, place = {}, 0
+    """Return the table of names: three blocks of two conv-BatchNorm-ELU, pooling and, if a module, dropout."""
+    layers, index = {}, 0
     for unit in range(6):
-        found[f"Conv_{unit}"], found[f"BatchNorm_{unit}"] = f"features.{place}", f"features.{place + 1}"
-        place += 3 + (1 + dropout if unit % 2 else 0)
-    return {**found, "head": head}
+        layers[f"Conv_{unit}"], layers[f"BatchNorm_{unit}"] = f"features.{index}", f"features.{index + 1}"
+        index += 3 + (1 + dropout if unit % 2 else 0)
+    return {**layers, "head": head}
 
 
-def _side(of: Shapes) -> int:
-    """Three poolings leave an eighth of the side; the dense layer reads what is left of each channel."""
-    head = of("head")
-    places = head[1] // max(1, 4 * of("Conv_0")[0]) if len(head) == 2 else 0
+def _side(shapes: Shapes) -> int:
+    """Return the side of the images, which three poolings reduce to an eighth before the dense layer."""
+    head = shapes("head")
+    places = head[1] // max(1, 4 * shapes("Conv_0")[0]) if len(head) == 2 else 0
     return 8 * isqrt(places) if isqrt(places) ** 2 == places else 0
 
 

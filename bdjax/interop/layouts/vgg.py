@@ -1,4 +1,4 @@
-"""The VGG networks of torchvision, and timm's names for them."""
+"""VGG networks: torchvision's and timm's names."""
 
 from typing import Any
 

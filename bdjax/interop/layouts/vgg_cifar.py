@@ -1,4 +1,4 @@
-"""The VGG networks for CIFAR: a single dense layer (kuangliu, BackdoorBox), or small ones (weiaicunzai, others)."""
+"""VGG networks for CIFAR: with a single dense layer (kuangliu, BackdoorBox) or several (weiaicunzai, others)."""
 
 import re
 from math import isqrt
@@ -8,7 +8,7 @@ from bdjax.interop.names import Naming, Options, Shapes
 
 _PLANS = {
     11: ((1, 1, 2, 2, 2),), 13: ((2, 2, 2, 2, 2),), 16: ((2, 2, 3, 3, 3),),
-    19: ((2, 2, 4, 4, 4), (2, 2, 4, 4, 5)),  # weiaicunzai's has one more in the last block
+    19: ((2, 2, 4, 4, 4), (2, 2, 4, 4, 5)),  # weiaicunzai's has one more convolution in the last block
 }  # fmt: skip
 _LABELS: dict[tuple[int, ...], str] = {
     (0, 3, 6): "chenyaofo",
@@ -16,53 +16,53 @@ _LABELS: dict[tuple[int, ...], str] = {
     (1, 4, 6): "backdoor-toolbox",
 }
 _PLACES = ((0,), (1,), (0, 3, 6), (0, 3, 5), (1, 4, 6), (0, 2, 4), (1, 4, 7), (1, 3, 5), (0, 2), (0, 3), (1, 3), (1, 4))
-"""Where dense layers stand in `classifier`, between ReLU and dropout."""
+"""Positions of the dense layers in `classifier`, between ReLU and dropout."""
 
 
-def _blocks(of: Shapes) -> tuple[int, ...]:
-    """Convolutions of each block: a pooling takes one place between two blocks."""
-    step = 3 if len(of("features.1")) == 1 else 2
-    plan, place = [0], 0
-    while len(plan) <= 16 and place < 500:
-        if len(of(f"features.{place}")) == 4:
-            plan[-1], place = plan[-1] + 1, place + step
-        elif len(of(f"features.{place + 1}")) == 4:
-            plan, place = [*plan, 0], place + 1
+def _blocks(shapes: Shapes) -> tuple[int, ...]:
+    """Return the number of convolutions of each block; a pooling takes one position between two blocks."""
+    step = 3 if len(shapes("features.1")) == 1 else 2
+    plan, index = [0], 0
+    while len(plan) <= 16 and index < 500:
+        if len(shapes(f"features.{index}")) == 4:
+            plan[-1], index = plan[-1] + 1, index + step
+        elif len(shapes(f"features.{index + 1}")) == 4:
+            plan, index = [*plan, 0], index + 1
         else:
             break
     return tuple(plan)
 
 
-def _options(of: Shapes, size: tuple[int, int]) -> Options:
-    plan, hidden = _blocks(of), list[int]()
-    while units := of(f"hidden{len(hidden) + 1}"):
+def _options(shapes: Shapes, size: tuple[int, int]) -> Options:
+    plan, hidden = _blocks(shapes), list[int]()
+    while units := shapes(f"hidden{len(hidden) + 1}"):
         hidden.append(units[0])
     return {
         "plan": (plan if len(plan) == 5 and all(0 < count <= 16 for count in plan) else (2, 2, 3, 3, 3),),
-        "normed": (len(of("features.1")) == 1,),
-        "biased": (bool(of("features.0", "bias")),),
+        "normed": (len(shapes("features.1")) == 1,),
+        "biased": (bool(shapes("features.0", "bias")),),
         "hidden": (tuple(hidden),),
     }
 
 
-def _side(of: Shapes) -> int:
-    """Five poolings leave a 32nd of the side, of which the first dense layer reads every place."""
-    dense = of("hidden1") or of("head")
-    places = dense[1] // max(1, 8 * of("features.0")[0]) if len(dense) == 2 else 0
+def _side(shapes: Shapes) -> int:
+    """Return the side of the images, which five poolings reduce to a 32nd before the first dense layer."""
+    dense = shapes("hidden1") or shapes("head")
+    places = dense[1] // max(1, 8 * shapes("features.0")[0]) if len(dense) == 2 else 0
     return 32 * isqrt(places) if places and isqrt(places) ** 2 == places else 0
 
 
-def _called(name: str) -> Options | None:
-    found = re.fullmatch(r"vgg_?(11|13|16|19)(_?bn)?(?:_cifar\d*)?", name)
-    if found is None:
+def _name_options(name: str) -> Options | None:
+    match = re.fullmatch(r"vgg_?(11|13|16|19)(_?bn)?(?:_cifar\d*)?", name)
+    if match is None:
         return None
-    plans = {"plan": _PLANS[int(found[1])]}
-    return {**plans, "normed": (True,)} if found[2] else plans
+    plans = {"plan": _PLANS[int(match[1])]}
+    return {**plans, "normed": (True,)} if match[2] else plans
 
 
 def _naming(places: tuple[int, ...] | None) -> Naming:
     shared: dict[str, Any] = {
-        "first": "features.0", "side": 32, "image_side": _side, "options": _options, "name_options": _called,
+        "first": "features.0", "side": 32, "image_side": _side, "options": _options, "name_options": _name_options,
     }  # fmt: skip
     if places is None:
         return Naming("vgg_cifar", "kuangliu", {"head": "classifier"}, flattened=("head", "block5"), **shared)
