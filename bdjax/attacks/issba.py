@@ -8,7 +8,7 @@ on the clean training images x, each with a random code c of `bits` bits, drawn 
 
 w is 0 until D reads 90 % of a batch's bits and `wait` steps more, then rises to `weight` over `ramp` steps, for else
 nothing is ever hidden. The trigger is x' for one code, drawn by the key. E and D are StegaStamp's, as BackdoorBench
-trains them (:func:`bdjax.models.message_encoder`, :func:`bdjax.models.message_decoder`); the defaults are BI-BAU's (BackdoorBench).
+trains them (`models.message_encoder`, `models.message_decoder`); the defaults are BI-BAU's (BackdoorBench).
 Until `wait + ramp` steps have passed since D learnt to read, x' is a coarse picture of the code: small sets want more
 epochs, or a smaller wait and ramp. The stored "bit_accuracy" tells how much of the code D reads in training images
 with the trigger, rounded to k/255; more than 0.99 is expected.
