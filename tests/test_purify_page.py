@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bdjax.reports import page
-from bdjax.reports._html import render
+from bdjax.reports._html import picture, render
 
 TEMPLATES = Path(page.__file__).parent / "templates"
 EVIL = "<script>document.title='owned'</script>"
@@ -30,7 +30,7 @@ def shown(tmp_path_factory):
     images = rng.integers(0, 256, (30, 32, 32, 3)).astype(np.uint8)
     classes = [EVIL, "a\"b' onload=alert(1)", CONTROLS + "x" * 70, *(f"class {label}" for label in range(3, 43))]
     pictures = [
-        {"file": page.picture(folder, f"audit-{i}", images[i]), "method": "universal", "title": f"→ {classes[i]}"}
+        {"file": picture(folder, f"audit-{i}", images[i]), "method": "universal", "title": f"→ {classes[i]}"}
         for i in range(3)
     ]
 
@@ -39,13 +39,13 @@ def shown(tmp_path_factory):
                "classes": [3.25, None, *np.linspace(0, 1, 41)]}  # fmt: skip
         return {"poisoned": poisoned, "target": 0, "accused_by": ["age"] if poisoned else [], "n": 50, "truth": None,
                 "methods": {"age": age, "universal": {**age, "norm": 0.25}}, "pictures": pictures,
-                "verdict": f"suspected of class 0 ({EVIL})" if poisoned else "no agreed sign"}  # fmt: skip
+                "verdict": f"suspected of class 0 ({EVIL})" if poisoned else "no backdoor found"}  # fmt: skip
 
     def right(count):
         return {"right": count, "n": 50, "rate": count / 50, "low": count / 50 - 0.06, "high": count / 50 + 0.04}
 
     changed = [
-        {"file": page.picture(folder, f"changed-{sort}-{place}", images[9 + place]), "sort": sort, "label": 0,
+        {"file": picture(folder, f"changed-{sort}-{place}", images[9 + place]), "sort": sort, "label": 0,
          "before": 1, "after": 2} for sort in ("broken", "mended", "other") for place in range(7)
     ]  # fmt: skip
     tensors = [[f"layer{i}.{EVIL}.{'w' * 60}", "float32", [64, 64, 3, 3]] for i in range(19)]
@@ -174,8 +174,8 @@ def test_headings_go_down_one_by_one_and_pictures_say_what_they_show(read):
 def test_large_pictures_are_made_smaller_and_grey_ones_stay_grey(tmp_path):
     from PIL import Image
 
-    page.picture(tmp_path, "large", np.zeros((500, 1000, 3), np.float32))
-    page.picture(tmp_path, "grey", np.full((8, 8, 1), 1.7, np.float32))
+    picture(tmp_path, "large", np.zeros((500, 1000, 3), np.float32))
+    picture(tmp_path, "grey", np.full((8, 8, 1), 1.7, np.float32))
     with (
         Image.open(tmp_path / "pictures" / "large.png") as large,
         Image.open(tmp_path / "pictures" / "grey.png") as grey,

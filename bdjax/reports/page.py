@@ -4,17 +4,21 @@ The sentences and the structure are in templates/purification.html; this module 
 """
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bdjax.io import checkpoint
-from bdjax.reports._html import data_uri, picture, render
+from bdjax.reports._html import data_uri, render
+from bdjax.reports.audit import class_label
 from bdjax.text import UNMEASURED, visible
 
-__all__ = ["picture", "write"]
-
-_TOP = 5  # classes listed for each method of the audit
-_SORTS = {"broken": "right before, wrong now", "mended": "wrong before, right now", "other": "wrong before and now"}
+_ORDINALS = {2: "2nd", 3: "3rd", 4: "4th", 5: "5th"}  # classes listed for each method beside the most suspicious one
+_SORTS = {
+    "broken": "correct before, wrong after",
+    "mended": "wrong before, correct after",
+    "other": "wrong before and after, in different ways",
+}
 _PHASES = ("before", "after")
 
 
@@ -34,7 +38,7 @@ class _Picture(NamedTuple):
     caption: str
 
 
-def write(result: dict[str, Any], folder: Path) -> Path:
+def write(result: Mapping[str, Any], folder: Path) -> Path:
     """Write the report to FOLDER/report.html.
 
     Args:
@@ -45,7 +49,7 @@ def write(result: dict[str, Any], folder: Path) -> Path:
       Path of the report.
     """
     values = {
-        "title": f"{visible(Path(result['input']['path']).name)}: audited and cleaned",
+        "title": f"{visible(Path(result['input']['path']).name)}: audited and purified",
         "summary": _summary(result),
         "input": _input(result),
         "audit": _audit(result, folder),
@@ -65,10 +69,10 @@ def write(result: dict[str, Any], folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _summary(result: dict[str, Any]) -> dict[str, Any]:
+def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """Both verdicts, the accuracies, and the notes."""
     verdicts = []
-    for phase, heading in (("before", "Audit of what came in"), ("after", "Audit of the cleaned model")):
+    for phase, heading in (("before", "Audit of the original model"), ("after", "Audit of the purified model")):
         audit = result["audit"][phase]
         kind = "bad" if audit["poisoned"] else "plain"
         verdicts.append({"heading": heading, "kind": kind, "sentence": f"{_capitalise(audit['verdict'])}."})
@@ -76,7 +80,7 @@ def _summary(result: dict[str, Any]) -> dict[str, Any]:
     return {"verdicts": verdicts, "rates": rates, "notes": result["notes"]}
 
 
-def _input(result: dict[str, Any]) -> dict[str, Any]:
+def _input(result: Mapping[str, Any]) -> dict[str, Any]:
     """Facts on the model as it came in, and the tensors of a weight file."""
     incoming, model = result["input"], result["model"]
     source, is_file = model["source"], incoming["kind"] == "file"
@@ -86,19 +90,19 @@ def _input(result: dict[str, Any]) -> dict[str, Any]:
         _Fact("sha256" if is_file else "hash in its manifest", incoming["sha256"], code=True),
         _Fact("architecture", model["model"]),
         _Fact("images", " × ".join(map(str, model["shape"])) + " (height, width, channels)"),
-        _Fact("before the network", ", ".join(f"{k} {v}" for k, v in steps.items()) or "taken as they are, in [0, 1]"),
+        _Fact("preprocessing", ", ".join(f"{k} {v}" for k, v in steps.items()) or "none: pixel values in [0, 1]"),
         _Fact("classes", f"{len(result['classes'])}: {_shortened(result['classes'], 20)}"),
     ]
     tensors: list[tuple[str, str, str]] = []
     if source:
-        key = f", under {source['key']!r}" if source["key"] else ""
+        key = f", in the entry {source['key']!r}" if source["key"] else ""
         facts.append(_Fact("format", f"{source['format']}, {len(source['tensors'])} tensors{key}"))
-        facts.append(_Fact("names", f"as by {source['names']}"))
-        tensors = [(name, dtype, " × ".join(map(str, shape)) or "a number") for name, dtype, shape in source["tensors"]]
+        facts.append(_Fact("tensor names", f"as in {source['names']}"))
+        tensors = [(name, dtype, " × ".join(map(str, shape)) or "scalar") for name, dtype, shape in source["tensors"]]
     return {"facts": facts, "tensors": tensors, "n_tensors": len(tensors)}
 
 
-def _audit(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _audit(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The evidence of every method."""
     before = result["audit"]["before"]
     methods = [_evidence(result, method, folder) for method in before["methods"]]
@@ -106,43 +110,54 @@ def _audit(result: dict[str, Any], folder: Path) -> dict[str, Any]:
         "methods": methods,
         "n_methods": len(methods),
         "n": before["n"],
-        "attack": before["truth"] and before["truth"]["attack"],
+        "truth": before["truth"],
     }
 
 
-def _evidence(result: dict[str, Any], method: str, folder: Path) -> dict[str, Any]:
+def _evidence(result: Mapping[str, Any], method: str, folder: Path) -> dict[str, Any]:
     """What one method says, before and after, and what it recovered."""
     both = [result["audit"][phase]["methods"][method] for phase in _PHASES]
     rows = [
-        ("says", *("poisoned" if scores["poisoned"] else "clean" for scores in both)),
-        ("most suspicious class", *(_class(result, scores["target"]) for scores in both)),
-        ("its score", *(_number(scores["score"]) for scores in both)),
+        ("verdict", *("poisoned" if scores["poisoned"] else "clean" for scores in both)),
+        ("most suspicious class", *(class_label(result, scores["target"]) for scores in both)),
+        ("score of this class", *(_number(scores["score"]) for scores in both)),
     ]
     if any("norm" in scores for scores in both):
-        rows.append(("norm, in distances between images", *(_number(scores.get("norm")) for scores in both)))
-    for rank in range(2, min(_TOP, len(result["classes"])) + 1):
-        rows.append((f"{rank}. by score", *(_ranked(result, scores["classes"], rank) for scores in both)))
-    rows.append(("seconds", *(f"{scores['seconds'] + scores['compile']:.1f}" for scores in both)))
+        rows.append(
+            ("norm, in units of the distance between classes", *(_number(scores.get("norm")) for scores in both))
+        )
+    for rank, ordinal in list(_ORDINALS.items())[: len(result["classes"]) - 1]:
+        rows.append((f"{ordinal} highest score", *(_ranked(result, scores["classes"], rank) for scores in both)))
+    rows.append(("seconds, with compilation", *(f"{scores['seconds'] + scores['compile']:.1f}" for scores in both)))
     phases = []
     for phase in _PHASES:
         pictures = [
-            _Picture(data_uri(folder / row["file"]), f"recovered by {method} {phase}: {row['title']}", row["title"])
+            _Picture(
+                data_uri(folder / row["file"]),
+                f"recovered by {method} {phase} purification: {row['title']}",
+                row["title"],
+            )
             for row in result["audit"][phase]["pictures"]
             if row["method"] == method
         ]
         if pictures:
             phases.append({"name": phase, "pictures": pictures})
-    return {"name": method, "rows": rows, "caption": f"What {method} found before and after", "phases": phases}
+    return {
+        "name": method,
+        "rows": rows,
+        "caption": f"Findings of {method} before and after purification",
+        "phases": phases,
+    }
 
 
-def _accuracy(result: dict[str, Any]) -> dict[str, Any]:
+def _accuracy(result: Mapping[str, Any]) -> dict[str, Any]:
     """Clean accuracies with their intervals, and the attack success rate where the trigger is known."""
     rows, bars = [], []
     for phase, accuracy in result["accuracy"].items():
         low, rate, high = (100 * accuracy[name] for name in ("low", "rate", "high"))
         rows.append((phase, f"{rate:.1f} %", f"{low:.1f} to {high:.1f} %", f"{accuracy['right']} of {accuracy['n']}"))
         low, rate, high = (round(value, 2) for value in (low, rate, high))
-        label = f"{phase}: {rate:.1f} %, between {low:.1f} and {high:.1f} %"
+        label = f"{phase}: {rate:.1f} %, interval {low:.1f} to {high:.1f} %"
         bars.append({"phase": phase, "low": low, "value": rate, "high": high, "label": label})
     asr = result["asr"]
     if asr:
@@ -152,7 +167,7 @@ def _accuracy(result: dict[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "bars": bars, "asr": asr, "unmeasured": UNMEASURED, "data_notes": data_notes}
 
 
-def _changed(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _changed(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """How many predictions changed, and pictures of the first of each sort."""
     changed, n = result["changed"], result["n_held_out"]
     rows = [(words, changed[sort]) for sort, words in _SORTS.items()]
@@ -160,17 +175,19 @@ def _changed(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     for sort, words in _SORTS.items():
         pictures = []
         for row in (row for row in changed["shown"] if row["sort"] == sort):
-            before, after, label = (_class(result, row[key]) for key in ("before", "after", "label"))
-            alternative = f"image of {label}, taken for {before} before and {after} after"
-            pictures.append(_Picture(data_uri(folder / row["file"]), alternative, f"{before} → {after}; it is {label}"))
+            before, after, label = (class_label(result, row[key]) for key in ("before", "after", "label"))
+            alternative = f"image of class {label}, predicted as {before} before and as {after} after"
+            pictures.append(
+                _Picture(data_uri(folder / row["file"]), alternative, f"{before} → {after}; true class {label}")
+            )
         if pictures:
             shown = f" (the first {len(pictures)} of {changed[sort]})" if changed[sort] > len(pictures) else ""
             groups.append({"heading": _capitalise(words) + shown, "pictures": pictures})
-    all_rows = [*rows, ("all that changed", f"{changed['all']} of {n}")]
+    all_rows = [*rows, ("all changed predictions", f"{changed['all']} of {n}")]
     return {"count": changed["all"], "rows": all_rows, "groups": groups}
 
 
-def _done(result: dict[str, Any]) -> dict[str, Any]:
+def _done(result: Mapping[str, Any]) -> dict[str, Any]:
     """The defense with its settings, what it cost, what was written, and the versions."""
     defaults, seconds, weights, data = (result[name] for name in ("defaults", "seconds", "weights", "data"))
     settings = []
@@ -180,11 +197,11 @@ def _done(result: dict[str, Any]) -> dict[str, Any]:
     facts = [
         _Fact("defense", result["defense"]),
         _Fact("seed", result["seed"]),
-        _Fact("clean images", f"{result['n_defender']} of {data['spec']} (fingerprint {data['fingerprint'][:16]}…)"),
-        _Fact("audits", ", ".join(result["audit"]["before"]["methods"])),
-        _Fact("seconds", f"{seconds['defense']:.1f}, and {seconds['compile']:.1f} to compile"),
-        _Fact("written", f"{weights['file']}: {weights['tensors']} tensors, named as by {weights['names']}"),
-        _Fact("its sha256", weights["sha256"], code=True),
+        _Fact("clean images", f"{result['n_defender']} from {data['spec']} (fingerprint {data['fingerprint'][:16]}…)"),
+        _Fact("audit methods", ", ".join(result["audit"]["before"]["methods"])),
+        _Fact("seconds", f"{seconds['defense']:.1f}, plus {seconds['compile']:.1f} for compilation"),
+        _Fact("exported weights", f"{weights['file']}: {weights['tensors']} tensors, named as in {weights['names']}"),
+        _Fact("sha256 of the exported weights", weights["sha256"], code=True),
     ]
     environment = [_Fact(name, value) for name, value in result["env"].items() if value is not None]
     return {
@@ -195,7 +212,7 @@ def _done(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _undo(result: dict[str, Any]) -> dict[str, Any]:
+def _undo(result: Mapping[str, Any]) -> dict[str, Any]:
     """Commands that check the incoming file and export its weights again."""
     incoming, weights = result["input"], result["weights"]
     check = ""
@@ -207,18 +224,12 @@ def _undo(result: dict[str, Any]) -> dict[str, Any]:
     return {"path": incoming["path"], "check": check, "export": shlex.join(export), "command": result["command"]}
 
 
-def _ranked(result: dict[str, Any], scores: list[float | None], rank: int) -> str:
+def _ranked(result: Mapping[str, Any], scores: list[float | None], rank: int) -> str:
     """The class of that rank (1: the highest score) with its score; a dash when fewer were judged."""
     judged = sorted((-score, label) for label, score in enumerate(scores) if score is not None)
     if rank > len(judged):
         return "–"
-    return f"{_class(result, judged[rank - 1][1])}: {_number(-judged[rank - 1][0])}"
-
-
-def _class(result: dict[str, Any], label: int) -> str:
-    """A class's number, followed by its name where it has one."""
-    name = result["classes"][label]
-    return str(label) if name == str(label) else f"{label} ({name})"
+    return f"{class_label(result, judged[rank - 1][1])}: {_number(-judged[rank - 1][0])}"
 
 
 def _number(value: float | None) -> str:

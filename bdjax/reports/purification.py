@@ -1,84 +1,137 @@
-"""A purification for a terminal, and what a reader must know of it."""
+"""What `bdjax purify` reports: sentences for a terminal and for the page, pictures, and the page itself.
 
+This module is the `Reporter` that `bdjax.pipelines.purification.purify` is called with.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 
-def summary(result: dict[str, Any], out: Path) -> str:
-    """Verdicts, accuracies with their intervals, what changed, where everything is."""
+from bdjax.reports import audit
+from bdjax.reports import page as page_
+from bdjax.reports._html import picture
+from bdjax.reports.audit import verdict
+from bdjax.reports.imported import notes as import_notes
+from bdjax.text import UNMEASURED
+
+__all__ = ["audit_pictures", "import_notes", "notes", "page", "picture", "summary", "verdict"]
+
+_MAX_CLASSES = 10  # named in a note
+
+
+def summary(result: Mapping[str, Any], out: Path) -> str:
+    """Summarise a purification for a terminal: verdicts, accuracies with intervals, changed predictions, files."""
     lines = [""]
     for phase in ("before", "after"):
-        own = result["accuracy"][phase]
-        between = f"{100 * own['low']:.1f} to {100 * own['high']:.1f}"
+        accuracy = result["accuracy"][phase]
+        interval = f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"
         lines.append(f"{phase:8s}{result['audit'][phase]['verdict']}")
-        lines.append(f"{'':8s}clean accuracy {100 * own['rate']:.2f} % ({between}, 95 % interval), n = {own['n']}")
+        lines.append(
+            f"{'':8s}clean accuracy {100 * accuracy['rate']:.2f} % (95 % interval {interval}), n = {accuracy['n']}"
+        )
     changed = result["changed"]
     lines.append(
-        f"changed {changed['all']} predictions: {changed['broken']} were right, {changed['mended']} are right now, "
-        f"{changed['other']} wrong both times"
+        f"changed {changed['all']} predictions: {changed['broken']} correct before only, {changed['mended']} correct "
+        f"after only, {changed['other']} wrong both times"
     )
     if asr := result["asr"]:
         rates = " -> ".join(f"{100 * asr[phase]:.2f} %" for phase in ("before", "after"))
         lines.append(f"trigger {asr['attack']}, attack success rate {rates}, n = {asr['n']}")
     else:
-        lines.append("attack success rate: not measured: no trigger given")
+        lines.append(f"attack success rate: {UNMEASURED}")
     lines += [f"note:   {note}" for note in result["notes"]]
-    places = {
+    files = {
         "weights": result["weights"]["file"],
         "model": "purified",
         "evidence": "audit.json",
         "report": "report.html",
     }
-    lines += [f"{name + ':':10s}{out / place}" for name, place in places.items() if (out / place).exists()]
-    return "\n".join([*lines, f"undo:     the original is untouched: {result['input']['path']}"])
+    lines += [f"{name + ':':10s}{out / file}" for name, file in files.items() if (out / file).exists()]
+    return "\n".join([*lines, f"undo:     the original was not changed: {result['input']['path']}"])
 
 
-def notes(result: dict[str, Any]) -> list[str]:
-    """What a reader must know before believing any of it."""
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """Sentences that a reader must know to judge the numbers: warnings, the estimate, and limits of the evidence."""
     accuracy, after = result["accuracy"], result["audit"]["after"]
-    found = [f"Warning: {warning}" for warning in result.get("warnings", [])] + _estimated(result)
+    sentences = [f"Warning: {warning}" for warning in result.get("warnings", [])] + _estimate_notes(result)
     if result["rolled_back_to"] is not None:
-        found.append(
-            "Accuracy on images that the defense had kept apart fell too far: it gave back "
-            + (f"round {result['rolled_back_to']:g}." if result["rolled_back_to"] else "the model as it came in.")
+        returned = f"of round {result['rolled_back_to']:g}" if result["rolled_back_to"] else "that it was given"
+        sentences.append(
+            f"Accuracy on the validation images fell too far, so the defense returned the model {returned}."
         )
-    found += [
-        "An audit is a reason to look and, in either direction, no proof: of twenty clean and twenty backdoored digit "
-        "models it accused three and thirteen (experiments/results/audit_errors). "
-        "Nothing here shows that a backdoor is gone; only its trigger could."
+    sentences += [
+        "An audit is evidence, not proof, in either direction: of 20 clean and 20 backdoored digit models it flagged "
+        "3 and 13 (experiments/results/audit_errors). "
+        "Nothing here proves that a backdoor is gone; only a test with its trigger could."
     ]
     if not result["audit"]["before"]["poisoned"]:
-        found.append("The audit found no agreed sign of a backdoor before. The model was cleaned all the same.")
+        sentences.append(
+            "The audit did not find a backdoor in the original model. The model was purified nevertheless."
+        )
     if after["poisoned"]:
-        found.append("The audit still accuses the cleaned model. Try another defense, or more clean images.")
+        sentences.append("The audit still suspects the purified model. Try another defense, or more clean images.")
     if accuracy["before"]["high"] < 0.5:
-        found.append(
-            "The model as it came in is wrong on most clean images. Is its input what it was trained on (--input-mean, "
-            "--input-std, --channels, --layout, --resize), and are the classes in the same order?"
+        sentences.append(
+            "The original model is wrong on most clean images. Check that its input is prepared as in training "
+            "(--input-mean, --input-std, --channels, --layout, --resize) and that the classes are in the same order."
         )
     if accuracy["after"]["high"] < accuracy["before"]["low"]:
-        found.append("The accuracy fell by more than chance explains.")
-    if bare := [name for name, (_, n) in zip(result["classes"], result["by_class"], strict=True) if n == 0]:
-        found.append(
-            f"No image was held out of {len(bare)} of {len(result['classes'])} classes: {', '.join(bare[:10])}."
+        sentences.append("The accuracy fell by more than chance explains: the 95 % intervals do not overlap.")
+    counts = zip(result["classes"], result["by_class"], strict=True)
+    if missing := [name for name, (_, n_held_out) in counts if n_held_out == 0]:
+        sentences.append(
+            f"{len(missing)} of {len(result['classes'])} classes have no held-out image: "
+            f"{', '.join(missing[:_MAX_CLASSES])}{', …' * (len(missing) > _MAX_CLASSES)}."
         )
-    return found
+    return sentences
 
 
-def _estimated(result: dict[str, Any]) -> list[str]:
-    """The trigger-free estimate in words; of each form of trigger the most suspicious goal, a class or any class."""
+def audit_pictures(
+    result: Mapping[str, Any], arrays: Mapping[str, np.ndarray], folder: Path, name: str
+) -> list[dict[str, str]]:
+    """Write FOLDER/NAME.png, and each recovered trigger as a picture of its own.
+
+    Args:
+      result: as `bdjax.pipelines.audit.audit` returns it.
+      arrays: as `bdjax.pipelines.audit.audit` returns them.
+      folder: folder of the page.
+      name: of the file, and the beginning of the other files' names.
+
+    Returns:
+      Pictures by "file" (relative to `folder`), "method" and "title".
+    """
+    audit.draw(result, arrays, folder / f"{name}.png")
+    return [
+        {"file": picture(folder, f"{name}-{method}-{number}", image), "method": method, "title": title}
+        for method, images, titles in audit.recovered_images(result, arrays)[1:]
+        for number, (image, title) in enumerate(zip(images, titles, strict=True))
+    ]
+
+
+def page(result: Mapping[str, Any], folder: Path) -> None:
+    """Write FOLDER/report.html, whose pictures are already in `folder`."""
+    page_.write(result, folder)
+
+
+def _estimate_notes(result: Mapping[str, Any]) -> list[str]:
+    """The trigger-free estimate in words; for each form of trigger its most suspicious goal, a class or any class."""
     if result["estimate"] is None:
-        return ["Too few clean images to estimate, without the trigger, what is left of an attack."]
-    found, names = [], {"additive": "smallest perturbation", "patch": "smallest patch"}
+        return ["Too few clean images to estimate the remaining attack success rate without the trigger."]
+    sentences, names = [], {"additive": "smallest perturbation", "patch": "smallest patch"}
     for form, name in names.items():
-        of_form = [row for row in result["estimate"]["flips"] if row["form"] == form]
-        row = next((row for row in of_form if row["label"] < 0), of_form[0])
-        target = f"class {result['classes'][row['label']]}" if row["label"] >= 0 else "any other class"
-        found.append(
-            f"The {name} towards {target} that was recovered from the model turned "
-            f"{100 * row['before']:.0f} % of {row['n']} clean images before and turns {100 * row['after']:.0f} % now; "
-            f"recovered anew, {100 * row['anew']:.0f} %."
+        effects = [row for row in result["estimate"]["flips"] if row["form"] == form]
+        effect = next((row for row in effects if row["label"] < 0), effects[0])
+        target = f"class {result['classes'][effect['label']]}" if effect["label"] >= 0 else "any other class"
+        sentences.append(
+            f"The {name} towards {target}, recovered from the original model, flips {100 * effect['before']:.0f} % of "
+            f"{effect['n']} clean images before purification and {100 * effect['after']:.0f} % after it. Recovered "
+            f"again from the purified model, it flips {100 * effect['anew']:.0f} %."
         )
     rate = result["estimate"]["rate"]
-    found.append(f"Estimate of the attack success rate that is left, without knowing the trigger: {100 * rate:.0f} %.")
-    return found
+    sentences.append(
+        f"Estimate of the remaining attack success rate, without the trigger: {100 * rate:.0f} %. It is the largest "
+        "rate after purification; a trigger recovered again that is much larger than before counts as 0 %."
+    )
+    return sentences
