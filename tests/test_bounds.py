@@ -178,7 +178,7 @@ def test_a_data_set_of_tfds_that_asks_for_other_modules_is_not_opened(tmp_path):
     for text in ('{"pythonClassName": "evil.Feature"}', '{"a": [{"type": "evil.sub.Feature"}]}', "[" * 99_999):
         (tmp_path / "mine" / "1.0.0" / "features.json").write_text(text)
         assert "features.json" in says(datasets.load, f"tfds:mine@{tmp_path}")
-    assert "no name of TFDS's" in says(datasets.load, "tfds:huggingface:mnist")
+    assert "is not a TFDS name" in says(datasets.load, "tfds:huggingface:mnist")
 
 
 # --- weight files

@@ -41,7 +41,7 @@ def test_a_module_of_ones_own(tmp_path):
         "from bdjax.datasets import _checks\nimport numpy as np\n"
         "def load(rest):\n"
         "    x = np.full((2, 4, 4), int(rest), np.uint8)\n"
-        "    return _checks.make('mine', x, [0, 1], x, [1, 0])\n"
+        "    return _checks.check_data('mine', x, [0, 1], x, [1, 0])\n"
     )
     data = load(f"{tmp_path}/mine.py:7")
     assert data.shape == (4, 4, 1) and data.x_train.max() == 7
@@ -161,7 +161,7 @@ def test_bad_arrays_are_named_with_their_value_and_remedy(tmp_path, case):
 
 
 def test_a_class_may_be_without_training_images():
-    data = _checks.make("gap", X, np.where(Y == 1, 0, Y), X[:3], Y[:3])
+    data = _checks.check_data("gap", X, np.where(Y == 1, 0, Y), X[:3], Y[:3])
     assert data.classes == ("0", "1", "2") and 1 not in data.y_train
 
 

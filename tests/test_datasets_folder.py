@@ -108,7 +108,7 @@ def test_folder_errors_name_the_folder(root):
     paint(root / "test" / "emu" / "0.png", (0, 0, 0))
     assert f"{root}/test has 1 class folder(s) that {root}/train lacks: emu" in says(f"folder:{root}")
     shutil.rmtree(root / "test")
-    assert f"{root} has train/ with class folders, but no such test/" in says(f"folder:{root}")
+    assert f"{root} has train/ with class folders, but no test/ with class folders" in says(f"folder:{root}")
 
 
 def test_folder_without_classes_or_too_few(tmp_path):

@@ -70,11 +70,11 @@ def test_splits_under_other_names(train, test, beside, tmp_path):
 @pytest.mark.parametrize(
     ("folders", "words"),
     [
-        (["val/a", "val/b"], "has val/ with class folders, but no train/ such. Give"),
+        (["val/a", "val/b"], "has val/ with class folders, but no train/ with class folders. Give"),
         (["test/a", "val/b"], "has test/ with class folders"),
-        (["train", "test"], "has train/, test/, by the name a split"),
-        (["cat", "dog", "val"], "has val/, by the name a split"),
-        (["train/a", "Train/a"], "has Train/ and train/, which both look like one split"),
+        (["train", "test"], "has train/, test/, named like a split"),
+        (["cat", "dog", "val"], "has val/, named like a split"),
+        (["train/a", "Train/a"], "has Train/ and train/, which look like the same split"),
         (["Train/0", "Train/1", "Test", "Meta"], "Test/ has no class folders in it"),
     ],
 )
@@ -106,7 +106,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     (tmp_path / "labels.csv").write_text("x")
     said = " ".join(load(f"folder:{tmp_path}").notes)
     assert f"Left out in {tmp_path}: labels.csv." in said
-    assert "3 files that are no images" in said and "1 .txt" in said and "1 .npy" in said and "1 hidden" in said
+    assert "3 files that are not images" in said and "1 .txt" in said and "1 .npy" in said and "1 hidden" in said
 
 
 def test_linked_folders_are_followed_once(tmp_path):
@@ -137,14 +137,14 @@ def test_images_are_turned_as_their_orientation_says(orientation, ending, tmp_pa
     data = load(f"folder:{tmp_path}")
     corners = data.x_train[0][[1, 1, 6, 6], [1, 6, 1, 6]].astype(int)
     assert abs(corners - [[250, 0, 0], [0, 250, 0], [0, 0, 250], [0, 0, 0]]).max() < 60
-    assert ("4 images were turned" in " ".join(data.notes)) == (orientation > 1)
+    assert ("4 images were rotated or flipped" in " ".join(data.notes)) == (orientation > 1)
 
 
 def test_a_file_of_several_pictures_is_refused(tmp_path):
     classes(tmp_path, "a", "b")
     frames = [Image.new("RGB", (6, 5), (value, 0, 0)) for value in (10, 200)]
     frames[0].save(tmp_path / "a" / "0.tiff", save_all=True, append_images=frames[1:])
-    assert "0.tiff has 2 pictures in it" in says(f"folder:{tmp_path}")
+    assert "0.tiff contains 2 frames" in says(f"folder:{tmp_path}")
 
 
 def test_a_name_that_is_not_utf8_is_refused_when_it_is_read(tmp_path):
@@ -223,5 +223,5 @@ def test_class_names_of_an_npz_that_are_no_text_are_refused(tmp_path):
     images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
     for name in (b"\xff", b"a\xc3"):
         np.savez(tmp_path / "x.npz", x_train=images, y_train=labels, x_test=images, y_test=labels, classes=[b"a", name])
-        with pytest.raises(InputError, match="classes of .*x.npz holds .*not UTF-8"):
+        with pytest.raises(InputError, match="classes of .*x.npz contains .*not UTF-8"):
             load(f"npz:{tmp_path}/x.npz")

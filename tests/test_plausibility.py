@@ -17,7 +17,7 @@ def data(names, labels=None, channels=3):
     labels = np.arange(len(names)).repeat(2) if labels is None else np.array(labels)
     images = np.full((len(labels), 4, 5, channels), 90, np.uint8)
     images[:, 0, 0, 0] = 100 + labels
-    return _checks.make("mine", images, labels, images, labels, names)
+    return _checks.check_data("mine", images, labels, images, labels, names)
 
 
 def manifest(names, **more):

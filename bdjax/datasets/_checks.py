@@ -1,4 +1,4 @@
-"""What every source must satisfy before it becomes Data; each error says which array, what is in it, what to do."""
+"""Checks that every source must pass before it becomes Data; each error names the array, its content and the remedy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from bdjax.errors import InputError
 from bdjax.text import visible
 from bdjax.types import Data
 
-_MOST_CLASSES = 100_000  # labels that are really something else (an id, a time) must not make a billion names
+_MOST_CLASSES = 100_000  # identifiers or times given as labels must not create a billion class names
 
 
 CIFAR = (
@@ -28,41 +28,46 @@ SVHN = (
     "np.savez_compressed('svhn.npz', x_train=a['X'].transpose(3, 0, 1, 2), y_train=a['y'][:, 0] % 10, "
     "x_test=b['X'].transpose(3, 0, 1, 2), y_test=b['y'][:, 0] % 10)\", and give npz:svhn.npz"
 )
-_DARK = 32  # a highest pixel value below which stored images are hardly of 0..255
+_DARK = 32  # with a highest pixel value below this, stored images are unlikely to be scaled to 0..255
 
 
 def check_text(what: str, name: str) -> None:
-    """Raise InputError for a name that is not UTF-8: no report could be written of it."""
+    """Raise InputError when a name is not UTF-8, as reports could not contain it; `what` is the named object."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        shown = ascii(name)[1:-1]
-        raise InputError(f"{what} is called {shown}, which is not UTF-8. Rename it.") from None
+        escaped = ascii(name)[1:-1]
+        raise InputError(f"{what} is called {escaped}, which is not UTF-8. Rename it.") from None
 
 
-def make(
+def check_data(
     name: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any, classes: Sequence[str] | None = None,
     notes: Sequence[str] = (),
 ) -> Data:  # fmt: skip
-    """Data from checked arrays.
+    """Check the arrays of a data set and return them as Data.
 
     Args:
-        name: what errors and reports call the set.
-        x_train, x_test: uint8 [N, H, W, C] with C 1 or 3, or [N, H, W], which becomes [N, H, W, 1].
-        y_train, y_test: integers [N], 0 <= label < classes.
-        classes: names by label; None names them "0" to the highest label of both splits.
-        notes: what was left out or done to the images, for who reads the results.
+      name: name of the data set in messages and reports.
+      x_train: training images, uint8 [N, H, W, C] with C 1 or 3, or [N, H, W], which becomes [N, H, W, 1].
+      y_train: training labels, integers [N] with 0 <= label < number of classes.
+      x_test: test images, in the same form.
+      y_test: test labels, in the same form.
+      classes: class names by label; None: "0" to the highest label of both splits.
+      notes: sentences that state which images were left out and how the others were changed.
 
-    Returns Data with contiguous uint8 images and int32 labels. A class may be without images in either split.
-    Raises InputError for every breach of the above, for an empty split and for splits of different image shapes.
+    Returns:
+      Data with contiguous uint8 images and int32 labels. A class may be without images in either split.
+
+    Raises:
+      InputError: when an array has another form, a split is empty, or the images of the splits differ in shape.
     """
     check_text("a data set", name)
     x_train, x_test = _images(name, "x_train", x_train), _images(name, "x_test", x_test)
     notes = [*notes, *_range(name, int(max(x_train.max(), x_test.max())))]
     if x_train.shape[1:] != x_test.shape[1:]:
         raise InputError(
-            f"data set {name!r}: images of x_train are {_by(x_train.shape[1:])} and of x_test {_by(x_test.shape[1:])}. "
-            "Bring both to one height, width and number of channels."
+            f"data set {name!r}: images of x_train are {_format_shape(x_train.shape[1:])} and of x_test "
+            f"{_format_shape(x_test.shape[1:])}. Convert both to one height, width and number of channels."
         )
     y_train = _labels(name, "y_train", y_train, len(x_train))
     y_test = _labels(name, "y_test", y_test, len(x_test))
@@ -75,28 +80,29 @@ def make(
             )
         classes = [str(label) for label in range(top + 1)]
     names = _classes(name, classes)
-    _in_range(name, "y_train", y_train, len(names))
-    _in_range(name, "y_test", y_test, len(names))
+    _check_range(name, "y_train", y_train, len(names))
+    _check_range(name, "y_test", y_test, len(names))
     y_train, y_test, notes = y_train.astype(np.int32), y_test.astype(np.int32), [visible(note) for note in notes]
     return Data(visible(name), x_train, y_train, x_test, y_test, names, tuple(notes))
 
 
 def _range(name: str, top: int) -> list[str]:
-    """What to say of the highest pixel value. Raises InputError where it is 1: such images are nearly black."""
+    """Return notes about the highest pixel value. Raises InputError where it is 1, as such images are nearly black."""
     if top == 1:
         raise InputError(
             f"data set {name!r}: its images are uint8 from 0 to 1; stored images go from 0 to 255. Multiply by 255: "
-            "(x * 255).astype(numpy.uint8). If they were cast from floats in [0, 1], store them anew: "
+            "(x * 255).astype(numpy.uint8). If they were cast from floats in [0, 1], store them again: "
             "(x * 255).round().astype(numpy.uint8)."
         )
-    return [f"The highest pixel value is {top}: are these images of 0 to 255?"] if 1 < top < _DARK else []
+    return [f"The highest pixel value is {top}: are these images scaled to 0..255?"] if 1 < top < _DARK else []
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return "x".join(str(side) for side in shape)
 
 
 def _images(name: str, key: str, images: Any) -> np.ndarray:
+    """Return images as contiguous uint8 [N, H, W, C], or raise InputError."""
     images = np.asarray(images)
     where = f"data set {name!r}: {key}"
     if images.ndim not in (3, 4):
@@ -104,7 +110,7 @@ def _images(name: str, key: str, images: Any) -> np.ndarray:
     if len(images) == 0:
         raise InputError(f"{where} is empty (shape {list(images.shape)}): the split needs at least one image.")
     if images.dtype != np.uint8:
-        raise InputError(f"{where} is {_found(images)}; stored images are uint8. {_to_uint8(images)}")
+        raise InputError(f"{where} is {_describe(images)}; stored images are uint8. {_to_uint8(images)}")
     if images.ndim == 3:
         images = images[..., None]
     if images.shape[3] not in (1, 3):
@@ -117,18 +123,19 @@ def _images(name: str, key: str, images: Any) -> np.ndarray:
         )
         raise InputError(f"{where} has shape {list(images.shape)}, so C = {images.shape[3]}; C is 1 or 3. {remedy}")
     if 0 in images.shape:
-        raise InputError(f"{where} has shape {list(images.shape)}: an image without pixels. Leave such images out.")
+        raise InputError(f"{where} has shape {list(images.shape)}: images without pixels. Remove such images.")
     return np.ascontiguousarray(images)
 
 
-def _found(array: np.ndarray) -> str:
-    """'float32 from 0 to 1': dtype and range."""
+def _describe(array: np.ndarray) -> str:
+    """Describe the dtype and the range of an array, for example "float32 from 0 to 1"."""
     if array.dtype.kind not in "iufb":
         return f"of dtype {array.dtype}"
     return f"{array.dtype} from {array.min():g} to {array.max():g}"
 
 
 def _to_uint8(images: np.ndarray) -> str:
+    """Return the remedy for images that are not uint8."""
     if images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1:
         return "Multiply by 255, round and convert: (x * 255).round().astype(numpy.uint8)."
     if images.dtype.kind in "iuf" and images.min() >= 0 and images.max() <= 255:
@@ -137,26 +144,32 @@ def _to_uint8(images: np.ndarray) -> str:
 
 
 def _labels(name: str, key: str, labels: Any, images: int) -> np.ndarray:
+    """Return labels as an integer array [images], or raise InputError."""
     labels = np.asarray(labels)
     where = f"data set {name!r}: {key}"
     if labels.ndim != 1:
         one_hot = labels.ndim == 2 and labels.shape[1] > 1
         remedy = f"{key}.argmax(axis=1) if it is one-hot" if one_hot else f"{key}.reshape(-1)"
-        raise InputError(f"{where} has shape {list(labels.shape)}; labels are [N], one integer an image. Use {remedy}.")
+        raise InputError(
+            f"{where} has shape {list(labels.shape)}; labels are [N], one integer per image. Use {remedy}."
+        )
     if labels.dtype.kind not in "iu":
         raise InputError(f"{where} is of dtype {labels.dtype}; labels are integers. Use {key}.astype(numpy.int32).")
     if len(labels) != images:
-        raise InputError(f"{where} has {len(labels)} labels for {images} images. Give one label an image.")
+        raise InputError(f"{where} has {len(labels)} labels for {images} images. Give one label per image.")
     return labels
 
 
 def _classes(name: str, classes: Sequence[str]) -> tuple[str, ...]:
-    for one in classes:
-        check_text(f"a class of data set {name!r}", str(one))
-    names = tuple(visible(str(one)) for one in classes)
-    twice = sorted({one for one in names if names.count(one) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise InputError(f"data set {name!r}: class name {twice[0]!r} occurs more than once. Make the names distinct.")
+    """Return the class names as text, or raise InputError where they are not distinct or fewer than two."""
+    for label in classes:
+        check_text(f"a class of data set {name!r}", str(label))
+    names = tuple(visible(str(label)) for label in classes)
+    duplicates = sorted({label for label in names if names.count(label) > 1}) if len(set(names)) < len(names) else []
+    if duplicates:
+        raise InputError(
+            f"data set {name!r}: class name {duplicates[0]!r} occurs more than once. Make the names distinct."
+        )
     if len(names) < 2:
         raise InputError(
             f"data set {name!r} has {len(names)} class ({', '.join(names)}); a classifier needs 2 or more."
@@ -164,7 +177,8 @@ def _classes(name: str, classes: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _in_range(name: str, key: str, labels: np.ndarray, classes: int) -> None:
+def _check_range(name: str, key: str, labels: np.ndarray, classes: int) -> None:
+    """Raise InputError when a label is not in 0..classes - 1."""
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         i = wrong[0]

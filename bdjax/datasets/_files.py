@@ -1,4 +1,4 @@
-"""Reading one picture or array, for methods whose Config names a file."""
+"""Reading of a picture or an array that a method's Config names."""
 
 from pathlib import Path
 
@@ -11,9 +11,16 @@ _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 
 def read_array(path: ArrayFile) -> np.ndarray:
-    """A picture as uint8 [H, W, C], or an .npy array as stored; nothing is unpickled.
+    """Read a picture as uint8 [H, W, C], or an .npy array as stored; nothing is unpickled.
 
-    Raises InputError when there is none, when it is no regular file, too large or damaged.
+    Args:
+      path: path of the file.
+
+    Returns:
+      The array; one with two dimensions gets a third of size 1.
+
+    Raises:
+      InputError: when the file does not exist, is not a regular file, is too large, or is damaged.
     """
     if str(path).endswith(".npy"):
         array = read_npy(Path(path))

@@ -1,4 +1,4 @@
-"""How a folder of images is laid out: which folders are splits, which are classes, and what is neither."""
+"""The layout of a folder of images: which folders are splits, which are classes, and which are neither."""
 
 import os
 from collections import Counter
@@ -14,47 +14,52 @@ TRAIN, TEST = "train", "test"
 _TRAINING = (TRAIN, "training", "trainset", "train_set", "trainingset", "trn")
 _TESTING = (TEST, "testing", "tests", "testset", "test_set")
 _VALIDATION = ("val", "valid", "validation", "eval", "evaluation", "dev", "holdout")
-_BESIDE = ("meta", "metadata", "annotations", "labels")  # of sets that are published so, beside their splits
-_MOST_FILES = 20_000_000  # a link that leads in circles ends here at the latest
+_ANNOTATIONS = ("meta", "metadata", "annotations", "labels")  # folders that published sets have next to their splits
+_MOST_FILES = 20_000_000  # bounds the search in folders with circular links
 
 
 class Splits(NamedTuple):
-    """The folders that are taken as the two splits, and those beside them."""
+    """The folders of the two splits, and the names of the other folders."""
 
     train: Path
     test: Path
-    beside: list[str]
+    others: list[str]
 
 
-_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "__pycache__")
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "__pycache__")
 
 
 def folders(path: Path) -> list[Path]:
-    """The folders in `path` but hidden ones and those that systems make.
+    """Return the folders in a folder, without hidden ones and those that operating systems create.
 
-    By number where all names are numbers, else in code-point order.
+    Args:
+      path: the folder.
 
-    Raises InputError for a name that is not UTF-8.
+    Returns:
+      The folders, by number where all names are numbers, else in code-point order.
+
+    Raises:
+      InputError: when a name is not UTF-8.
     """
     if not path.is_dir():
         return []
-    children = [p for p in path.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in _SYSTEMS]
-    for one in children:
-        _checks.check_text(f"a folder in {ascii(str(path))[1:-1]}", one.name)
-    if all(one.name.isascii() and one.name.isdigit() for one in children):
-        return sorted(children, key=lambda one: (int(one.name), one.name))
+    children = [p for p in path.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in _SYSTEM_FOLDERS]
+    for child in children:
+        _checks.check_text(f"a folder in {ascii(str(path))[1:-1]}", child.name)
+    if all(child.name.isascii() and child.name.isdigit() for child in children):
+        return sorted(children, key=lambda child: (int(child.name), child.name))
     return sorted(children)
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """Files at any depth below a folder, through links; a folder that was seen is not gone into again."""
-    seen, count = set(), 0
+    """Yield the files at any depth below a folder, following links and entering every folder once."""
+    visited, count = set(), 0
     for at, below, names in os.walk(folder, followlinks=True):
-        here = os.stat(at)
-        if (here.st_dev, here.st_ino) in seen:
+        status = os.stat(at)
+        if (status.st_dev, status.st_ino) in visited:
             below.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         for name in names:
             count += 1
             if count > _MOST_FILES:
@@ -63,73 +68,91 @@ def files(folder: Path) -> Iterator[Path]:
 
 
 def splits(root: Path) -> Splits | None:
-    """The two splits in `root`, or None where its folders are the classes.
+    """Find the two splits in a folder.
 
-    Raises InputError where some look like splits, and yet the two that are needed cannot be told.
+    Args:
+      root: the folder of the data set.
+
+    Returns:
+      The splits, or None where the folders in `root` are the classes.
+
+    Raises:
+      InputError: when some folders are named like splits, but the training or the test split cannot be determined.
     """
-    named = folders(root)
-    kinds = {
-        kind: [one for one in named if one.name.lower() in names]
-        for kind, names in (("train", _TRAINING), ("test", _TESTING), ("val", _VALIDATION), ("beside", _BESIDE))
+    children = folders(root)
+    by_kind = {
+        kind: [child for child in children if child.name.lower() in names]
+        for kind, names in (("train", _TRAINING), ("test", _TESTING), ("val", _VALIDATION), ("other", _ANNOTATIONS))
     }
-    whole = {kind: [one for one in found if folders(one)] for kind, found in kinds.items()}
-    for found in whole.values():
-        if len(found) > 1:
-            twice = " and ".join(f"{one.name}/" for one in found)
-            raise InputError(f"{root} has {twice}, which both look like one split. Move one of them away.")
-    if whole["train"]:
-        train = whole["train"][0]
-        test = next(iter(whole["test"] or whole["val"]), None)
+    with_classes = {kind: [child for child in named if folders(child)] for kind, named in by_kind.items()}
+    for candidates in with_classes.values():
+        if len(candidates) > 1:
+            names = " and ".join(f"{child.name}/" for child in candidates)
+            raise InputError(f"{root} has {names}, which look like the same split. Move all but one of them elsewhere.")
+    if with_classes["train"]:
+        train = with_classes["train"][0]
+        test = next(iter(with_classes["test"] or with_classes["val"]), None)
         if test is None:
-            flat = [one.name for one in kinds["test"] + kinds["val"]]
-            more = f" ({', '.join(flat)}/ has no class folders in it: sort its images into them)" if flat else ""
+            flat = [child.name for child in by_kind["test"] + by_kind["val"]]
+            hint = f" ({', '.join(flat)}/ has no class folders in it: sort its images into them)" if flat else ""
             raise InputError(
-                f"{root} has {train.name}/ with class folders, but no such {TEST}/{more}. Add {TEST}/CLASS/, or "
-                f"move the class folders up into {root}: the set is then split 80/20."
+                f"{root} has {train.name}/ with class folders, but no {TEST}/ with class folders{hint}. Add "
+                f"{TEST}/CLASS/, or move the class folders up into {root}: the set is then split 80/20."
             )
-        return Splits(train, test, [f"{one.name}/" for one in named if one not in (train, test)])
-    _check_classes(root, named, kinds, whole)
+        return Splits(train, test, [f"{child.name}/" for child in children if child not in (train, test)])
+    _check_classes(root, children, by_kind, with_classes)
     return None
 
 
-def _check_classes(root: Path, named: list[Path], kinds: dict[str, list[Path]], whole: dict[str, list[Path]]) -> None:
-    """Refuse folders that are splits by their names, where there is no training split with classes in it."""
-    if alone := whole["test"] + whole["val"]:
+def _check_classes(
+    root: Path, children: list[Path], by_kind: dict[str, list[Path]], with_classes: dict[str, list[Path]]
+) -> None:
+    """Raise InputError for folders named like splits where there is no training split with class folders."""
+    if evaluation := with_classes["test"] + with_classes["val"]:
         raise InputError(
-            f"{root} has {alone[0].name}/ with class folders, but no {TRAIN}/ such. Give {alone[0]} itself (it is then "
-            f"split 80/20), or add {TRAIN}/CLASS/."
+            f"{root} has {evaluation[0].name}/ with class folders, but no {TRAIN}/ with class folders. Give "
+            f"{evaluation[0]} itself (it is then split 80/20), or add {TRAIN}/CLASS/."
         )
-    flat = kinds["test"] + kinds["val"] + (kinds["beside"] if kinds["train"] else [])
-    if kinds["train"] and (flat or len(named) < 3):
-        flat = kinds["train"] + flat
+    flat = by_kind["test"] + by_kind["val"] + (by_kind["other"] if by_kind["train"] else [])
+    if by_kind["train"] and (flat or len(children) < 3):
+        flat = by_kind["train"] + flat
     if flat:
         raise InputError(
-            f"{root} has {', '.join(f'{one.name}/' for one in flat)}, by the name a split and no class, with no class "
-            f"folders in it. Sort its images into {flat[0].name}/CLASS/, or move it away; a class of that name needs "
-            "another one."
+            f"{root} has {', '.join(f'{child.name}/' for child in flat)}, named like a split but without class "
+            f"folders. Sort its images into {flat[0].name}/CLASS/, or move it elsewhere; if it is a class, rename it."
         )
 
 
-def notes(root: Path, found: Splits | None, left: Counter[str], turned: int) -> list[str]:
-    """What was left out, and done, of the folder `root`: sentences."""
-    said = []
+def notes(root: Path, found: Splits | None, skipped: Counter[str], rotated: int) -> list[str]:
+    """Return sentences that state what was left out of a folder and how images were changed.
+
+    Args:
+      root: the folder of the data set.
+      found: its splits, or None where its folders are the classes.
+      skipped: number of skipped files in class folders, by kind.
+      rotated: number of images that were rotated by their EXIF orientation.
+
+    Returns:
+      The sentences.
+    """
+    sentences = []
     if found is not None and (found.train.name, found.test.name) != (TRAIN, TEST):
-        said.append(f"{found.train.name}/ is taken as the training split, {found.test.name}/ as the test split.")
+        sentences.append(f"{found.train.name}/ is used as the training split, {found.test.name}/ as the test split.")
     loose = sorted(p.name for p in root.iterdir() if not p.is_dir() and p.name[0] != ".")
-    beside = [*(found.beside if found else []), *(ascii(name)[1:-1] for name in loose)]
-    if beside:
-        more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
-        said.append(f"Left out in {root}: {', '.join(beside[:5])}{more}.")
-    if left:
-        kinds = ", ".join(f"{count} {ascii(kind)[1:-1]}" for kind, count in left.most_common(5))
-        said.append(f"Left out in class folders: {sum(left.values())} files that are no images ({kinds}).")
-    if turned:
-        said.append(f"{turned} images were turned, as their EXIF orientation says.")
-    return said
+    others = [*(found.others if found else []), *(ascii(name)[1:-1] for name in loose)]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        sentences.append(f"Left out in {root}: {', '.join(others[:5])}{more}.")
+    if skipped:
+        kinds = ", ".join(f"{count} {ascii(kind)[1:-1]}" for kind, count in skipped.most_common(5))
+        sentences.append(f"Left out in class folders: {sum(skipped.values())} files that are not images ({kinds}).")
+    if rotated:
+        sentences.append(f"{rotated} images were rotated or flipped according to their EXIF orientation.")
+    return sentences
 
 
-def remedy(root: Path) -> str:
-    """What to do with a set that is published in another form, "" where it is none that is known."""
+def conversion_hint(root: Path) -> str:
+    """Return how to convert a data set that is published in another known form, or ""."""
     names = {p.name for p in root.iterdir()}
     if "data_batch_1" in names or {"train", "test", "meta"} <= names:
         return f" {_checks.CIFAR}"

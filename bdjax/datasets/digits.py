@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, which come with the package: 1,797 real scans, no file and no network needed.
+"""scikit-learn's handwritten digits: 1,797 scans that are part of the package, so that no file or network is needed.
 
 The 8x8 scans with values 0..16 are scaled to 0..255 and enlarged to 32x32 by bilinear interpolation. Source: Alpaydin
 and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (the test half).
@@ -16,14 +16,22 @@ TEST = 797
 
 
 def load(rest: str = "") -> Data:
-    """The digits: 1,000 train and 797 test images uint8 [N, 32, 32, 1], classes "0" to "9".
+    """Load the digits: 1,000 training and 797 test images uint8 [N, 32, 32, 1], classes "0" to "9".
 
-    The split is stratified and fixed: every class gives 797/1797 of its images, rounded so that the sum is 797, to
-    the test split, evenly spaced in scikit-learn's order; both splits keep that order. Raises InputError when
-    something stands after `digits:`.
+    The split is stratified and fixed: 797/1797 of the images of every class, rounded so that the sum is 797, are test
+    images, evenly spaced in scikit-learn's order. Both splits are in that order.
+
+    Args:
+      rest: text after the colon of the specification; must be empty.
+
+    Returns:
+      The data set.
+
+    Raises:
+      InputError: when `rest` is not empty.
     """
     if rest:
-        raise InputError(f"the data set `digits` takes nothing after a colon, got {rest!r}. Write `digits`.")
+        raise InputError(f"the data set `digits` has no options after a colon, got {rest!r}. Write `digits`.")
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -33,11 +41,11 @@ def load(rest: str = "") -> Data:
     labels = np.asarray(labels)
     test = _test_mask(labels)
     x = np.stack(images)
-    return _checks.make("digits", x[~test], labels[~test], x[test], labels[test], [str(c) for c in range(10)])
+    return _checks.check_data("digits", x[~test], labels[~test], x[test], labels[test], [str(c) for c in range(10)])
 
 
 def _test_mask(labels: np.ndarray) -> np.ndarray:
-    """bool [N], True for the TEST images of the test split."""
+    """Return bool [N], True for the TEST images of the test split."""
     counts = np.bincount(labels)
     exact = counts * TEST / len(labels)
     quota = np.floor(exact).astype(int)

@@ -1,6 +1,7 @@
-"""Sets that TensorFlow Datasets has prepared as array_record files. Reading them needs no TensorFlow; preparing does.
+"""Data sets prepared by TensorFlow Datasets (TFDS) as array_record files; reading them does not need TensorFlow.
 
-Nothing is downloaded or prepared here: a set that is not there ends in an error with the command that prepares it.
+Nothing is downloaded or prepared here: the error for a data set that is not prepared states the command that prepares
+it, which does need TensorFlow.
 """
 
 import difflib
@@ -25,13 +26,22 @@ _INSTALL = 'pip install "bdjax[tfds]"'
 
 
 def load(rest: str) -> Data:
-    """The prepared set `NAME` or `NAME@FOLDER` (also `NAME/CONFIG:VERSION`), named as in `rest` up to the `@`.
+    """Load a prepared data set; its name is the text before the `@`.
 
-    FOLDER is a TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets. The set needs the features
-    `image` (uint8 [H, W, C], C 1 or 3, one size) and `label` (an integer), a split `train`, and `test` or, without
-    it, `validation`. Images stand in the stored order. Classes are the label's names, or "0" to the highest label.
-    Raises InputError for an unknown set, one that is not prepared or not as array_record, missing features or
-    splits, images that differ in size, and what `_checks.make` refuses.
+    The data set needs the features `image` (uint8 [H, W, C], C 1 or 3, of one size) and `label` (an integer), a split
+    `train`, and a split `test` or, without it, `validation`. Images are in the stored order. Classes are the names of
+    the labels, or "0" to the highest label.
+
+    Args:
+      rest: `NAME` or `NAME@FOLDER`, where NAME may also be `NAME/CONFIG:VERSION`. FOLDER is a TFDS data folder, by
+        default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Returns:
+      The data set.
+
+    Raises:
+      InputError: when the data set is unknown, is not prepared as array_record, lacks a feature or a split, or has
+        images of different sizes or invalid arrays.
     """
     name, _, folder = rest.partition("@")
     if not name:
@@ -40,8 +50,8 @@ def load(rest: str) -> Data:
         )
     if not _NAME.fullmatch(name):
         raise InputError(
-            f"tfds:{name} is no name of TFDS's. Write `tfds:NAME`, or with its config and version "
-            "`tfds:NAME/CONFIG:1.2.3`; sets of other collections are not read."
+            f"tfds:{name} is not a TFDS name. Write `tfds:NAME`, or with config and version "
+            "`tfds:NAME/CONFIG:1.2.3`; data sets of other collections are not read."
         )
     folder = os.path.expanduser(folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     _check_features(Path(folder) / re.split("[/:]", name)[0])
@@ -51,21 +61,21 @@ def load(rest: str) -> Data:
     if missing:
         raise InputError(
             f"tfds:{name} has no feature {' and no '.join(missing)}; it has {', '.join(features)}. "
-            f"Only sets of labelled images can be read; export others to `npz:`."
+            f"Only data sets of labelled images can be read; export others to `npz:`."
         )
     test = next((split for split in TEST if split in splits), None)
     if TRAIN not in splits or test is None:
         raise InputError(
             f"tfds:{name} has the splits {', '.join(splits) or '(none)'}; `{TRAIN}` and {' or '.join(TEST)} are "
-            f"needed. Export it to `npz:` with a split of your own."
+            f"needed. Split it yourself and export it to `npz:`."
         )
     x_train, y_train = _read(builder, name, folder, TRAIN)
     x_test, y_test = _read(builder, name, folder, test)
-    return _checks.make(name, x_train, y_train, x_test, y_test, getattr(features["label"], "names", None))
+    return _checks.check_data(name, x_train, y_train, x_test, y_test, getattr(features["label"], "names", None))
 
 
 def _check_features(folder: Path) -> None:
-    """Raise InputError when a prepared set asks for features of another package, which TFDS would import by name."""
+    """Raise InputError when a prepared set names feature classes of another package, which TFDS would import."""
     for path in (path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}features.json")):
         try:
             parts = [read_record(path)]
@@ -76,21 +86,22 @@ def _check_features(folder: Path) -> None:
             if isinstance(part, dict | list):
                 parts += part.values() if isinstance(part, dict) else part
             for key in ("pythonClassName", "python_class_name", "type"):
-                called = part.get(key) if isinstance(part, dict) else None
-                if isinstance(called, str) and "." in called and not called.startswith("tensorflow_datasets."):
+                feature = part.get(key) if isinstance(part, dict) else None
+                if isinstance(feature, str) and "." in feature and not feature.startswith("tensorflow_datasets."):
                     raise InputError(
-                        f"{path} asks to import {visible(called[:80])!r}, which is no feature of TFDS's own; nothing "
-                        "was run. Export the set to `npz:` where you trust it."
+                        f"{path} names the feature class {visible(feature[:80])!r}, which is not part of TFDS; nothing "
+                        "was imported. Export the data set to `npz:` where you trust it."
                     )
 
 
 def _package(name: str) -> ModuleType:
+    """Import tensorflow_datasets, or raise InputError with the command that installs it."""
     try:
         import array_record.python.array_record_module  # noqa: F401  without it TFDS prints a page and fails later
         import tensorflow_datasets
     except ImportError as error:
         raise InputError(f"tfds:{name} needs a package that is not installed ({error}). Run: {_INSTALL}") from error
-    if not hasattr(tensorflow_datasets, "builder"):  # TFDS logs a failure of its own imports and goes on
+    if not hasattr(tensorflow_datasets, "builder"):  # TFDS only logs a failure of its own imports
         raise InputError(
             f"tfds:{name}: tensorflow_datasets lacks a package that it needs (see its log). Run: {_INSTALL}"
         )
@@ -98,24 +109,25 @@ def _package(name: str) -> ModuleType:
 
 
 def _builder(tfds: ModuleType, name: str, folder: str) -> Any:
+    """Return the TFDS builder of a prepared data set, or raise InputError."""
     try:
         builder = tfds.builder(name, data_dir=folder)
-    except (ValueError, TypeError, AssertionError, ImportError) as error:  # by kind of mistake in the name
-        there = sorted(p.name for p in Path(folder).glob("[!.]*")) if os.path.isdir(folder) else []
-        near = difflib.get_close_matches(name, there + tfds.list_builders(with_community_datasets=False), n=1)
+    except (ValueError, TypeError, AssertionError, ImportError) as error:  # depends on the mistake in the name
+        prepared = sorted(p.name for p in Path(folder).glob("[!.]*")) if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(name, prepared + tfds.list_builders(with_community_datasets=False), n=1)
         hint = f" Did you mean {near[0]!r}?" if near and near[0] != name else ""
         raise InputError(
-            f"tfds:{name} is neither one of TFDS' own sets nor prepared in {folder} (there: "
-            f"{', '.join(there[:10]) or 'nothing'}).{hint} TFDS says: {str(error).partition(chr(10))[0]} "
-            f"A set in another folder is `tfds:{name}@FOLDER`."
+            f"tfds:{name} is neither a data set of TFDS nor prepared in {folder} (prepared there: "
+            f"{', '.join(prepared[:10]) or 'nothing'}).{hint} The error of TFDS: {str(error).partition(chr(10))[0]} "
+            f"For a data set in another folder, write `tfds:{name}@FOLDER`."
         ) from error
     if not builder.is_prepared():
-        raise InputError(f"tfds:{name} is not prepared in {folder}. {_how(name, folder)}")
+        raise InputError(f"tfds:{name} is not prepared in {folder}. {_how_to_prepare(name, folder)}")
     return builder
 
 
-def _how(name: str, folder: str) -> str:
-    """The commands that prepare a set. `tfds build` is not among them: it also needs apache_beam."""
+def _how_to_prepare(name: str, folder: str) -> str:
+    """Return the commands that prepare a data set. `tfds build` is not among them, as it also needs apache_beam."""
     code = f"tfds.builder({name!r}, data_dir={folder!r}, file_format='array_record').download_and_prepare()"
     return (
         f"Preparing it (once, with a network) needs TensorFlow: {_INSTALL} and then "
@@ -124,23 +136,24 @@ def _how(name: str, folder: str) -> str:
 
 
 def _read(builder: Any, name: str, folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, H, W, C] and labels [N] of one split, as TFDS decodes them, in the stored order."""
+    """Read the images [N, H, W, C] and labels [N] of one split, as TFDS decodes them, in the stored order."""
     try:
         return _decode(builder.as_data_source(split=split), f"tfds:{name}: images of {split}")
-    except NotImplementedError as error:  # as_data_source's for such a format; a RuntimeError, so it stands first
+    except NotImplementedError as error:  # raised for such a format; a subclass of RuntimeError, so it comes first
         raise InputError(
             f"tfds:{name} is prepared in {builder.data_dir} as {builder.info.file_format.value}, which cannot be read "
             f"without TensorFlow. Prepare it in another folder FOLDER and use `tfds:{name}@FOLDER`. "
-            f"{_how(name, 'FOLDER')}"
+            f"{_how_to_prepare(name, 'FOLDER')}"
         ) from error
-    except (RuntimeError, OSError) as error:  # what array_record and Pillow raise on files that are cut off or gone
+    except (RuntimeError, OSError) as error:  # array_record and Pillow raise these on truncated or missing files
         raise InputError(
             f"tfds:{name}: the split {split} in {builder.data_dir} is damaged ({error}). Remove that folder and "
-            f"prepare the set again. {_how(name, folder)}"
+            f"prepare the data set again. {_how_to_prepare(name, folder)}"
         ) from error
 
 
 def _decode(source: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decode all images and labels of a data source; `what` names the images in the message."""
     images, labels = np.empty((0, 1, 1, 1), np.uint8), []
     for i, example in enumerate(source):
         image = np.asarray(example["image"])
