@@ -1,22 +1,10 @@
-"""What `bdjax purify` reports: sentences for a terminal and for the page, pictures, and the page itself.
-
-This module is the `Reporter` that `bdjax.pipelines.purification.purify` is called with.
-"""
+"""A purification as text: a summary for a terminal, and notes that stand in the result and on the page."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bdjax.reports import audit
-from bdjax.reports import page as page_
-from bdjax.reports._html import picture
-from bdjax.reports.audit import verdict
-from bdjax.reports.imported import notes as import_notes
 from bdjax.text import UNMEASURED
-
-__all__ = ["audit_pictures", "import_notes", "notes", "page", "picture", "summary", "verdict"]
 
 _MAX_CLASSES = 10  # named in a note
 
@@ -86,33 +74,6 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             f"{', '.join(missing[:_MAX_CLASSES])}{', …' * (len(missing) > _MAX_CLASSES)}."
         )
     return sentences
-
-
-def audit_pictures(
-    result: Mapping[str, Any], arrays: Mapping[str, np.ndarray], folder: Path, name: str
-) -> list[dict[str, str]]:
-    """Write FOLDER/NAME.png, and each recovered trigger as a picture of its own.
-
-    Args:
-      result: as `bdjax.pipelines.audit.audit` returns it.
-      arrays: as `bdjax.pipelines.audit.audit` returns them.
-      folder: folder of the page.
-      name: of the file, and the beginning of the other files' names.
-
-    Returns:
-      Pictures by "file" (relative to `folder`), "method" and "title".
-    """
-    audit.draw(result, arrays, folder / f"{name}.png")
-    return [
-        {"file": picture(folder, f"{name}-{method}-{number}", image), "method": method, "title": title}
-        for method, images, titles in audit.recovered_images(result, arrays)[1:]
-        for number, (image, title) in enumerate(zip(images, titles, strict=True))
-    ]
-
-
-def page(result: Mapping[str, Any], folder: Path) -> None:
-    """Write FOLDER/report.html, whose pictures are already in `folder`."""
-    page_.write(result, folder)
 
 
 def _estimate_notes(result: Mapping[str, Any]) -> list[str]:
