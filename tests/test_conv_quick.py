@@ -39,22 +39,22 @@ def way(request, monkeypatch):
 
 
 def test_stride_2_to_second_order(double, way):
-    equal_to_second_order(strided.strided, LAX_STRIDED, arrays())
+    equal_to_second_order(strided.conv, LAX_STRIDED, arrays())
 
 
 def test_stride_2_to_third_order(double):
-    equal_to_third_order(strided.strided, LAX_STRIDED, arrays())
+    equal_to_third_order(strided.conv, LAX_STRIDED, arrays())
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 4)])
 def test_stride_2_under_vmap(double, axes):
-    equal_under_vmap(strided.strided, LAX_STRIDED, arrays()[:2], axes)
+    equal_under_vmap(strided.conv, LAX_STRIDED, arrays()[:2], axes)
 
 
 def test_a_mapped_strided_convolution_keeps_its_derivatives(double):
     """With one kernel for all it is the primitive still, so what is differentiated after vmap is not lax's either."""
     x, w, *_ = arrays()
-    mapped = lambda w: jnp.tanh(jax.vmap(strided.strided, (0, None))(jnp.stack([x, -2 * x]), w)).sum()  # noqa: E731
+    mapped = lambda w: jnp.tanh(jax.vmap(strided.conv, (0, None))(jnp.stack([x, -2 * x]), w)).sum()  # noqa: E731
     assert "strided_conv_kernel_gradient" in str(jax.make_jaxpr(jax.grad(mapped))(w))
 
 
@@ -74,7 +74,7 @@ def test_the_layer_takes_stride_2_where_it_fits(kernel, size, ours):
 @pytest.fixture
 def forced_winograd(request, monkeypatch):
     """Every convolution that Winograd's filtering supports uses it, in slices of `param` tiles."""
-    monkeypatch.setattr(winograd, "pays", lambda x, shape, **_: shape[0] == 3)
+    monkeypatch.setattr(winograd, "is_faster", lambda x, shape, **_: shape[0] == 3)
     monkeypatch.setattr(winograd, "_TILES", request.param)
     jax.clear_caches()
     yield
@@ -97,8 +97,8 @@ def test_winograd_by_hand():
     """An image of 2x2 pixels is one tile; a kernel that is 1 in its centre gives it back, one at a side shifts it."""
     image = jnp.arange(1.0, 5.0).reshape(1, 2, 2, 1)
     centre, left = (jnp.zeros((3, 3, 1, 1)).at[1, b].set(1.0) for b in (1, 0))
-    assert winograd.convolved(image, centre).ravel().tolist() == [1, 2, 3, 4]
-    assert winograd.convolved(image, left).ravel().tolist() == [0, 1, 0, 3]
+    assert winograd.convolve(image, centre).ravel().tolist() == [1, 2, 3, 4]
+    assert winograd.convolve(image, left).ravel().tolist() == [0, 1, 0, 3]
     assert winograd.kernel_gradient(image, image).squeeze().tolist() == [[4, 11, 6], [14, 30, 14], [6, 11, 4]]
 
 

@@ -1,4 +1,4 @@
-"""What convolutions by matrix products are made of: slices of images, and a batch in pieces that stay in the cache."""
+"""Building blocks of convolutions by matrix products: strided slices of images, and batches in cache-sized parts."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def summed(function: Callable[..., jax.Array], piece: int, *arrays: jax.Array) -> jax.Array:
-    """`function(*arrays)` of arrays [N, ...], where it is a sum over N: that of each `piece` of them, added up."""
+def sum_over_batch(function: Callable[..., jax.Array], piece: int, *arrays: jax.Array) -> jax.Array:
+    """Evaluate a function that is a sum over the leading axis by summing over parts of it.
+
+    Args:
+      function: `function(*arrays) -> array`, additive over the leading axis.
+      piece: length of a part.
+      *arrays: arrays [N, ...].
+
+    Returns:
+      `function(*arrays)`.
+    """
     number = len(arrays[0])
     even = number // piece * piece
     if even < 2 * piece:
@@ -19,9 +28,12 @@ def summed(function: Callable[..., jax.Array], piece: int, *arrays: jax.Array) -
     return total + function(*(leaf[even:] for leaf in arrays)) if even < number else total
 
 
-def places(x: jax.Array, side: int) -> list[list[jax.Array]]:
-    """Every second pixel from each place of a window of `side` on, around images [N, H, W, I], H and W even, that are
-    zero-padded by one: `side` times `side` arrays [N, H / 2, W / 2, I]. `side` is at most 4."""
+def shifted_slices(x: jax.Array, side: int) -> list[list[jax.Array]]:
+    """Return the slices of stride 2 that start at each position of a `side` x `side` window (side <= 4).
+
+    The images [N, H, W, I], H and W even, are zero-padded by one. The result is `side` rows of `side` arrays
+    [N, H / 2, W / 2, I].
+    """
     _, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return [[padded[:, a : a + height - 1 : 2, b : b + width - 1 : 2] for b in range(side)] for a in range(side)]
