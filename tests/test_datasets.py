@@ -1,4 +1,4 @@
-"""Specifications, the digits, arrays and .npz files: what they give, and what is said about one that cannot work."""
+"""Specifications, the digits, arrays and .npz files: the loaded data, and the errors for invalid ones."""
 
 from pathlib import Path
 
@@ -32,11 +32,11 @@ def test_sources_are_the_modules():
         ("folder:/no/such", "/no/such does not exist"),
     ],
 )
-def test_a_wrong_spec_says_the_right_form(spec, words):
+def test_the_error_for_a_wrong_specification_states_the_right_form(spec, words):
     assert words in says(spec)
 
 
-def test_a_module_of_ones_own(tmp_path):
+def test_a_user_defined_module(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from bdjax.datasets import _checks\nimport numpy as np\n"
         "def load(rest):\n"
@@ -71,7 +71,7 @@ def test_digits_are_the_scans_enlarged():
     x = np.concatenate([data.x_train, data.x_test])
     scans = SCANS * 255 / 16
     assert x.max() == 255 and x.min() == 0
-    # the mean of every 4x4 block is near its pixel, and no scan is lost or there twice
+    # the mean of every 4x4 block is near its pixel, and no scan is missing or duplicated
     assert abs(x.mean() - scans.mean()) < 1
     assert len(np.unique(x.reshape(len(x), -1), axis=0)) == len(np.unique(scans.reshape(len(scans), -1), axis=0))
     # the fourth scan, a 3, is where its label is
@@ -88,7 +88,7 @@ def test_spread_is_exact_and_even(count, chosen):
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
 
 
-# --- arrays, as every source hands them over
+# --- arrays, as every source passes them to the checks
 
 
 def arrays(**changes):
@@ -110,7 +110,7 @@ def test_npz_gives_the_arrays(tmp_path):
         np.testing.assert_array_equal(getattr(data, key), array)
 
 
-def test_npz_grayscale_gets_a_channel_and_classes_their_names(tmp_path):
+def test_npz_adds_a_channel_to_grayscale_and_names_the_classes(tmp_path):
     x = arrays()["x_train"][..., 0]
     names = np.array(["cat", "dog", "bird", "fish"])
     data = load(save(tmp_path / "g.npz", **arrays(x_train=x, x_test=x[:3, ..., None]), classes=names))
@@ -168,7 +168,7 @@ def test_a_class_may_be_without_training_images():
 # --- npz files
 
 
-def test_npz_missing_arrays_are_listed_with_those_that_are_there(tmp_path):
+def test_npz_lists_missing_and_present_arrays(tmp_path):
     message = says(save(tmp_path / "part.npz", x_train=X, images=X, y_test=Y))
     assert "has no y_train, x_test" in message and "there are x_train, images, y_test" in message
     assert "part.npz" in message
@@ -189,7 +189,7 @@ def test_npz_never_unpickles(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_npz_files_that_are_none_or_damaged(tmp_path):
+def test_npz_refuses_other_and_damaged_files(tmp_path):
     np.save(tmp_path / "one.npy", X)
     assert "one.npy is not a .npz file" in says(f"npz:{tmp_path}/one.npy")
     assert "is a folder; did you mean `folder:PATH`" in says(f"npz:{tmp_path}")

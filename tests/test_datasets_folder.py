@@ -1,4 +1,4 @@
-"""Folders of images as a data set: the split, colours, order, and what is said about a folder that cannot work."""
+"""Folders of images as a data set: the split, colours, order, and the errors for invalid folders."""
 
 import shutil
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_folder_published_split(root):
     np.testing.assert_array_equal(data.x_test[:, 0, 0], [[0, 20, 100], [30, 0, 200]])
 
 
-def test_folder_without_split_is_split_evenly_and_always_alike(tmp_path):
+def test_folder_without_split_is_split_evenly_and_reproducibly(tmp_path):
     for i in range(20):
         paint(tmp_path / "a" / f"{i:02}.png", i, "L")
     for i in range(7):

@@ -1,4 +1,4 @@
-"""Folders and arrays as people have them: other names of splits, formats, links, turned images, and what is said."""
+"""Layouts of folders and arrays in practice: names of splits, formats, links, rotated images, notes and errors."""
 
 import os
 import pickle
@@ -30,14 +30,14 @@ def classes(root, *names, count=2, ending="png", start=0):
         (["10", "9", "1a"], ("10", "1a", "9")),
     ],
 )
-def test_folders_called_by_numbers_are_in_the_order_of_the_numbers(names, wanted, tmp_path):
+def test_numeric_folder_names_are_sorted_by_number(names, wanted, tmp_path):
     data = load(f"folder:{classes(tmp_path, *names)}")
     assert data.classes == wanted
     for label, name in enumerate(wanted):
         assert data.x_train[data.y_train == label][0, 0, 0, 0] == 100 + 10 * names.index(name)
 
 
-def test_a_link_that_leads_nowhere_is_named(tmp_path):
+def test_a_broken_link_is_named(tmp_path):
     classes(tmp_path, "a", "b")
     (tmp_path / "b" / "2.png").symlink_to(tmp_path / "gone.png")
     assert "2.png" in says(f"folder:{tmp_path}")
@@ -78,7 +78,7 @@ def test_splits_under_other_names(train, test, beside, tmp_path):
         (["Train/0", "Train/1", "Test", "Meta"], "Test/ has no class folders in it"),
     ],
 )
-def test_folders_that_look_like_splits_are_no_classes(folders, words, tmp_path):
+def test_folders_named_like_splits_are_not_classes(folders, words, tmp_path):
     classes(tmp_path, *folders)
     assert words in says(f"folder:{tmp_path}")
 
@@ -98,7 +98,7 @@ def test_other_formats_are_read_among_pngs(ending, tmp_path):
     assert (abs(seen - [200, 100, 50]).max(-1) < 12).sum() == 2
 
 
-def test_what_is_left_out_is_counted(tmp_path):
+def test_skipped_files_are_counted(tmp_path):
     classes(tmp_path, "a", "b")
     (tmp_path / "a" / "notes.txt").write_text("x")
     (tmp_path / "b" / "raw.npy").write_text("x")
@@ -122,7 +122,7 @@ def test_linked_folders_are_followed_once(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
-def test_images_are_turned_as_their_orientation_says(orientation, ending, tmp_path):
+def test_images_are_rotated_by_their_exif_orientation(orientation, ending, tmp_path):
     upright = np.zeros((8, 8, 3), np.uint8)
     upright[:4, :4], upright[:4, 4:], upright[4:, :4] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
     back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
@@ -140,7 +140,7 @@ def test_images_are_turned_as_their_orientation_says(orientation, ending, tmp_pa
     assert ("4 images were rotated or flipped" in " ".join(data.notes)) == (orientation > 1)
 
 
-def test_a_file_of_several_pictures_is_refused(tmp_path):
+def test_a_file_of_several_frames_is_refused(tmp_path):
     classes(tmp_path, "a", "b")
     frames = [Image.new("RGB", (6, 5), (value, 0, 0)) for value in (10, 200)]
     frames[0].save(tmp_path / "a" / "0.tiff", save_all=True, append_images=frames[1:])
@@ -165,7 +165,7 @@ def test_the_range_of_pixels(top, tmp_path):
         assert bool(load(spec).notes) == (top < 32)
 
 
-def test_published_forms_get_their_remedy(tmp_path):
+def test_other_published_forms_are_refused_with_a_remedy(tmp_path):
     x = arrays()["x_train"]
     said = says(save(tmp_path / "s.npz", **arrays(x_train=x.transpose(1, 2, 3, 0))))
     assert "SVHN's [H, W, C, N]" in said and "x_train.transpose(3, 0, 1, 2)" in said
@@ -211,7 +211,7 @@ def test_the_remedy_for_svhn_works(tmp_path, monkeypatch):
     assert data.y_train.tolist() == [*range(1, 10), 0]
 
 
-def test_folders_that_systems_make_are_no_classes(tmp_path):
+def test_system_folders_are_not_classes(tmp_path):
     for label in ("a", "b", "__MACOSX", "@eaDir", "__pycache__"):
         for place in range(2 if label in "ab" else 1):
             (tmp_path / label).mkdir(exist_ok=True)
@@ -219,7 +219,7 @@ def test_folders_that_systems_make_are_no_classes(tmp_path):
     assert load(f"folder:{tmp_path}").classes == ("a", "b")
 
 
-def test_class_names_of_an_npz_that_are_no_text_are_refused(tmp_path):
+def test_class_names_that_are_not_text_are_refused(tmp_path):
     images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
     for name in (b"\xff", b"a\xc3"):
         np.savez(tmp_path / "x.npz", x_train=images, y_train=labels, x_test=images, y_test=labels, classes=[b"a", name])

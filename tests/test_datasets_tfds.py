@@ -1,4 +1,4 @@
-"""TensorFlow Datasets: a truly prepared set (tests/data/make_tfds_fixture.py), read without TensorFlow."""
+"""TensorFlow Datasets: a prepared data set (tests/data/make_tfds_fixture.py), read without TensorFlow."""
 
 import json
 import shutil
@@ -46,12 +46,12 @@ def test_tfds_reads_a_prepared_set_without_tensorflow(name):
     assert "tensorflow" not in sys.modules
 
 
-def test_tfds_default_folder_is_the_environments(monkeypatch):
+def test_tfds_default_folder_is_an_environment_variable(monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(PREPARED))
     assert len(load("tfds:tiny_digits").x_train) == 20
 
 
-def test_tfds_validation_stands_in_for_test(prepared, tmp_path):
+def test_tfds_uses_validation_where_there_is_no_test_split(prepared, tmp_path):
     version, edit = prepared
     edit("dataset_info.json", lambda info: info["splits"][1].update(name="validation"))
     stem = "tiny_digits-{}.array_record-00000-of-00001"
@@ -61,7 +61,7 @@ def test_tfds_validation_stands_in_for_test(prepared, tmp_path):
     assert "tiny_digits has the splits train; `train` and test or validation are needed" in says(tiny(tmp_path))
 
 
-def test_tfds_unprepared_says_the_commands(tmp_path):
+def test_tfds_unprepared_states_the_commands(tmp_path):
     message = says(f"tfds:cifar10@{tmp_path}")
     assert f"tfds:cifar10 is not prepared in {tmp_path}" in message
     assert 'pip install "bdjax[tfds]"' in message
@@ -84,7 +84,7 @@ def test_tfds_missing_package(monkeypatch, package):
     assert package in message and 'pip install "bdjax[tfds]"' in message
 
 
-def test_tfds_that_failed_to_import_its_own_needs(monkeypatch):
+def test_tfds_with_a_failed_import(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", ModuleType("tensorflow_datasets"))
     message = says(tiny(PREPARED))
     assert "lacks a package" in message and 'pip install "bdjax[tfds]"' in message

@@ -1,4 +1,4 @@
-"""FT-SAM: its ascent, labels and rates by hand, and two steps against a plain computation."""
+"""FT-SAM: its ascent, label smoothing and learning rates by hand, and two steps against a direct computation."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from bdjax.defenses import ft_sam
 from bdjax.types import Model, Victim
 
 
-def test_ascent_is_in_proportion_to_the_weights():
+def test_ascent_is_proportional_to_the_weights():
     params = {"a": jnp.array([3.0, -4.0]), "b": jnp.array([0.5])}
     gradient = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([-2.0])}
     found = ft_sam.ascent_step(params, gradient, 2.0, True)  # |w| g is 3, 8, -1
@@ -22,7 +22,7 @@ def test_ascent_is_in_proportion_to_the_weights():
     assert_allclose(plain["b"], 2 * np.array([-2]) / 3, rtol=1e-6)
 
 
-def test_smoothed_labels_leave_an_equal_part_to_the_other_classes():
+def test_label_smoothing_is_spread_evenly_over_the_other_classes():
     logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]]))
     by_hand = [-(0.9 * np.log(0.7) + 0.05 * np.log(0.2) + 0.05 * np.log(0.1)),
                -(0.05 * np.log(0.25) + 0.05 * np.log(0.25) + 0.9 * np.log(0.5))]  # fmt: skip
@@ -45,7 +45,7 @@ def _tagged_apply(variables, images, train=False, keys=None, axis_name=None):
 
 
 TAGGED = Model("tagged", MODEL.shape, 4, MODEL.init, _tagged_apply)
-"""The perceptron with a statistic that tells which parameters a forward pass in training mode was made with."""
+"""The perceptron with a statistic that identifies the parameters of the last forward pass in training mode."""
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ SMALL = {"rounds": 2, "pretrain_epochs": 2, "mask_epochs": 2, "generator_epochs"
 
 
 def shifting(params, images):
-    """A generator of one parameter: it brightens."""
+    """A generator with one parameter, added to every pixel."""
     return images + params["shift"]
 
 
@@ -43,7 +43,7 @@ def mse(a, b):
 # The mask.
 
 
-def test_mask_is_a_squashed_number():
+def test_feature_mask_is_in_the_unit_interval():
     assert_allclose(
         _inversion_steps.feature_mask(jnp.array([0.0, 0.5, 100.0, -100.0])),
         [0.5, 0.5 + np.tanh(0.5) / 2, 1, 0],
@@ -56,7 +56,7 @@ KERNEL, BIAS = np.array([[1.0, -1.0, 0.5], [0.2, 0.4, -0.3]], np.float32), np.ar
 OF_MASK = np.array([0, 2, 1])
 
 
-def mask_loss_by_hand(values):
+def numpy_mask_loss(values):
     mask, total = np.tanh(values) / 2 + 0.5, 0.0
     for sign, part in ((1, mask), (-1, 1 - mask)):
         logits = (part * FEATURES).astype(np.float64) @ KERNEL + BIAS
@@ -64,14 +64,14 @@ def mask_loss_by_hand(values):
     return total
 
 
-def test_mask_loss_and_its_gradient_by_hand():
+def test_mask_loss_and_its_gradient_equal_numpy():
     params, values = {"head": {"kernel": jnp.asarray(KERNEL), "bias": jnp.asarray(BIAS)}}, np.array([0.3, -0.8])
     value, slope = jax.value_and_grad(_inversion_steps.mask_loss)(
         jnp.asarray(values, jnp.float32), params, jnp.asarray(FEATURES), jnp.asarray(OF_MASK)
     )
-    assert_allclose(value, mask_loss_by_hand(values), rtol=1e-5)
+    assert_allclose(value, numpy_mask_loss(values), rtol=1e-5)
     for at in range(2):
-        ahead, behind = (mask_loss_by_hand(values + sign * 1e-5 * np.eye(2)[at]) for sign in (1, -1))
+        ahead, behind = (numpy_mask_loss(values + sign * 1e-5 * np.eye(2)[at]) for sign in (1, -1))
         assert_allclose(slope[at], (ahead - behind) / 2e-5, rtol=1e-3)
 
 
@@ -89,7 +89,7 @@ MOVING = Model("moving", MODEL.shape, 4, MODEL.init, _moving_apply)
 
 
 @pytest.mark.slow
-def test_step_of_the_mask_moves_the_mask_and_the_statistics_of_a_copy(blobs):
+def test_mask_step_updates_the_mask_and_the_statistics_of_a_copy(blobs):
     shared, split = batch_of(blobs)
     values = jax.random.normal(KEY, (8,))
     model = {"params": START["params"], "batch_stats": {"seen": jnp.float32(7)}}
@@ -117,7 +117,7 @@ def run_generator(step, blobs, shift, **more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shift", "weight"), [(0.5, 100.0), (0.2, 0.01)])  # squares of 0.25 and 0.04
-def test_copying_takes_probabilities_for_logits_and_weighs_the_image(blobs, shift, weight):
+def test_copy_step_uses_probabilities_as_logits_and_weights_the_image_loss(blobs, shift, weight):
     _, metrics, both, _ = run_generator(_inversion_steps.copy_step(MODEL, shifting, "none"), blobs, shift)
     wanted, given = (np.asarray(jax.nn.softmax(b[0])) for b in (both[1], both[0]))
     predicted = -(wanted * np.asarray(jax.nn.log_softmax(jnp.asarray(given)))).sum(1).mean()
@@ -134,7 +134,7 @@ HYPER = {"image_bound": jnp.float32(0.3), "feature_bound": jnp.float32(3.0), "be
     ("shift", "feature_bound", "pull", "copies"),
     [(0.7, 1e9, 0.0, True), (0.1, 1e9, 0.0, False), (0.1, 0.0, 0.0, True), (0.1, 1e9, 1.0, False)],
 )
-def test_inverting_moves_backdoor_features_within_bounds(blobs, shift, feature_bound, pull, copies):
+def test_inversion_step_changes_backdoor_features_within_bounds(blobs, shift, feature_bound, pull, copies):
     mask = jnp.linspace(0, 1, 8)
     after, metrics, both, _ = run_generator(
         _inversion_steps.inversion_step(MODEL, shifting, "none"), blobs, shift, mask=mask, target=jnp.int32(2),
@@ -146,16 +146,16 @@ def test_inverting_moves_backdoor_features_within_bounds(blobs, shift, feature_b
     expected += pull * float(cross_entropy(both[1][0], np.full(20, 2)))
     assert_allclose(metrics["loss"], expected, rtol=1e-3, atol=1e-6)
     if copies:
-        assert after == pytest.approx(shift - 0.01, abs=1e-4)  # back to the image
+        assert after == pytest.approx(shift - 0.01, abs=1e-4)  # towards the image
 
 
-# Which images are the generator's.
+# The generator's positions.
 
 
 @pytest.mark.parametrize(
     ("share", "size", "count"), [(0.1, 128, 13), (0.2, 128, 26), (0.1, 20, 3), (0.0, 20, 1), (0.9, 4, 4)]
 )
-def test_places_of_the_generator_are_as_many_on_every_device(share, size, count):
+def test_chosen_positions_are_spread_evenly_over_the_devices(share, size, count):
     places = np.asarray(_inversion_steps.choose_positions(share, 3, size, KEY)["chosen"])
     assert places.shape == (3, size) and (places.sum(1) == count).all()
     for devices in (1, 2, 4):
@@ -166,7 +166,7 @@ def test_places_of_the_generator_are_as_many_on_every_device(share, size, count)
         assert places.reshape(3, devices, -1).sum(2).max() <= most
 
 
-def test_mixed_changes_the_chosen_places_alone():
+def test_mix_generated_changes_only_the_chosen_positions():
     images = jnp.arange(24.0).reshape(6, 2, 2, 1)
     for chosen in ([0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1], [0] * 6):
         out = _inversion_steps.mix_generated(shifting, {"shift": 100.0}, images, jnp.array(chosen, bool), 3)
@@ -199,7 +199,7 @@ def test_step_of_btidbf_equals_a_plain_computation(blobs):
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-4), after["params"], expected)
 
 
-def test_towards_goes_a_length_of_all_parameters_together():
+def test_step_towards_has_its_length_over_all_parameters():
     params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
     original = {"a": jnp.array([4.0, 2.0]), "b": jnp.array([7.0])}  # 5 away
     found = pam.step_towards(params, original, 0.5)
@@ -209,7 +209,7 @@ def test_towards_goes_a_length_of_all_parameters_together():
 
 
 @pytest.mark.slow
-def test_step_of_pam_takes_the_gradient_on_the_way_back(blobs):
+def test_step_of_pam_takes_the_gradient_between_the_weights_and_the_victims(blobs):
     shared, split = batch_of(blobs)
     chosen = _inversion_steps.choose_positions(0.2, 1, 20, KEY)["chosen"][0]
     shared |= {
@@ -234,7 +234,7 @@ def test_step_of_pam_takes_the_gradient_on_the_way_back(blobs):
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), after["params"], expected)
 
 
-# The whole.
+# The complete methods.
 
 
 class Seen(Callback):
@@ -251,7 +251,7 @@ def view_of(blobs, callback=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [btidbf, pam], ids=["btidbf", "pam"])
-def test_each_round_shows_what_the_generator_does(blobs, module):
+def test_each_round_reports_the_perturbation_of_the_generator(blobs, module):
     seen = Seen()
     config = module.Config(**SMALL, epochs=2, batch_size=20)
     module.purify(config, Victim(MODEL, START), view_of(blobs, seen), KEY)
@@ -264,7 +264,7 @@ def test_each_round_shows_what_the_generator_does(blobs, module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [btidbf, pam], ids=["btidbf", "pam"])
-def test_a_round_that_finds_another_target_can_end_it(blobs, module, monkeypatch):
+def test_early_stop_at_a_round_with_another_target(blobs, module, monkeypatch):
     found = iter([1, 3, 1, 1])
     monkeypatch.setattr(_inversion.Inversion, "_most_predicted", lambda *_: next(found))
     config = module.Config(**SMALL, epochs=1, batch_size=20, early_stop=True)
@@ -289,7 +289,7 @@ def test_four_devices_agree_with_one(blobs, module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [btidbf, pam], ids=["btidbf", "pam"])
-def test_real_networks_and_their_statistics_follow(blobs, module):
+def test_real_networks_and_their_statistics_are_updated(blobs, module):
     model = models.create("cnn", (8, 8, 1), 4)
     given = model.init(KEY)
     out = module.purify(module.Config(**SMALL, epochs=1, batch_size=20), Victim(model, given), view_of(blobs), KEY)

@@ -1,4 +1,4 @@
-"""The rates by hand: what is counted, what is not, and how they relate; and how far a triggered image is."""
+"""Accuracy, ASR and the similarity of triggered images, against values computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +17,23 @@ def test_accuracy_is_the_share_of_hits():
     assert rate == 0.75 and rate.shape == () and rate.dtype == jnp.float32
 
 
-def test_masked_images_count_neither_above_nor_below_the_line():
+def test_masked_images_count_in_neither_numerator_nor_denominator():
     mask = jnp.array([True, False, True, True])
     assert accuracy(ints(0, 9, 1, 1), ints(0, 9, 1, 2), mask) == pytest.approx(2 / 3)
 
 
-def test_asr_leaves_out_images_that_are_of_the_target_class_already():
+def test_asr_excludes_images_of_the_target_class():
     labels, predictions = ints(0, 0, 1, 2, 3), ints(0, 0, 0, 2, 0)
     assert attack_success_rate(predictions, jnp.zeros_like(labels), labels != 0) == pytest.approx(2 / 3)
     assert attack_success_rate(predictions, jnp.zeros_like(labels)) == pytest.approx(4 / 5)
 
 
-def test_asr_of_an_all_to_all_attack_wants_the_next_label():
+def test_asr_of_an_all_to_all_attack_uses_the_next_label():
     labels = ints(0, 1, 2)
     assert attack_success_rate(ints(1, 2, 2), (labels + 1) % 3) == pytest.approx(2 / 3)
 
 
-def test_jit_gives_the_same_whatever_the_mask():
+def test_jit_agrees_for_any_mask():
     rng = np.random.default_rng(0)
     predictions, labels = (jnp.asarray(rng.integers(0, 3, 50), jnp.int32) for _ in range(2))
     jitted = jax.jit(accuracy)
@@ -44,7 +44,7 @@ def test_jit_gives_the_same_whatever_the_mask():
 
 
 @pytest.mark.parametrize("rate", [accuracy, attack_success_rate])
-def test_nothing_counted_is_not_a_number(rate):
+def test_rates_of_no_images_are_nan(rate):
     assert np.isnan(rate(ints(1, 2), ints(1, 2), jnp.array([False, False])))
     assert np.isnan(rate(ints(), ints()))
 

@@ -1,4 +1,4 @@
-"""TAC, CKA, BEC, t-SNE and silhouettes: by hand, and against other formulas in float64."""
+"""TAC, CKA, BEC, t-SNE and silhouettes: against values computed by hand and by other formulas in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +32,14 @@ def test_cka_is_the_formula_on_features(shape, offset):
     assert linear_cka(jnp.asarray(x), jnp.asarray(y)) == pytest.approx(expected, abs=1e-5)
 
 
-def test_cka_of_other_widths_and_of_nothing_in_common():
+def test_cka_of_different_widths_and_of_unrelated_features():
     x, y = features(4000, 3), features(4000, 5, seed=1)
     assert linear_cka(jnp.asarray(x), jnp.asarray(y)) == pytest.approx(cka_of_features(x, y), abs=1e-6)
     assert linear_cka(jnp.asarray(x), jnp.asarray(y)) < 0.01
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_cka_does_not_see_turning_scaling_or_moving(scale):
+def test_cka_is_invariant_to_rotation_scaling_and_translation(scale):
     x, y = features(30, 6), features(30, 6) + features(30, 6, seed=1)
     turn, _ = np.linalg.qr(features(6, 6, seed=2))
     before = float(linear_cka(jnp.asarray(x), jnp.asarray(y)))
@@ -55,7 +55,7 @@ def test_cka_is_one_for_equals_and_zero_for_a_constant():
     assert linear_cka(x.astype(jnp.bfloat16), x) == pytest.approx(1, abs=1e-3)
 
 
-def test_cka_keeps_what_is_not_a_number():
+def test_cka_propagates_nan():
     x = jnp.asarray(features(5, 3))
     assert np.isnan(linear_cka(x.at[2, 1].set(jnp.nan), x))
 
@@ -84,13 +84,13 @@ def test_sigmoid_of_bec():
 
 
 def test_silhouette_by_hand():
-    """0, 1 against 10, 11: a is 1; b 10.5 and 9.5. One of its own kind has no group, and one group nothing beside."""
+    """0, 1 against 10, 11: a is 1; b 10.5 and 9.5. A group of one is ignored; a single group has none."""
     points, groups = np.array([[0.0], [1], [10], [11], [99]]), np.array([0, 0, 1, 1, 2])
     assert silhouette(points, groups) == pytest.approx((9.5 / 10.5 + 8.5 / 9.5) / 2)
     assert silhouette(points[[0, 1, 4]], groups[[0, 1, 4]]) is None and silhouette(points[:0], groups[:0]) is None
 
 
-def test_tsne_keeps_far_groups_apart_and_follows_its_seed():
+def test_tsne_separates_distant_groups_and_depends_on_its_seed():
     x = features(40, 60)
     x[20:] += 30
     at = tsne(x, 3)
@@ -100,7 +100,7 @@ def test_tsne_keeps_far_groups_apart_and_follows_its_seed():
     assert not tsne(np.ones((12, 5), np.float32)).any()
 
 
-def test_layers_stand_in_the_order_of_the_network():
+def test_layers_are_in_the_order_of_the_network():
     model = models.create("small_vgg", (8, 8, 3), 4)
     variables = jax.eval_shape(model.init, jax.random.key(0))
     assert feature_map_names(model, variables) == (

@@ -1,4 +1,4 @@
-"""CTCA, AGE's score and the accuracy of verdicts by hand, and against the numbers that the paper prints."""
+"""CTCA, AGE's score and detection rates, against values computed by hand and published values."""
 
 import csv
 
@@ -15,7 +15,7 @@ def ints(*values: int) -> jax.Array:
     return jnp.array(values, jnp.int32)
 
 
-def test_ctca_counts_clean_images_of_the_target_alone():
+def test_ctca_counts_only_images_of_the_target_class():
     labels, predictions = ints(2, 2, 2, 0, 1, 1), ints(2, 0, 2, 2, 1, 0)
     assert jax.jit(ctca)(predictions, labels, 2) == pytest.approx(2 / 3)
     assert ctca(predictions, labels, 0) == 0 and ctca(predictions, labels, 1) == 0.5
@@ -55,7 +55,7 @@ def test_the_score_without_a_backdoor_or_a_reference_is_undefined():
     assert np.isfinite(gradient)
 
 
-def test_the_score_of_the_papers_means_is_near_the_mean_it_prints():
+def test_the_score_of_the_published_means_is_near_the_published_score():
     """Table 6, whose retrained model has ACC 70.27; the paper averages over runs, hence the point."""
     rows = list(csv.DictReader((PAPERS / "age.csv").read_text(encoding="utf-8").splitlines()))
     victim = next(float(r["value"]) for r in rows if r["table"] == "3" and r["metric"] == "ASR")

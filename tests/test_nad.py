@@ -1,4 +1,4 @@
-"""NAD: attention maps by hand, which maps are matched, and a step against a plain computation."""
+"""NAD: attention maps by hand, the choice of layers, and a step against a direct computation."""
 
 import dataclasses
 
@@ -33,10 +33,10 @@ def test_attention_of_a_small_map():
         ("preact_resnet18", ("stage2", "stage3", "stage4")),
         pytest.param("wide_resnet", ("stage1", "stage2", "stage3"), marks=pytest.mark.slow),
         pytest.param("vit_b_16", ("block3", "block8", "block12"), marks=pytest.mark.slow),
-        pytest.param("vgg16", ("block2", "block3", "block4"), marks=pytest.mark.slow),  # its block5 is one place
+        pytest.param("vgg16", ("block2", "block3", "block4"), marks=pytest.mark.slow),  # its block5 has one position
     ],
 )
-def test_maps_are_the_last_of_each_resolution(name, expected):
+def test_default_layers_are_the_last_of_each_resolution(name, expected):
     model = models.create(name, (32, 32, 3), 10)
     variables = jax.eval_shape(model.init, KEY)
     assert nad.default_layers(model, variables, 3) == expected
@@ -84,10 +84,10 @@ def test_one_step_of_nad_equals_a_plain_computation(blobs):
 
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), out, step(loss))
     assert seen.rows[0]["loss"] == pytest.approx(float(loss(VICTIM.variables["params"])), rel=1e-4)
-    assert seen.rows[0]["attention_loss"] > 1e-4  # the term was there
+    assert seen.rows[0]["attention_loss"] > 1e-4  # the term is present
 
 
-def test_nad_names_what_the_model_lacks(blobs):
+def test_nad_names_missing_feature_maps(blobs):
     with pytest.raises(InputError, match="'block9', but the features of model 'perceptron' are flat"):
         nad.purify(nad.Config(layers=("block9",), betas=(1.0,)), VICTIM, view_of(blobs), KEY)
     mute = dataclasses.replace(MODEL, apply=lambda *args: (MODEL.apply(*args)[0], {}, {}))

@@ -1,4 +1,4 @@
-"""ANP, RNP, fine-pruning and FST: each against NumPy or a plain computation, and what the callback receives."""
+"""ANP, RNP, fine-pruning and FST: each against NumPy or a direct computation, and the calls of the callback."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def victim(blobs):
 
 
 def toy():
-    """Batch normalisation of five pixels and a dense layer: what NumPy can differentiate."""
+    """Batch normalisation of five pixels and a dense layer, small enough to differentiate in NumPy."""
     import flax.linen as nn
 
     class Net(nn.Module):
@@ -43,7 +43,7 @@ def toy():
 @pytest.mark.parametrize(
     "noise_steps", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
 )
-def test_steps_of_the_masks_are_those_of_numpy(noise_steps):
+def test_mask_steps_equal_numpy(noise_steps):
     model, rng = toy(), np.random.default_rng(5)
     images, labels = rng.random((16, 2, 3, 1)).astype(np.float32), rng.integers(0, 3, 16).astype(np.int32)
     params = {"norm": {"scale": rng.uniform(0.5, 2, 5), "bias": rng.normal(size=5)},
@@ -95,9 +95,9 @@ def test_masks_are_the_same_on_two_devices(victim, blobs):
         assert_allclose(_masks.learn_masks(*given)["norm"], one, atol=1e-5)
 
 
-def test_the_largest_threshold_at_which_accuracy_holds_is_taken(victim, blobs):
+def test_the_largest_threshold_at_which_accuracy_holds_is_chosen(victim, blobs):
     images, callback = blobs[0][:60], Seen()
-    judged = DefenderView(images, np.asarray(predict(MODEL, victim.variables, images)))  # all right at first
+    judged = DefenderView(images, np.asarray(predict(MODEL, victim.variables, images)))  # all correct at first
     masks = {"norm": np.array([0.0, 0.05, 0.3, 0.31, 0.9, 1.0], np.float32)}
     config = _masks.SweepConfig(highest_threshold=0.5, threshold_step=0.1, largest_drop=0.3)
     assert config.thresholds() == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
@@ -115,10 +115,10 @@ def test_the_largest_threshold_at_which_accuracy_holds_is_taken(victim, blobs):
     jax.tree.map(assert_array_equal, callback.rounds[-1][1], jax.tree.map(np.asarray, dict(cleaned)))
 
 
-def test_accuracy_that_holds_nowhere_leaves_the_model_and_a_given_threshold_asks_nobody(victim, blobs):
+def test_the_model_is_unchanged_if_accuracy_never_holds_and_a_fixed_threshold_ignores_accuracy(victim, blobs):
     images, masks, callback = blobs[0][:60], {"norm": np.zeros(6, np.float32)}, Seen()
     judged = DefenderView(images, np.asarray(predict(MODEL, victim.variables, images)))
-    assert len(np.unique(judged.labels)) > 1  # so that a model without channels errs
+    assert len(np.unique(judged.labels)) > 1  # so that a model without channels makes errors
     kept = _masks.sweep_thresholds(victim, masks, _masks.SweepConfig(largest_drop=0.0), judged, callback)
     jax.tree.map(assert_array_equal, kept, dict(victim.variables))
     assert callback.rounds[-1][2]["chosen_threshold"] == -1
@@ -126,7 +126,7 @@ def test_accuracy_that_holds_nowhere_leaves_the_model_and_a_given_threshold_asks
     assert not np.asarray(gone["params"]["norm"]["scale"]).any()
 
 
-def test_a_fifth_is_kept_apart_where_nothing_is(blobs):
+def test_a_fifth_is_held_out_where_there_are_no_validation_images(blobs):
     view = DefenderView(*blobs)
     learn, judged = _masks.split_validation(view, KEY)
     assert len(learn.labels) == 160 and len(judged.labels) == 40
@@ -137,7 +137,7 @@ def test_a_fifth_is_kept_apart_where_nothing_is(blobs):
 
 
 @pytest.mark.slow
-def test_anp_prunes_by_the_masks_it_trained(victim, blobs):
+def test_anp_prunes_by_its_trained_masks(victim, blobs):
     callback = Seen()
     view = DefenderView(*blobs, callback=callback, validation=DefenderView(*blobs))
     config = anp.Config(iterations=4, batch_size=16, learning_rate=3.0, largest_drop=1.0)
@@ -218,15 +218,15 @@ def test_rnp_prunes_the_victim_and_not_the_unlearned_model(victim, blobs):
 # --- fine-pruning
 
 
-def test_units_are_ranked_by_what_they_give_above_zero():
+def test_units_are_ranked_by_their_positive_activation():
     features = np.array([[-9.0, 0.2, 3.0, 0.0], [1.0, 0.2, -3.0, 0.0]])  # 0.5, 0.2, 1.5, 0
     assert_array_equal(fine_pruning.rank_units(features), [3, 1, 0, 2])
-    assert_array_equal(fine_pruning.rank_units(np.zeros((2, 5))), np.arange(5))  # ties by place
+    assert_array_equal(fine_pruning.rank_units(np.zeros((2, 5))), np.arange(5))  # ties by index
 
 
 @pytest.mark.parametrize(("drop", "expected"), [(0.1, 2), (0.3, 3), (0.55, 4), (1.0, 9)])
-def test_the_last_step_within_the_budget_is_kept(drop, expected):
-    """Ten units, each of the first eight right of one image; the others are idle. Pruning i costs an eighth."""
+def test_pruning_stops_at_the_last_step_within_the_budget(drop, expected):
+    """Ten units, each of the first eight decisive for one image; the others are idle. Pruning i costs an eighth."""
     features, labels = np.zeros((8, 10)), np.zeros(8, np.int32)
     features[np.arange(8), np.arange(8)] = 1
     params = {"head": {"kernel": jnp.zeros((10, 2)).at[:8, 0].set(1.0), "bias": jnp.asarray([0.0, 0.5])}}
@@ -239,7 +239,7 @@ def test_the_last_step_within_the_budget_is_kept(drop, expected):
 
 
 @pytest.mark.slow
-def test_pruned_rows_stay_zero_while_the_rest_is_tuned(victim, blobs):
+def test_pruned_rows_stay_zero_during_fine_tuning(victim, blobs):
     callback = Seen()
     view = DefenderView(*blobs, callback=callback, validation=DefenderView(*blobs))
     config = fine_pruning.Config(step=0.3, largest_drop=0.9, epochs=2, batch_size=40)
@@ -281,7 +281,7 @@ def test_a_step_of_feature_shift_tuning_and_its_rescaling(victim, blobs):
     assert np.linalg.norm(found["head"]["kernel"]) == pytest.approx(np.linalg.norm(old), rel=1e-5)
 
 
-def test_the_last_layer_starts_anew_within_pytorchs_bounds(victim):
+def test_the_last_layer_is_reinitialised_within_pytorchs_bounds(victim):
     params = {**victim.variables["params"], "head": {"kernel": jnp.full((400, 4), 7.0), "bias": jnp.full(4, 7.0)}}
     drawn = fst.reinitialise_head(params, KEY)
     for leaf in jax.tree.leaves(drawn["head"]):

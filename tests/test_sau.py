@@ -1,4 +1,4 @@
-"""SAU: its losses by hand, shared adversarial examples one image at a time, and a step against a plain computation."""
+"""SAU: its losses by hand, shared adversarial examples one image at a time, and a step against a direct computation."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from tuned import KEY, MODEL, VICTIM, Seen, cross_entropy, view_of
 from bdjax.defenses import sau
 
 
-def test_losses_count_what_is_not_reached_yet():
-    """Image 0 fools neither network, 1 fools both but apart, 2 is shared, 3 fools the victim alone."""
+def test_perturbation_losses_count_networks_that_are_not_fooled_yet():
+    """Image 0 fools neither network, 1 fools both, to different classes, 2 is shared, 3 fools only the victim."""
     share = np.array([[[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8], [0.8, 0.1, 0.1]],
                       [[0.5, 0.4, 0.1], [0.2, 0.1, 0.7], [0.3, 0.3, 0.4], [0.1, 0.8, 0.1]]], np.float32)  # fmt: skip
     labels, clean = jnp.zeros(4, jnp.int32), [jnp.zeros(4, jnp.int32)] * 2
@@ -31,7 +31,7 @@ def test_unlearning_loss_is_the_mean_of_its_two_forms():
     predicted, counted = jnp.array([1, 1, 2]), jnp.array([True, True, False])
     found = sau.unlearning_losses(jnp.log(share), predicted, counted)
     first = -np.log(0.5 + 1e-6)
-    second = -(np.log(0.999 + 1e-6) + np.log(1 + 1e-6 - 0.001)) / 2  # both limits hold
+    second = -(np.log(0.999 + 1e-6) + np.log(1 + 1e-6 - 0.001)) / 2  # both limits apply
     assert_allclose(found, [first, second, 0], rtol=1e-4)
 
 
@@ -39,7 +39,7 @@ HYPER = {"step": 0.2, "bound": 0.2, "beta_adversarial": 0.01, "beta_shared": 1.0
 
 
 def slow_shared_examples(now, original, images, labels, steps):
-    """The same for one image at a time, with ifs."""
+    """Shared adversarial examples one image at a time, with Python conditions."""
     found = []
     for image, label in zip(images, labels, strict=True):
         nets = [lambda x, v=v: MODEL.logits(v, x[None])[0] for v in (now, original)]
@@ -80,7 +80,7 @@ def test_one_step_of_sau_equals_a_plain_computation(blobs):
     moved = slow_shared_examples(start, start, images, labels, 1)
     called = MODEL.logits(start, moved).argmax(1)
     counted = (called != labels) & (called != MODEL.logits(start, images).argmax(1))
-    assert 0 < int(counted.sum()) < 12  # both kinds are there
+    assert 0 < int(counted.sum()) < 12  # some count, some do not
 
     def loss(params):
         clean, logits = (MODEL.logits({"params": params, "batch_stats": {}}, x) for x in (images, moved))

@@ -1,4 +1,4 @@
-"""What the defenses share that tune the victim by steps of their own, and what holds for NAD, FT-SAM and SAU alike."""
+"""The helpers of defenses with their own training steps, and common properties of NAD, FT-SAM and SAU."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from bdjax.types import Victim
     ("wanted", "total", "devices", "expected"),
     [(256, 500, 1, (2, 250)), (64, 500, 1, (8, 62)), (256, 20, 1, (1, 20)), (256, 5, 4, (1, 4)), (8, 7, 2, (1, 6))],
 )
-def test_a_pass_is_cut_into_equal_batches(wanted, total, devices, expected):
+def test_an_epoch_is_divided_into_equal_batches(wanted, total, devices, expected):
     with parallel.using(devices):
         number, size = _tuning.equal_batches(wanted, total)
     assert (number, size) == expected
@@ -40,7 +40,7 @@ GRADIENTS = ([1.0, 0.5], [0.1, -3.0], [-0.2, 0.1])
         ("nesterov", [[0.81, -2.095], [0.71, -1.5655], [0.667, -1.37795]]),
     ],
 )
-def test_directions_are_those_of_pytorch(name, expected):
+def test_optimisers_equal_those_of_pytorch(name, expected):
     params = jnp.array([1.0, -2.0])
     rule = direction(name, 0.9)
     state = rule.init(params)
@@ -69,7 +69,7 @@ def test_four_devices_agree_with_one(blobs, module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", QUICK, ids=lambda m: m.__name__.rpartition(".")[2])
-def test_real_networks_are_tuned_and_their_statistics_follow(blobs, module):
+def test_real_networks_and_their_statistics_are_updated(blobs, module):
     model = models.create("small_vgg", (8, 8, 1), 4)
     victim = Victim(model, model.init(KEY))
     out = module.purify(module.Config(**QUICK[module]), victim, view_of(blobs), KEY)

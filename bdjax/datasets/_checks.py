@@ -31,13 +31,13 @@ SVHN = (
 _DARK = 32  # with a highest pixel value below this, stored images are unlikely to be scaled to 0..255
 
 
-def check_text(what: str, name: str) -> None:
-    """Raise InputError when a name is not UTF-8, as reports could not contain it; `what` is the named object."""
+def check_text(subject: str, name: str) -> None:
+    """Raise InputError when a name is not UTF-8, as reports could not contain it; `subject` is the object it names."""
     try:
         name.encode()
     except UnicodeEncodeError:
         escaped = ascii(name)[1:-1]
-        raise InputError(f"{what} is called {escaped}, which is not UTF-8. Rename it.") from None
+        raise InputError(f"{subject} is called {escaped}, which is not UTF-8. Rename it.") from None
 
 
 def check_data(

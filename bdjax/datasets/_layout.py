@@ -123,12 +123,12 @@ def _check_classes(
         )
 
 
-def notes(root: Path, found: Splits | None, skipped: Counter[str], rotated: int) -> list[str]:
+def notes(root: Path, split_folders: Splits | None, skipped: Counter[str], rotated: int) -> list[str]:
     """Return sentences that state what was left out of a folder and how images were changed.
 
     Args:
       root: the folder of the data set.
-      found: its splits, or None where its folders are the classes.
+      split_folders: its splits, or None where its folders are the classes.
       skipped: number of skipped files in class folders, by kind.
       rotated: number of images that were rotated by their EXIF orientation.
 
@@ -136,10 +136,12 @@ def notes(root: Path, found: Splits | None, skipped: Counter[str], rotated: int)
       The sentences.
     """
     sentences = []
-    if found is not None and (found.train.name, found.test.name) != (TRAIN, TEST):
-        sentences.append(f"{found.train.name}/ is used as the training split, {found.test.name}/ as the test split.")
+    if split_folders is not None and (split_folders.train.name, split_folders.test.name) != (TRAIN, TEST):
+        sentences.append(
+            f"{split_folders.train.name}/ is used as the training split, {split_folders.test.name}/ as the test split."
+        )
     loose = sorted(p.name for p in root.iterdir() if not p.is_dir() and p.name[0] != ".")
-    others = [*(found.others if found else []), *(ascii(name)[1:-1] for name in loose)]
+    others = [*(split_folders.others if split_folders else []), *(ascii(name)[1:-1] for name in loose)]
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         sentences.append(f"Left out in {root}: {', '.join(others[:5])}{more}.")

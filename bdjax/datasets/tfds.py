@@ -152,8 +152,8 @@ def _read(builder: Any, name: str, folder: str, split: str) -> tuple[np.ndarray,
         ) from error
 
 
-def _decode(source: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Decode all images and labels of a data source; `what` names the images in the message."""
+def _decode(source: Any, subject: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decode all images and labels of a data source; `subject` describes the images in the message."""
     images, labels = np.empty((0, 1, 1, 1), np.uint8), []
     for i, example in enumerate(source):
         image = np.asarray(example["image"])
@@ -161,7 +161,7 @@ def _decode(source: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
             images = np.empty((len(source), *image.shape), image.dtype)
         if image.shape != images.shape[1:]:
             raise InputError(
-                f"{what} differ in shape: number 0 is {list(images.shape[1:])}, number {i} is {list(image.shape)}. "
+                f"{subject} differ in shape: number 0 is {list(images.shape[1:])}, number {i} is {list(image.shape)}. "
                 f"Resize them to one shape and save them for `npz:`."
             )
         images[i] = image
