@@ -131,9 +131,9 @@ def attack_record(experiment: Experiment, fingerprint: str) -> dict[str, Any]:
     """What decides the victim, JSON-able; paths of files stand for their content."""
     attack, config = experiment.attack, experiment.attack_config
     record = {"name": attack, "source": _source(attack), **_plain(config)}
-    module = registry.load("attacks", attack)
-    if hasattr(module, "parts"):  # for the files that they name
-        record["parts"] = [{"source": _source(part.attack), **_plain(part.config)} for part in module.parts(config)]
+    spec = registry.load("attacks", attack)
+    if spec.parts is not None:  # for the files that they name
+        record["parts"] = [{"source": _source(part.attack), **_plain(part.config)} for part in spec.parts(config)]
     return {
         "attack": record,
         "dataset": fingerprint,

@@ -1,7 +1,9 @@
-"""The registry is the folder: a module's name is the method's name, and nothing is imported to list it.
+"""Methods by name: a module of a kind's folder is a method, and nothing is imported to list them.
 
-A name that ends in `.py` is the path of a user's own method. It comes from the command line or from a Python caller,
-never from a file: what a record names must be installed, or have been loaded in this process already (`recorded`).
+`load` reads a module into its Spec (:mod:`bdjax.protocols`); it is the only place that looks into a module.
+
+A name that ends in `.py` is the path of a user's file. It comes from the command line or from a Python caller, never
+from a stored record: what a record names must be installed, or loaded in this process already (`recorded`).
 """
 
 import ast
@@ -15,11 +17,15 @@ import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from bdjax.errors import InputError
 from bdjax.text import visible
 
-KINDS = ("attacks", "defenses", "models", "datasets")
+if TYPE_CHECKING:
+    from bdjax.protocols import AttackSpec, DatasetSpec, DefenseSpec, DetectorSpec, ModelSpec
+
+KINDS = ("attacks", "defenses", "detectors", "models", "datasets")
 _OWN = "bdjax_user_"  # begins the module names of users' files
 _LOG = logging.getLogger("bdjax")
 
@@ -47,10 +53,33 @@ def summary(kind: str, name: str) -> str:
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 
-def load(kind: str, name: str) -> ModuleType:
-    """The module of the method `name`; a name that ends in `.py` is the path of a user's own method.
+@overload
+def load(kind: Literal["attacks"], name: str) -> "AttackSpec": ...
+@overload
+def load(kind: Literal["defenses"], name: str) -> "DefenseSpec": ...
+@overload
+def load(kind: Literal["detectors"], name: str) -> "DetectorSpec": ...
+@overload
+def load(kind: Literal["models"], name: str) -> "ModelSpec": ...
+@overload
+def load(kind: Literal["datasets"], name: str) -> "DatasetSpec": ...
+@overload
+def load(kind: str, name: str) -> Any: ...
+def load(kind: str, name: str) -> Any:
+    """Read the module of a method into its Spec (:mod:`bdjax.protocols`).
 
-    Raises InputError with the nearest name and the list when there is none.
+    Raises InputError for an unknown name, with the nearest one and the list, and for a module that does not define
+    what its kind needs.
+    """
+    from bdjax import protocols  # imports jax, which listing names does without
+
+    return protocols.read_spec(kind, name, load_module(kind, name))
+
+
+def load_module(kind: str, name: str) -> ModuleType:
+    """Import the module of a method; a name that ends in `.py` is the path of a user's file, which is executed.
+
+    Raises InputError for an unknown name, with the nearest one and the list.
     """
     check(kind, name)
     if name.endswith(".py"):

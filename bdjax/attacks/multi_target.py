@@ -64,14 +64,14 @@ def parts(config: Config) -> tuple[Part, ...]:
     found: list[Part] = []
     for text in config.parts:
         name, target, given = _read(text)
-        module = registry.load("attacks", name)
-        if any(hasattr(module, kind) for kind in ("train", "edit", "parts")):
+        spec = registry.load("attacks", name)
+        if spec.replaces_training or spec.parts is not None:
             raise InputError(f"attack.parts: {name} does not poison a training set, so it cannot be a part.")
         base = {field: getattr(config, field) for field in _COMMON} | {"target": target}
         stem = Path(name).stem
         times = sum(Path(part.attack).stem == stem for part in found) + 1
         label = stem if times == 1 else f"{stem}_{times}"
-        found.append(Part(label, name, module.Config(**base | _fields_of(module.Config, text, given))))
+        found.append(Part(label, name, spec.Config(**base | _fields_of(spec.Config, text, given))))
     return tuple(found)
 
 
@@ -80,9 +80,9 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
     arrays: dict[str, Any] = {}
     for index, part in enumerate(parts(config)):
         check_target(part.config, task.classes)
-        module, own = registry.load("attacks", part.attack), _named(task, part.label)
-        if hasattr(module, "prepare"):
-            made = module.prepare(part.config, own, jax.random.fold_in(key, index))
+        spec, own = registry.load("attacks", part.attack), _named(task, part.label)
+        if spec.prepare is not None:
+            made = spec.prepare(part.config, own, jax.random.fold_in(key, index))
             arrays |= {f"{part.label}/{name}": value for name, value in made.items()}
     return arrays
 
@@ -106,9 +106,9 @@ def poison(config: Config, task: Task, key: Key, arrays: Arrays) -> Poison:
 def training_hook(config: Config, task: Task, poison: Poison) -> None:
     """Nothing: refuses parts that act in every training step. Raises InputError for them."""
     for part in parts(config):
-        module, nothing = registry.load("attacks", part.attack), np.zeros(0, np.int32)
+        spec, nothing = registry.load("attacks", part.attack), np.zeros(0, np.int32)
         none = Poison(nothing, task.images[:0], nothing)
-        if hasattr(module, "training_hook") and module.training_hook(part.config, task, none) is not None:
+        if spec.training_hook is not None and spec.training_hook(part.config, task, none) is not None:
             raise InputError(f"attack.parts: {part.label} as configured controls training; a part cannot.")
 
 

@@ -47,11 +47,11 @@ def create(
     options of :func:`variant` that differ from the model's own.
     Raises InputError for an unknown name or option, for images too small, and for fewer than two classes.
     """
-    module = registry.load("models", name)
+    spec = registry.load("models", name)
     seen = shape if input is None else input.seen(shape)
-    if min(seen[:2]) < module.SMALLEST:
+    if min(seen[:2]) < spec.smallest:
         raise InputError(
-            f"model {name!r} needs images of at least {module.SMALLEST}x{module.SMALLEST} pixels, "
+            f"model {name!r} needs images of at least {spec.smallest}x{spec.smallest} pixels, "
             f"got {seen[0]}x{seen[1]}. Enlarge the images or choose another model "
             f"({', '.join(registry.names('models'))})."
         )
@@ -59,10 +59,10 @@ def create(
         raise InputError(f"a classifier needs at least 2 classes, got {classes}.")
     if input is not None:
         input.check(shape[2])
-    if width is not None and not (hasattr(module.Net, "width") and width >= 1):
+    if width is not None and not (spec.has_width and width >= 1):
         raise InputError(f"model {name!r} cannot be had {width} channels wide.")
-    options = checked(name, module, variant) | ({} if width is None else {"width": width})
-    net = module.Net(classes=classes, dtype=dtype, **options)
+    options = checked(spec, variant) | ({} if width is None else {"width": width})
+    net = spec.Net(classes=classes, dtype=dtype, **options)
     init, apply, outputs = partial(_init, net, seen), partial(_apply, net, input), partial(_outputs, net, input)
     return Model(name, shape, classes, init, apply, outputs, (("width", width), ("input", input), ("variant", variant)))
 

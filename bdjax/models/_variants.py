@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdjax.errors import InputError
+from bdjax.protocols import ModelSpec
 
 Variant = tuple[tuple[str, Any], ...]
 """Pairs (option, value) in the order of their names: those that differ from the defaults of `Net`."""
@@ -44,14 +45,14 @@ def variant(options: Mapping[str, Any]) -> Variant:
     return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in options.items()))
 
 
-def checked(name: str, module: Any, chosen: Variant) -> dict[str, Any]:
-    """The options as arguments of `module.Net`. Raises InputError for one that model `name` cannot be had with."""
-    allowed: Mapping[str, Container[Any]] = getattr(module, "VARIANTS", {})
+def checked(spec: ModelSpec, chosen: Variant) -> dict[str, Any]:
+    """The options as arguments of `spec.Net`. Raises InputError for one that model `name` cannot be had with."""
+    name, allowed = spec.name, spec.variants
     for option, value in chosen:
         if option not in allowed:
             known = f"its options are {', '.join(allowed)}" if allowed else "it has no options"
             raise InputError(f"model {name!r} cannot be had with {option!r}; {known}.")
-        if type(value) is not type(getattr(module.Net, option)) or value not in allowed[option]:
+        if type(value) is not type(getattr(spec.Net, option)) or value not in allowed[option]:
             raise InputError(f"{option} of model {name!r} must be {_listed(allowed[option])}, got {value!r}.")
     return dict(chosen)
 

@@ -1,242 +1,167 @@
-"""A model directory read again as a suspect: the model, what it is measured on, and what a defender sees of it."""
+"""A model directory opened: its manifest, its data set, the model, the held-out images and the defender's view."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bdjax import attacks, datasets, registry
-from bdjax.config import Experiment, SplitConfig, attack_record, digest, from_json, stage_key
-from bdjax.datasets._files import read_array
+import jax
+
+from bdjax import interop
+from bdjax.config import Experiment, FitConfig, SplitConfig, config_of, from_json
 from bdjax.errors import InputError
-from bdjax.io import checkpoint
+from bdjax.io import checkpoint, records
 from bdjax.pipelines import plausibility
 from bdjax.pipelines.evaluation import Evaluation
-from bdjax.pipelines.victim import check_fingerprint, check_fits, describe, experiment_of, load_model, trigger_previews
-from bdjax.types import Arrays, Callback, Data, DefenderView, Model, NeedsTraining, Task, Victim
+from bdjax.types import Arrays, Callback, Data, DefenderView, Model, Variables, Victim
 
 
 @dataclass(frozen=True)
 class ModelArtifact:
-    """What a model directory records, and its data set. The model and its test images are read when first used."""
+    """A model directory with the data set that it is measured on. Model and test images are read when first used."""
 
     directory: Path
-    manifest: dict[str, Any]
+    manifest: Mapping[str, Any]
+    """The directory's manifest; of an imported model, completed by the attack and data set it is measured with."""
     experiment: Experiment
+    """The training that the manifest records, with the defense and the split asked for now."""
     data: Data
     held_out: bool = True
     """Leave the defender's images out of the test set."""
-    given: Arrays | None = None
-    """Arrays of the trigger that an imported model is measured with; None: those in the directory."""
+    given_arrays: Arrays | None = None
+    """Trigger arrays for an imported model; None: those in the directory."""
+
+    @property
+    def imported(self) -> bool:
+        """Whether the model comes from a weight file, so that no attack and no training are recorded."""
+        return self.manifest["kind"] == "imported"
 
     @cached_property
     def trigger_arrays(self) -> Arrays:
-        """What is stored of the model's own trigger. Raises InputError when that is not there."""
-        if self.given is not None:
-            return self.given
+        """The stored arrays of the trigger. Raises InputError when they are missing."""
+        if self.given_arrays is not None:
+            return self.given_arrays
         if not (self.directory / "trigger.npz").is_file():
             raise InputError(f"{self.directory} holds no trigger: trigger.npz is missing. Train the victim anew.")
         return checkpoint.read_arrays(self.directory, "trigger")
 
     @cached_property
     def victim(self) -> Victim:
-        """The model. Raises InputError when the data set is of another shape or class count."""
+        """The model. Raises InputError when the data set has another shape or number of classes."""
         return Victim(*load_model(self.manifest, self.directory, self.data))
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """Held-out images, clean and with the model's own trigger. Raises InputError when that is not stored."""
+        """Held-out images, clean and triggered. Raises InputError when the trigger is not stored."""
         return Evaluation(self.victim.model, self.data, self.experiment, dict(self.trigger_arrays), self.held_out)
 
     def view(self, callback: Callback | None = None, trigger: bool = False) -> DefenderView:
-        """The defender's clean images; `watch` is shown the defense at work; `trigger`: with the true trigger."""
-        found = self.evaluation
+        """The defender's clean images; `trigger`: together with the true trigger."""
+        evaluation = self.evaluation
         return DefenderView(
-            found.clean_images, found.clean_labels, callback or Callback(), found.trigger if trigger else None
+            evaluation.clean_images,
+            evaluation.clean_labels,
+            callback or Callback(),
+            evaluation.trigger if trigger else None,
         )
 
 
-def open_artifact(
-    directory: Path,
-    defense: str,
-    defense_config: Any,
-    *,
+def experiment_of(
+    manifest: Mapping[str, Any],
+    defense: str | None = None,
+    defense_config: Any = None,
     split: SplitConfig | None = None,
     seed: int | None = None,
-    dataset: str | None = None,
-    data: Data | None = None,
-    attack: str | None = None,
-    attack_config: Any = None,
-) -> ModelArtifact:
-    """The suspect in `directory`, on the data set that it was trained on.
+) -> Experiment:
+    """The experiment that a manifest records, with the defense that is asked for now.
 
     Args:
-      split: the defender's images; seed: of the defense, default the victim's.
-      dataset: where the data set lies now, when it has moved; data: the set itself, when it is loaded already.
-      attack, attack_config: what an imported model, which has none of its own, is measured with; it needs `dataset`.
+      manifest: of a victim, or of a model derived from one.
+      defense: name of the defense, or None.
+      defense_config: its Config; None: the defaults.
+      split: the defender's images; None: the defaults.
+      seed: of the defense; None: the victim's.
 
-    Raises InputError for a damaged directory and for another data set.
+    Returns:
+      The experiment.
+
+    Raises:
+      InputError: the model was imported, so that no attack and no data set are known.
     """
-    manifest = checkpoint.read_record(directory)
-    if manifest["kind"] == "imported":
-        return _imported(
-            directory, manifest, defense, defense_config, split, seed, dataset, data, attack, attack_config
+    attack = manifest["attack"]
+    if attack is None:
+        raise InputError(
+            f"{manifest['source']['file']} was imported: no attack and no data set belong to it. `bdjax evaluate` and "
+            "`bdjax defend` take them by --attack and --dataset."
         )
-    _refuse_attack(directory, manifest, attack)
-    experiment = experiment_of(manifest, defense, defense_config, split, seed)
-    data = plausibility.aligned(manifest, directory, data or datasets.load(dataset or experiment.dataset))
-    check_fingerprint(manifest, data, directory)
-    return ModelArtifact(directory, manifest, experiment, data)
+    return Experiment(
+        attack=attack["name"],
+        defense=defense,
+        dataset=manifest["dataset"]["spec"],
+        model=manifest["model"],
+        seed=manifest["seed"] if seed is None else seed,
+        attack_config=from_json(config_of("attacks", attack["name"]), attack["config"], "attack.config"),
+        defense_config=defense_config,
+        fit=from_json(FitConfig, manifest["fit"] or {}, "fit"),
+        split=split or SplitConfig(),
+    )
 
 
-def _imported(
-    directory: Path, manifest: dict[str, Any], defense: str | None, defense_config: Any, split: SplitConfig | None,
-    seed: int | None, dataset: str | None, data: Data | None, attack: str | None, attack_config: Any,
-) -> ModelArtifact:  # fmt: skip
-    """An imported model on a data set, with the trigger of an attack; without one, images are left as they are."""
-    if dataset is None:
-        raise InputError(f"{directory} was imported and has no data set of its own. Give one by --data or --dataset.")
-    data = plausibility.aligned(manifest, directory, data or datasets.load(dataset))
+def load_model(manifest: Mapping[str, Any], directory: Path, data: Data) -> tuple[Model, Variables]:
+    """Read the model in a directory and its variables.
+
+    Args:
+      manifest: of the directory.
+      directory: of the model.
+      data: the data set that it will be used on.
+
+    Returns:
+      (model, variables).
+
+    Raises:
+      InputError: `data` has another shape or number of classes, or the directory is damaged.
+    """
     check_fits(manifest, directory, data)
-    whole, arrays = _adopted(manifest, dataset, data, attack, attack_config, seed or 0)
-    experiment = experiment_of(whole, defense, defense_config, split, seed)
-    return ModelArtifact(directory, whole, experiment, data, held_out=defense is not None, given=arrays)
+    dtype = from_json(FitConfig, manifest["fit"] or {}, "fit").dtype
+    with records.reading_record(Path(directory) / checkpoint.MANIFEST):
+        model = interop.model_of(dict(manifest), dtype)
+        like = jax.eval_shape(model.init, jax.random.key(0))
+    return model, checkpoint.read_variables(directory, like)
 
 
-def _adopted(
-    manifest: dict[str, Any], spec: str, data: Data, attack: str | None, config: Any, seed: int
-) -> tuple[dict[str, Any], Arrays]:
-    """The manifest of an imported model with an attack and a data set, as if it had been planted here; and its arrays.
+def check_fits(manifest: Mapping[str, Any], directory: Path, data: Data) -> None:
+    """Check that a data set has the image shape and number of classes of a model.
 
-    Args: spec: of `data`; attack: what is measured, with its Config (None: the defaults); None: nothing but accuracy.
-    Raises InputError for an attack whose trigger is learned, and for one that does not fit the classes.
+    Args:
+      manifest: of the model's directory.
+      directory: of the model, for the message.
+      data: the data set.
+
+    Raises:
+      InputError: it has not.
     """
-    experiment = Experiment(attack or "clean", None, spec, manifest["model"], seed, config)
-    if hasattr(registry.load("attacks", experiment.attack), "trigger"):  # else it is refused below
-        attacks.check_target(experiment.attack_config, len(data.classes))
-    try:
-        arrays = trigger_arrays(experiment.attack, experiment.attack_config, data, seed)
-    except NeedsTraining:
+    shape, classes = tuple(manifest["shape"]), len(manifest["classes"])
+    if data.shape != shape or len(data.classes) != classes:
         raise InputError(
-            f"the trigger of {attack} is learned with its victim, so it cannot be put on images for another model. "
-            "Give its picture to image_trigger: --attack image_trigger --attack.trigger FILE."
-        ) from None
-    record = {"imported": manifest["hash"], **attack_record(experiment, data.fingerprint)}
-    named = {"classes": plausibility.class_names(manifest, data)}
-    whole = {**manifest, **describe(experiment, data), **named, "fit": None, "hash": digest(record)}
-    return whole, {**arrays, **trigger_previews(experiment, data, arrays)}
-
-
-def trigger_arrays(attack: str, config: Any, data: Data, seed: int) -> Arrays:
-    """What `prepare` makes for this data, with the key that `attacks.plant` gives it.
-
-    Raises NeedsTraining when the trigger takes more than that, InputError when the attack has none.
-    """
-    module = registry.load("attacks", attack)
-    if not hasattr(module, "trigger"):
-        raise InputError(f"{attack} attacks a purified model and has no trigger.")
-    if not hasattr(module, "prepare"):
-        learned = any(hasattr(module, name) for name in ("train", "edit"))
-        if learned and getattr(module, "NEEDS_ARRAYS", False):
-            raise NeedsTraining
-        return {}
-
-    def needs_training(*_: Any, **__: Any) -> Any:
-        raise NeedsTraining
-
-    model = Model("untrained", data.shape, len(data.classes), init=needs_training, apply=needs_training)
-    task = Task(data.x_train, data.y_train, model, read_array)
-    return module.prepare(config, task, attacks.keys_of(stage_key(seed, "attack")).prepare)
-
-
-def _refuse_attack(directory: Path, manifest: dict[str, Any], attack: str | None) -> None:
-    """Refuse an attack beside the recorded one; its own file, named to say that it may be run, is no other."""
-    if attack is not None and not registry.same_file(attack, manifest["attack"]["name"]):
-        raise InputError(
-            f"{directory} records its own attack ({manifest['attack']['name']}). --attack is for imported models."
+            f"{directory} holds a model for {shape} images of {classes} classes; {data.name} has {data.shape} and "
+            f"{len(data.classes)}. Give data of the model's shape. {plausibility.remedy(manifest, data)}"
         )
 
 
-def read_recorded(
-    directory: Path,
-    *,
-    dataset: str | None = None,
-    data: Data | None = None,
-    attack: str | None = None,
-    attack_config: Any = None,
-) -> ModelArtifact:
-    """A victim or purified directory as it was recorded: the defender's images of a purified model are left out.
+def check_same_dataset(manifest: Mapping[str, Any], data: Data, directory: Path) -> None:
+    """Check that a data set is the one that a model was trained on, by its fingerprint.
 
-    Args: dataset: where the data set lies; data: the set itself, when it is loaded already. Any set of the model's
-    shape will do: whether it is the recorded one (`check_fingerprint`) is for the caller to ask. attack,
-    attack_config: as for :func:`open_artifact`; taken by what a defense made of an imported model, too.
+    Args:
+      manifest: of the model's directory.
+      data: the data set.
+      directory: of the model, for the message.
+
+    Raises:
+      InputError: it is another one.
     """
-    manifest = checkpoint.read_record(directory)
-    if manifest["kind"] == "imported":
-        return _imported(directory, manifest, None, None, None, None, dataset, data, attack, attack_config)
-    if "source" not in manifest:
-        _refuse_attack(directory, manifest, attack)
-        attack = None
-    defense, arrays = manifest.get("defense"), None
-    spec = dataset or manifest["dataset"]["spec"]
-    data = plausibility.aligned(manifest, directory, data or datasets.load(spec))
-    if attack is not None:
-        whole, arrays = _adopted(manifest, spec, data, attack, attack_config, manifest["seed"])
-        manifest = {**whole, **{name: manifest[name] for name in ("hash", "dataset")}}
-    split = from_json(SplitConfig, manifest["split"], "split") if defense else None
-    experiment = experiment_of(manifest, None, None, split, defense["seed"] if defense else None)
-    return ModelArtifact(directory, manifest, experiment, data, held_out=defense is not None, given=arrays)
-
-
-def read_together(
-    victim: Path, purified: Path, clean: Path | None = None, dataset: str | None = None, attack: str | None = None,
-    attack_config: Any = None,
-) -> dict[str, ModelArtifact]:  # fmt: skip
-    """{"victim", "purified", "clean"} (the last if it is given): models to compare, each the one in a run, too.
-
-    In place of the purified model another victim will do. The victim may be an imported model: `attack` and its Config
-    then say which trigger to look for, on `dataset`. Raises InputError when they do not belong together: another
-    data set, architecture, shape or number of classes, a purified model of another victim, a poisoned clean model.
-    """
-    given = {"attack": attack, "attack_config": attack_config}
-    first = read_recorded(checkpoint.model_directory(victim, "victim"), dataset=dataset, **given)
-    check_fingerprint(first.manifest, first.data, first.directory)
-    imported = first.manifest["kind"] == "imported"
-    if first.manifest["kind"] != "victim" and not imported:
-        raise InputError(f"{victim} holds a {first.manifest['kind']} model. The victim comes first, then it.")
-    if imported and attack is None:
-        raise InputError(f"{victim} was imported. Say by --attack which trigger to look for in it.")
-    second = read_recorded(checkpoint.model_directory(purified), dataset=dataset, data=first.data, **given)
-    _check_alike(first, second)
-    origin = "source" if imported else "hash"
-    if second.manifest.get("source" if imported else "victim_hash", first.manifest[origin]) != first.manifest[origin]:
-        raise InputError(f"{purified} was made of another victim than {victim}. Give the one that it was made of.")
-    if clean is None:
-        return {"victim": first, "purified": second}
-    return {"victim": first, "purified": second, "clean": read_clean(clean, first)}
-
-
-def read_clean(directory: Path, victim: ModelArtifact) -> ModelArtifact:
-    """A model trained without poison, to compare `victim` with. Raises InputError when it is not one, or not alike."""
-    found = read_recorded(checkpoint.model_directory(directory, "victim"), data=victim.data)
-    _check_alike(victim, found)
-    if (found.manifest["kind"], found.experiment.attack) != ("victim", "clean"):
+    if data.fingerprint != manifest["dataset"]["fingerprint"]:
         raise InputError(
-            f"{directory} holds no clean model but a {found.manifest['kind']} one ({found.experiment.attack}). "
-            "Train one with `bdjax train clean`."
+            f"the data set {manifest['dataset']['spec']!r} is not the one that {directory} was trained on "
+            "(its fingerprint differs). Give the original with --dataset."
         )
-    return found
-
-
-def _check_alike(victim: ModelArtifact, other: ModelArtifact) -> None:
-    for what, of in (
-        ("model", lambda m: m["model"]),
-        ("image shape", lambda m: "x".join(map(str, m["shape"]))),
-        ("number of classes", lambda m: len(m["classes"])),
-        ("data set (its fingerprint)", lambda m: f"{m['dataset']['name']} {m['dataset']['fingerprint'][:12]}"),
-    ):
-        if (one := of(victim.manifest)) != (two := of(other.manifest)):
-            raise InputError(
-                f"{victim.directory} and {other.directory} differ in their {what}: {one} and {two}. "
-                "Only models of one kind and one data set can be compared."
-            )

@@ -1,6 +1,7 @@
-"""Audit a model: is there a backdoor, and towards which class? Every method that can tell says what it finds."""
+"""Audit a model: run detectors and combine what they find into a verdict on a backdoor and its target class."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,123 +16,148 @@ from bdjax.engine.clock import Clock
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
 from bdjax.pipelines import plausibility
-from bdjax.pipelines.artifact import ModelArtifact, read_recorded
+from bdjax.pipelines.artifact import ModelArtifact
+from bdjax.pipelines.context import Context
 from bdjax.pipelines.environment import environment
-from bdjax.pipelines.victim import Context
+from bdjax.pipelines.opening import EvaluationSource, open_recorded
+from bdjax.pipelines.results import AuditResult
 from bdjax.types import DefenderView
 
 
-def methods() -> list[str]:
-    """The defenses that audit: those with `detect`."""
-    return [name for name in registry.names("defenses") if hasattr(registry.load("defenses", name), "detect")]
+@dataclass(frozen=True)
+class AuditSettings:
+    """How detectors are run."""
+
+    seed: int = 0
+    """Draws the images and the detectors' random numbers."""
+    configs: Mapping[str, Any] = field(default_factory=dict)
+    """Configs by detector; default their defaults."""
+
+
+def choose_detectors(names: Sequence[str] = ()) -> list[str]:
+    """The detectors of these names; without names all that do not run on request only.
+
+    Raises InputError for a name that is no detector.
+    """
+    known = registry.names("detectors")
+    if unknown := [name for name in names if name not in known and not name.endswith(".py")]:
+        raise InputError(f"{', '.join(unknown)} cannot audit. Choose from {', '.join(known)}.")
+    return list(names) or [name for name in known if not registry.load("detectors", name).on_request]
 
 
 def audit(
     directory: Path,
-    clean: str | None = None,
-    names: Sequence[str] = (),
+    detectors: Sequence[str] = (),
     *,
+    dataset: str | None = None,
     size: int | None = None,
-    seed: int = 0,
-    configs: Mapping[str, Any] | None = None,
+    settings: AuditSettings | None = None,
     context: Context | None = None,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Let the methods `names` judge the model in `directory`, a run's, a victim's or imported.
+) -> tuple[AuditResult, dict[str, np.ndarray]]:
+    """Ask detectors whether the model in a directory is backdoored, and towards which class.
 
     Args:
-      names: default all that can, but those whose module says `ON_REQUEST` (they take many times as long).
-      clean: data set whose test images are the auditor's; None: the model's own.
-      size: how many of them; default 1,000, or all if there are fewer. seed: draws them, and the methods' numbers.
-      configs: Configs by method, default their defaults.
+      directory: of a victim, an imported or purified model, or a run (then its purified model).
+      detectors: names; none: all but those that run on request only, which take many times as long.
+      dataset: data set whose test images are used; None: the model's own.
+      size: number of images; None: 1,000, or all if there are fewer.
+      settings: seed and Configs of the detectors.
+      context: devices, progress.
 
-    Returns: JSON-able, per method {"poisoned", "target", "score", "classes", "seconds", ...}, and what :func:`verdict`
-      makes of them; and the arrays that the methods showed, as "METHOD/NAME".
-    Raises InputError for a method that cannot audit, and for classes without a clean image.
+    Returns:
+      (result, arrays that the detectors reported, as "DETECTOR/NAME").
+
+    Raises:
+      InputError: for a name that is no detector, and for classes without a clean image.
     """
-    names = asked(names)
-    place = checkpoint.model_directory(Path(directory))
-    artifact = read_recorded(place, dataset=clean)
-    images, labels = _chosen(artifact, size, seed)
-    guesses = predict(artifact.victim.model, artifact.victim.variables, images)
-    remarks = plausibility.about(artifact.data, artifact.manifest, place, guesses, labels)
-    result, arrays = judge(artifact, images, labels, names, seed=seed, configs=configs, context=context)
-    return {**result, "accuracy": float((guesses == labels).mean()), **remarks}, arrays
+    names, settings = choose_detectors(detectors), settings or AuditSettings()
+    directory = checkpoint.model_directory(Path(directory))
+    artifact = open_recorded(directory, EvaluationSource(dataset))
+    images, labels = _draw_images(artifact, size, settings.seed)
+    predictions = predict(artifact.victim.model, artifact.victim.variables, images)
+    remarks = plausibility.about(artifact.data, artifact.manifest, directory, predictions, labels)
+    result, arrays = run_detectors(artifact, images, labels, names, settings, context)
+    accuracy = float((predictions == labels).mean())
+    return {**result, "accuracy": accuracy, **remarks}, arrays  # type: ignore[typeddict-item]
 
 
-def asked(names: Sequence[str]) -> list[str]:
-    """The methods `names`, or all that can and do not wait to be named. Raises InputError for one that cannot audit."""
-    able = methods()
-    if unable := [name for name in names if name not in able]:
-        raise InputError(f"{', '.join(unable)} cannot audit. Choose from {', '.join(able)}.")
-    return list(names) or [n for n in able if not getattr(registry.load("defenses", n), "ON_REQUEST", False)]
-
-
-def judge(
+def run_detectors(
     artifact: ModelArtifact,
     images: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str],
-    *,
-    seed: int = 0,
-    configs: Mapping[str, Any] | None = None,
+    settings: AuditSettings | None = None,
     context: Context | None = None,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What :func:`audit` gives, of a suspect and of clean images (stored [n, H, W, C], int32 [n]) that are there.
+) -> tuple[AuditResult, dict[str, np.ndarray]]:
+    """Run detectors on an opened model with given clean images.
 
-    A class without an image is judged by the methods that need none of it.
+    Args:
+      artifact: the model.
+      images: stored [n, H, W, C]; a class without an image is judged by the detectors that need none of it.
+      labels: int32 [n].
+      names: of the detectors.
+      settings: seed and Configs.
+      context: devices, progress.
+
+    Returns:
+      (result, arrays that the detectors reported, as "DETECTOR/NAME").
     """
-    context = context or Context()
-    found: dict[str, dict[str, Any]] = {}
+    settings, context = settings or AuditSettings(), context or Context()
+    findings: dict[str, dict[str, Any]] = {}
     arrays: dict[str, np.ndarray] = {}
     with parallel.using(context.devices):
         for name in names:
-            module, clock, callback = registry.load("defenses", name), Clock(), Recorder(context.tick)
-            config, key = (configs or {}).get(name) or module.Config(), stage_key(seed, "defense")
-            scores = module.detect(config, artifact.victim, DefenderView(images, labels, callback), key)
+            spec, clock, recorder = registry.load("detectors", name), Clock(), Recorder(context.tick)
+            config = settings.configs.get(name) or spec.Config()
+            view = DefenderView(images, labels, recorder)
+            scores = spec.detect(config, artifact.victim, view, stage_key(settings.seed, "defense"))
             seconds, compiling = clock.read()
-            shown = {k: v for row in callback.rows for k, v in row.items() if isinstance(v, float)}
-            found[name] = {
+            scalars = {k: v for row in recorder.rows for k, v in row.items() if isinstance(v, float)}
+            findings[name] = {
                 **scores.plain(),
-                **{k: value if np.isfinite(value) else None for k, value in shown.items()},
+                **{k: value if np.isfinite(value) else None for k, value in scalars.items()},
                 "seconds": seconds,
                 "compile": compiling,
                 "config": to_json(config),
             }
-            arrays |= {f"{name}/{k}": v for k, v in callback.arrays.items() if not k.endswith("_first")}
+            arrays |= {f"{name}/{k}": v for k, v in recorder.arrays.items() if not k.endswith("_first")}
     attack = artifact.experiment.attack if artifact.manifest["kind"] == "victim" else None
-    result = {
+    result: Any = {
         "kind": "audit",
         "directory": str(artifact.directory),
         **{name: artifact.manifest[name] for name in ("model", "hash")},
         "dataset": artifact.data.name,
         "classes": list(plausibility.class_names(artifact.manifest, artifact.data)),
         "n": len(labels),
-        "seed": seed,
-        "methods": found,
-        **verdict(found),
+        "seed": settings.seed,
+        "methods": findings,
+        **combine(findings),
         "truth": None if attack is None else {"poisoned": attack != "clean", "attack": attack},
         "env": environment(context.devices),
     }
     return result, {"clean": np.asarray(images[:8]), **arrays}
 
 
-def verdict(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """{"poisoned", "target", "accused_by"}: poisoned when two methods accuse one class, or the only one asked does.
+def combine(findings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The verdict of several detectors: poisoned when two accuse the same class, or the only one that ran does.
 
-    Some methods accuse clean models, too, mostly of classes that do not agree (experiments/results/audit_errors). Of
-    two classes with as many accusers the one counts whose first accuser stands first.
+    Some detectors accuse clean models, too, mostly of different classes (experiments/results/audit_errors). Between two
+    classes with as many accusers the one with the earlier first accuser counts.
+
+    Returns:
+      {"poisoned", "target", "accused_by"}.
     """
     accused: dict[int, list[str]] = {}
-    for name, own in found.items():
-        if own["poisoned"]:
-            accused.setdefault(own["target"], []).append(name)
+    for name, finding in findings.items():
+        if finding["poisoned"]:
+            accused.setdefault(finding["target"], []).append(name)
     target = max(accused, key=lambda label: len(accused[label]), default=None)
-    if target is None or len(accused[target]) < min(2, len(found)):
+    if target is None or len(accused[target]) < min(2, len(findings)):
         return {"poisoned": False, "target": None, "accused_by": []}
     return {"poisoned": True, "target": target, "accused_by": accused[target]}
 
 
-def _chosen(artifact: ModelArtifact, size: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _draw_images(artifact: ModelArtifact, size: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
     images, labels = artifact.data.x_test, artifact.data.y_test
     if size is not None and not 1 <= size <= len(labels):
         raise InputError(

@@ -1,9 +1,8 @@
-"""What a model is measured on: held-out images, clean and triggered, drawn once for a run."""
+"""The images that a model is measured on, clean and triggered, drawn once for a run, and the rates on them."""
 
 import copy
 from collections.abc import Callable
 from itertools import zip_longest
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +13,17 @@ from bdjax.config import Experiment, SplitConfig, stage_key
 from bdjax.engine import predict
 from bdjax.errors import InputError
 from bdjax.metrics import accuracy, attack_success_rate, ctca
-from bdjax.types import Data, Images, Model, Variables, to_float
+from bdjax.pipelines.results import Rates
+from bdjax.types import Arrays, Data, Images, Model, Variables, to_float
 
-MEASURED = 1000  # images at most that tell the networks apart which a weight file fits
+MEASURED = 1000
+"""Images, at most, on which the networks that a weight file fits are compared."""
 
 
 def measure_on(data: Data) -> Callable[[Model, Variables], float]:
-    """`measure(model, variables) -> accuracy`, a fraction, on up to MEASURED images of the test split, drawn once.
+    """Make `measure(model, variables) -> accuracy` on up to MEASURED images of the test split, drawn once.
 
-    It raises InputError when they do not fit the model.
+    `measure` returns a fraction and raises InputError when the images do not fit the model.
     """
     drawn = np.sort(np.random.default_rng(0).permutation(len(data.y_test))[:MEASURED])
     images, labels = data.x_test[drawn], data.y_test[drawn]
@@ -39,12 +40,31 @@ def measure_on(data: Data) -> Callable[[Model, Variables], float]:
 
 
 class Evaluation:
-    """Held-out images, clean and triggered, drawn once a run; `measure` gives the rates of a model."""
+    """Held-out images, clean and triggered, drawn once for a run; `measure` gives the rates of a model.
+
+    Attributes:
+      images: stored [N, H, W, C], held out; labels: int32 [N].
+      clean_images: stored [n, H, W, C], the defender's; clean_labels: int32 [n]; clean_indices: their positions.
+      has_trigger: whether images get a trigger at all; without one there is no attack success rate.
+      targets: classes that triggered images are meant to be predicted as; empty for an all-to-all attack.
+      parts: labels of the attacks that are measured on their own, "" for an attack without parts.
+      triggered: stored [parts * N, H, W, C], all images with the first part's trigger, then with the next one's.
+      goals: int32 [parts * N], the class that each triggered image is meant to be predicted as.
+      eligible: bool [parts * N], whether the ASR counts the image.
+    """
 
     def __init__(
         self, model: Model, data: Data, experiment: Experiment, arrays: dict[str, np.ndarray], held_out: bool = True
     ) -> None:
-        """`held_out`: leave the defender's images out of the test set (False: the whole test set counts)."""
+        """Draw the images and put the triggers on them.
+
+        Args:
+          model: that is measured.
+          data: the data set.
+          experiment: its attack, split and seed.
+          arrays: of the trigger.
+          held_out: leave the defender's images out of the test set; False: the whole test set counts.
+        """
         split, classes = experiment.split, len(data.classes)
         self.model, self.clean_indices = model, clean_indices(split, data, experiment.seed)
         images, labels = pool(split.source, data)
@@ -56,34 +76,28 @@ class Evaluation:
             keep[self.clean_indices] = False
             images, labels = images[keep], labels[keep]
         self.images, self.labels = images, labels
-        own = attacks.own_arrays(arrays)
         self.has_trigger = experiment.attack != "clean"
-        """Whether images get a trigger at all; without one there is no attack success rate."""
-        self.trigger = attacks.trigger_of(experiment.attack, experiment.attack_config, own)
-        parts = attacks.parts_of(experiment.attack, experiment.attack_config, own)
+        self._stamp(experiment, attacks.own_arrays(arrays), classes)
+
+    def _stamp(self, experiment: Experiment, arrays: Arrays, classes: int) -> None:
+        """Put the trigger of each part on all images, and set what the ASR counts."""
+        self.trigger = attacks.trigger_of(experiment.attack, experiment.attack_config, arrays)
+        parts = attacks.parts_of(experiment.attack, experiment.attack_config, arrays)
         key = stage_key(experiment.seed, "evaluate")
         self.parts = [part.label for part, _ in parts]
-        whole = [part.config for part, _ in parts if part.config.labels != "all_to_all"]
-        whole = whole if self.has_trigger else []
-        self.targets = sorted({own.target for own in whole})
-        """Classes that triggered images shall be taken for; none of an all-to-all attack."""
+        targeted = [part.config for part, _ in parts if part.config.labels != "all_to_all"] if self.has_trigger else []
+        self.targets = sorted({config.target for config in targeted})
         triggered, goals = [], []
-        for place, (part, stored) in enumerate(parts):
-            own_key = jax.random.fold_in(key, place) if place else key
-            triggered.append(attacks.stamped(part.attack, part.config, self.images, own_key, stored))
+        for number, (part, stored) in enumerate(parts):
+            part_key = jax.random.fold_in(key, number) if number else key
+            triggered.append(attacks.stamped(part.attack, part.config, self.images, part_key, stored))
             goals.append(attacks.goal(part.config, self.labels, classes))
-        self.triggered = np.concatenate(triggered)  # all images with the first part's trigger, then the next's
-        self.wanted, self.eligible = (np.concatenate(each) for each in zip(*goals, strict=True))
+        self.triggered = np.concatenate(triggered)
+        self.goals, self.eligible = (np.concatenate(each) for each in zip(*goals, strict=True))
         self.eligible &= self.has_trigger
 
-    def measure(self, variables: Variables, perturb: Callable[[Images], Images] | None = None) -> dict[str, Any]:
-        """{"acc", "asr", "asr_with_target", "ctca"} as fractions; `asr_with_target` counts target-class images, as
-        I-BAU's release; `ctca` is None where no class, or no image of one, is the target, else the mean over targets.
-        Both ASRs are None where no trigger is known.
-
-        `perturb`, float32 [N, H, W, C] in [0, 1] to the same, is done to clean and triggered images alike.
-        Of an attack with parts, also {"asr_by_trigger": {label: ASR}}; its ASRs are the mean over the parts.
-        """
+    def measure(self, variables: Variables, perturb: Callable[[Images], Images] | None = None) -> Rates:
+        """Measure a model. `perturb` maps float32 images [N, H, W, C] in [0, 1], clean and triggered ones alike."""
         return self.rates(*self.predictions(variables, perturb))
 
     def predictions(
@@ -95,25 +109,28 @@ class Evaluation:
             return clean, clean
         return clean, predict(self.model, variables, _perturbed(self.triggered, perturb))
 
-    def rates(self, clean: np.ndarray, triggered: np.ndarray) -> dict[str, Any]:
-        """What `measure` gives, of :meth:`predictions`."""
+    def rates(self, clean: np.ndarray, triggered: np.ndarray) -> Rates:
+        """The rates of a model from its :meth:`predictions`; for an attack with parts the mean over them."""
         acc = float(accuracy(jnp.asarray(clean), jnp.asarray(self.labels)))
         if not self.has_trigger:
             return {"acc": acc, "asr": None, "asr_with_target": None, "ctca": None}
-        each = [jnp.asarray(a).reshape(len(self.parts), -1) for a in (triggered, self.wanted, self.eligible)]
-        rates = [float(attack_success_rate(*of_part)) for of_part in zip(*each, strict=True)]
-        whole = [float(attack_success_rate(*of_part)) for of_part in zip(*each[:2], strict=True)]
-        return {
+        by_part = [jnp.asarray(a).reshape(len(self.parts), -1) for a in (triggered, self.goals, self.eligible)]
+        asr = [float(attack_success_rate(*part)) for part in zip(*by_part, strict=True)]
+        with_target = [float(attack_success_rate(*part)) for part in zip(*by_part[:2], strict=True)]
+        rates: Rates = {
             "acc": acc,
-            "asr": float(np.mean(rates)),
-            "asr_with_target": float(np.mean(whole)),
+            "asr": float(np.mean(asr)),
+            "asr_with_target": float(np.mean(with_target)),
             "ctca": self._ctca(clean),
-            **({"asr_by_trigger": dict(zip(self.parts, rates, strict=True))} if any(self.parts) else {}),
         }
+        if any(self.parts):
+            rates["asr_by_trigger"] = dict(zip(self.parts, asr, strict=True))
+        return rates
 
     def _ctca(self, clean: np.ndarray) -> float | None:
-        seen = [target for target in self.targets if (self.labels == target).any()]
-        rates = [float(ctca(jnp.asarray(clean), jnp.asarray(self.labels), target)) for target in seen]
+        """Mean clean accuracy of the target classes; None where no image is of one."""
+        targets = [target for target in self.targets if (self.labels == target).any()]
+        rates = [float(ctca(jnp.asarray(clean), jnp.asarray(self.labels), target)) for target in targets]
         return float(np.mean(rates)) if rates else None
 
     def shorten(self, count: int) -> None:
@@ -121,29 +138,32 @@ class Evaluation:
         self._keep(np.arange(min(count, len(self.images))))
 
     def sample(self, count: int) -> "Evaluation":
-        """The same on `count` held-out images drawn at random, always the same ones; itself where there are no more."""
+        """The same with `count` held-out images, drawn at random but always alike; itself where it has fewer."""
         if len(self.images) <= count:
             return self
         drawn = copy.copy(self)
         drawn._keep(np.sort(np.random.default_rng(0).permutation(len(self.images))[:count]))
         return drawn
 
-    def _keep(self, index: np.ndarray) -> None:
-        size = len(self.images)
-        for name in ("triggered", "wanted", "eligible"):
-            of_parts = getattr(self, name).reshape(len(self.parts), size, *getattr(self, name).shape[1:])
-            setattr(self, name, np.concatenate(of_parts[:, index]))
-        self.images, self.labels = self.images[index], self.labels[index]
+    def _keep(self, indices: np.ndarray) -> None:
+        def of_parts(array: np.ndarray) -> np.ndarray:
+            by_part = array.reshape(len(self.parts), len(self.images), *array.shape[1:])
+            return np.concatenate(by_part[:, indices])
+
+        self.triggered, self.goals = of_parts(self.triggered), of_parts(self.goals)
+        self.eligible = of_parts(self.eligible)
+        self.images, self.labels = self.images[indices], self.labels[indices]
 
     def pictures(self, count: int = 6) -> dict[str, np.ndarray]:
-        """A few eligible images, clean and triggered, for the figure; of parts one each in turn, and at least one."""
+        """A few eligible images for a figure, clean and triggered: at least one of each part, by turns."""
         size = len(self.images)
-        shown_of = self.eligible if self.has_trigger else np.ones_like(self.eligible)
-        eligible = shown_of.reshape(len(self.parts), size)
-        turns = zip_longest(*(np.flatnonzero(own)[:count] + i * size for i, own in enumerate(eligible)))
-        shown = np.array([row for turn in turns for row in turn if row is not None][: max(count, len(self.parts))], int)
-        at = shown % size
-        return {"clean": self.images[at], "triggered": self.triggered[shown], "labels": self.labels[at]}
+        selectable = self.eligible if self.has_trigger else np.ones_like(self.eligible)
+        by_part = selectable.reshape(len(self.parts), size)
+        turns = zip_longest(*(np.flatnonzero(part)[:count] + i * size for i, part in enumerate(by_part)))
+        rows = [row for turn in turns for row in turn if row is not None]
+        selected = np.array(rows[: max(count, len(self.parts))], int)
+        at = selected % size
+        return {"clean": self.images[at], "triggered": self.triggered[selected], "labels": self.labels[at]}
 
 
 def _perturbed(images: np.ndarray, perturb: Callable[[Images], Images] | None) -> np.ndarray:

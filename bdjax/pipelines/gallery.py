@@ -15,9 +15,9 @@ from bdjax import attacks, datasets, metrics, registry
 from bdjax.config import config_of, stage_key, to_json
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.pipelines.artifact import trigger_arrays
+from bdjax.pipelines.artifact import experiment_of
 from bdjax.pipelines.environment import environment
-from bdjax.pipelines.victim import experiment_of
+from bdjax.pipelines.opening import trigger_arrays
 from bdjax.types import Arrays, Data, Key, NeedsTraining, to_float
 
 SHOWN, MOST_SHOWN = 3, 6
@@ -139,7 +139,7 @@ def _from_victim(source: str, directory: Path, manifest: dict[str, Any], data: D
             f"{source} has a trigger for {tuple(manifest['shape'])} images; {data.name} has {data.shape}. "
             "Give data of its shape with --dataset."
         )
-    experiment = experiment_of(manifest, None, None, None, None)
+    experiment = experiment_of(manifest)
     own = attacks.own_arrays(checkpoint.read_arrays(directory, "trigger"))
     return _Planted(experiment.attack, source, experiment.attack_config, own)
 

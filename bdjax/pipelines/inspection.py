@@ -6,7 +6,7 @@ most in the victim; CKA tells how like the victim the other models are in them; 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import numpy as np
 from bdjax import engine, metrics
 from bdjax.config import stage_key, to_json
 from bdjax.errors import InputError
-from bdjax.pipelines.artifact import ModelArtifact, read_together
+from bdjax.pipelines.artifact import ModelArtifact
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.evaluation import Evaluation
+from bdjax.pipelines.opening import EvaluationSource, open_together
+from bdjax.pipelines.results import Rates
 from bdjax.types import to_float
 
 COUNT, FEWEST = 500, 10
@@ -33,81 +35,87 @@ _cka = jax.jit(metrics.linear_cka)
 
 @dataclass(frozen=True)
 class _Sample:
-    """Which held-out images are looked at."""
+    """The held-out images that are compared."""
 
     evaluation: Evaluation
     clean: np.ndarray
     """int [n], positions."""
     triggered: np.ndarray
-    """int [m], those of them that are eligible: not of the target class."""
+    """int [m], positions of those that the ASR counts: not of the target class."""
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What was seen of a model."""
+class _Measurements:
+    """What was measured in one model."""
 
-    rates: dict[str, float]
+    rates: Rates
     by_class: list[float | None]
-    guesses: np.ndarray
-    """int32 [n + m], of the sample's clean and triggered images."""
+    predictions: np.ndarray
+    """int32 [n + m], of the clean and the triggered images."""
     tac: dict[str, np.ndarray]
-    """Layer -> [C]."""
+    """Layer -> [C]: trigger-activated change of each channel."""
     top: dict[str, np.ndarray]
-    """Layer -> the channels that are compared, the victim's largest TAC first."""
+    """Layer -> indices of the channels that are compared, the victim's largest TAC first."""
     inside: dict[str, np.ndarray]
-    """Layer -> [m, H, W, k], these channels on the triggered images."""
+    """Layer -> [m, H, W, k]: these channels on the triggered images."""
     flat: np.ndarray
-    """[n + m, D], the last feature of the clean and the triggered images."""
+    """[n + m, D]: the features before the head, of the clean and the triggered images."""
+
+
+@dataclass(frozen=True)
+class InspectionRequest:
+    """Models whose activations are compared."""
+
+    victim: Path
+    """Directory of the victim or of a run; or of an imported model, with an attack in `source`."""
+    purified: Path
+    """Directory of the purified model or of a run; a second victim is compared as it is."""
+    clean: Path | None = None
+    """Directory of a victim of the attack `clean`, of the same model, recipe and data but another seed (with the same
+    one it starts from the victim's weights and is too similar); None: there is no BEC."""
+    source: EvaluationSource = field(default_factory=EvaluationSource)
+    """The data set where it has moved, and the trigger to look for in an imported model."""
+    count: int | None = None
+    """Held-out images to compare on; None: 500, or all if there are fewer. Rates are of all of them."""
+    seed: int = 0
+    """Draws the images, and the t-SNE."""
+    share: float = 1.0
+    """Share of the layers, counted from the last, that the means are over, in (0, 1]; BI-BAU uses 0.5."""
 
 
 def inspect(
-    victim_dir: Path,
-    purified_dir: Path,
-    clean_dir: Path | None = None,
-    dataset: str | None = None,
-    count: int | None = None,
-    seed: int = 0,
-    *,
-    share: float = 1.0,
-    attack: str | None = None,
-    attack_config: Any = None,
-    tick: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    request: InspectionRequest, tick: Callable[[str, int, int], None] = lambda stage, done, total: None
 ) -> dict[str, Any]:
-    """Compare a victim with what a defense made of it.
+    """Compare a victim with what a defense made of it: rates, TAC, CKA and BEC by layer, silhouettes, t-SNE.
 
     Args:
-      victim_dir, purified_dir: directories of models, or of a run that has them in it. A second victim in place of the
-        purified model is compared as it is.
-      clean_dir: a victim of the attack `clean`, of the same model, recipe and data but of another seed (of the same it
-        begins with the victim's weights, and is too like it to measure by); without it there is no BEC.
-      dataset: where the data set lies now, if it has moved.
-      count: held-out images to look at; default 500, or all if there are fewer. Rates are of all of them.
-      seed: decides which these are, and the t-SNE.
-      share: of the layers, counted from the last, that the means are over, in (0, 1]; BI-BAU takes 0.5.
-      attack, attack_config: the trigger to look for in an imported model, on `dataset`.
+      request: the models and the images.
+      tick: called with the progress.
 
-    Returns: JSON-able; models are called "victim", "purified" and "clean", rates are fractions, and what is not there
-      is None. "layers" has TAC and, for each of FRACTIONS, similarities to the victim on triggered images.
+    Returns:
+      JSON values; models are called "victim", "purified" and "clean", rates are fractions, and what does not exist is
+      None. "layers" has TAC and, for each of FRACTIONS, similarities to the victim on triggered images.
 
-    Raises: InputError when the directories do not belong together, the victim has no trigger, or a number is out of
-    range.
+    Raises:
+      InputError: the directories do not belong together, the victim has no trigger, or a number is out of range.
     """
+    share, seed = request.share, request.seed
     if not 0 < share <= 1:
         raise InputError(f"the share of layers must be in (0, 1], got {share}.")
-    artifacts = read_together(victim_dir, purified_dir, clean_dir, dataset, attack, attack_config)
-    victim, sample = artifacts["victim"], _drawn(artifacts, count, seed)
-    seen: dict[str, _Seen] = {}
+    artifacts = open_together(request.victim, request.purified, request.clean, request.source)
+    victim, sample = artifacts["victim"], _draw_sample(artifacts, request.count, seed)
+    measured: dict[str, _Measurements] = {}
     for done, (name, artifact) in enumerate(artifacts.items()):
-        tick("looking inside", done, len(artifacts) + 1)
-        seen[name] = _look(artifact, sample, seen["victim"].top if seen else None)
+        tick("comparing activations", done, len(artifacts) + 1)
+        measured[name] = _measure_model(artifact, sample, measured["victim"].top if measured else None)
     tick("t-SNE", len(artifacts), len(artifacts) + 1)
     config, evaluation = victim.experiment.attack_config, sample.evaluation
-    rows = [_layer(name, seen) for name in seen["victim"].top]
+    rows = [_layer(name, measured) for name in measured["victim"].top]
     counted = rows[-max(1, round(share * len(rows))) :]
     labels = np.concatenate([evaluation.labels[sample.clean], evaluation.labels[sample.triggered]])
     groups = np.arange(len(labels)) >= len(sample.clean)
     target = None if config.labels == "all_to_all" else config.target
-    phases = {"before": seen["victim"], "after": seen["purified"]}
+    phases = {"before": measured["victim"], "after": measured["purified"]}
     return {
         "kind": "inspection",
         "attack": victim.experiment.attack,
@@ -123,13 +131,13 @@ def inspect(
         "n_asr": int(evaluation.eligible.sum()),
         "n_clean": len(sample.clean),
         "n_triggered": len(sample.triggered),
-        "rates": {name: seen[name].rates if name in seen else None for name in MODELS},
-        "class_accuracy": {name: seen[name].by_class if name in seen else None for name in MODELS},
+        "rates": {name: measured[name].rates if name in measured else None for name in MODELS},
+        "class_accuracy": {name: measured[name].by_class if name in measured else None for name in MODELS},
         "class_n": np.bincount(evaluation.labels, minlength=len(victim.data.classes)).tolist(),
         "layers": rows,
         "counted": [row["name"] for row in counted],
         "means": {str(f): _means([row["top"][str(f)] for row in counted]) for f in FRACTIONS},
-        "silhouette": {phase: _apart(one, labels, groups, target) for phase, one in phases.items()},
+        "silhouette": {phase: _silhouettes(one, labels, groups, target) for phase, one in phases.items()},
         "tsne": {
             "labels": labels.tolist(),
             "triggered": groups.tolist(),
@@ -139,7 +147,7 @@ def inspect(
     }
 
 
-def _drawn(artifacts: dict[str, ModelArtifact], count: int | None, seed: int) -> _Sample:
+def _draw_sample(artifacts: dict[str, ModelArtifact], count: int | None, seed: int) -> _Sample:
     recorded = artifacts["purified" if artifacts["purified"].manifest["kind"] == "purified" else "victim"]
     evaluation = recorded.evaluation
     available = len(evaluation.images)
@@ -163,12 +171,12 @@ def _drawn(artifacts: dict[str, ModelArtifact], count: int | None, seed: int) ->
     return _Sample(evaluation, clean, triggered)
 
 
-def _look(artifact: ModelArtifact, sample: _Sample, top: dict[str, np.ndarray] | None) -> _Seen:
+def _measure_model(artifact: ModelArtifact, sample: _Sample, top: dict[str, np.ndarray] | None) -> _Measurements:
     """`top`: the channels to compare; None: find them by the model's own TAC."""
     model, variables = artifact.victim.model, artifact.victim.variables
     evaluation, clean = sample.evaluation, sample.evaluation.images[sample.clean]
     triggered = evaluation.triggered[sample.triggered]
-    guesses = evaluation.predictions(variables)
+    predictions = evaluation.predictions(variables)
     tac = engine.activation_changes(model, variables, evaluation.images[sample.triggered], triggered)
     if top is None:
         names = engine.feature_map_names(model, variables)
@@ -181,10 +189,10 @@ def _look(artifact: ModelArtifact, sample: _Sample, top: dict[str, np.ndarray] |
     for name, values in {**inside, "before the last": flat}.items():
         if not np.isfinite(values).all():
             raise InputError(f"{artifact.directory}: layer {name} has values that are not finite; the model is broken.")
-    return _Seen(
-        evaluation.rates(*guesses),
-        _by_class(guesses[0], evaluation.labels, model.classes),
-        np.concatenate([guesses[0][sample.clean], guesses[1][sample.triggered]]),
+    return _Measurements(
+        evaluation.rates(*predictions),
+        _by_class(predictions[0], evaluation.labels, model.classes),
+        np.concatenate([predictions[0][sample.clean], predictions[1][sample.triggered]]),
         tac,
         top,
         inside,
@@ -192,9 +200,9 @@ def _look(artifact: ModelArtifact, sample: _Sample, top: dict[str, np.ndarray] |
     )
 
 
-def _by_class(guesses: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
+def _by_class(predictions: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
     """Accuracy of each class; None where no image is of it."""
-    own = [guesses[labels == label] == label for label in range(classes)]
+    own = [predictions[labels == label] == label for label in range(classes)]
     return [float(hits.mean()) if len(hits) else None for hits in own]
 
 
@@ -202,8 +210,8 @@ def _width(fraction: float, channels: int) -> int:
     return max(1, round(fraction * channels))
 
 
-def _layer(name: str, seen: dict[str, _Seen]) -> dict[str, Any]:
-    victim = seen["victim"]
+def _layer(name: str, measured: dict[str, _Measurements]) -> dict[str, Any]:
+    victim = measured["victim"]
     channels = victim.tac[name]
     main = victim.top[name][: _width(MAIN, len(channels))]
     return {
@@ -212,17 +220,17 @@ def _layer(name: str, seen: dict[str, _Seen]) -> dict[str, Any]:
         "tac": {
             "max": float(channels.max()),
             "median": float(np.median(channels)),
-            "top": {m: float(seen[m].tac[name][main].mean()) if m in seen else None for m in MODELS},
+            "top": {m: float(measured[m].tac[name][main].mean()) if m in measured else None for m in MODELS},
         },
-        "top": {str(f): _similar(name, _width(f, len(channels)), seen) for f in FRACTIONS},
+        "top": {str(f): _similarity(name, _width(f, len(channels)), measured) for f in FRACTIONS},
     }
 
 
-def _similar(name: str, width: int, seen: dict[str, _Seen]) -> dict[str, Any]:
+def _similarity(name: str, width: int, measured: dict[str, _Measurements]) -> dict[str, Any]:
     """CKA of the other models with the victim in its `width` top channels, and the BEC of the purified one."""
-    features = {model: one.inside[name][..., :width] for model, one in seen.items()}
-    cka = {model: float(_cka(features[model], features["victim"])) for model in seen if model != "victim"}
-    found: dict[str, Any] = {"channels": seen["victim"].top[name][:width].tolist(), "cka_purified": cka["purified"]}
+    features = {model: one.inside[name][..., :width] for model, one in measured.items()}
+    cka = {model: float(_cka(features[model], features["victim"])) for model in measured if model != "victim"}
+    found: dict[str, Any] = {"channels": measured["victim"].top[name][:width].tolist(), "cka_purified": cka["purified"]}
     if "clean" not in cka:
         return {**found, "cka_clean": None, "bec": None, "clipped": None}
     existence = metrics.bec(*(jnp.float32(cka[model])[None] for model in ("purified", "clean")))
@@ -249,16 +257,21 @@ def _means(layers: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _apart(seen: _Seen, labels: np.ndarray, triggered: np.ndarray, target: int | None) -> dict[str, Any]:
-    """Clean against triggered images within the target's cluster, which is what the model takes for the target (and, of
-    the clean, is of it); and the triggered ones by their true classes. All in the features before the head."""
-    cluster = np.zeros(len(labels), bool) if target is None else seen.guesses == target
+def _silhouettes(
+    measured: _Measurements, labels: np.ndarray, triggered: np.ndarray, target: int | None
+) -> dict[str, Any]:
+    """Silhouettes in the features before the head.
+
+    "target_cluster": clean against triggered images among those predicted as the target (clean ones only if they are of
+    it); "true_classes": the triggered images by their true classes.
+    """
+    cluster = np.zeros(len(labels), bool) if target is None else measured.predictions == target
     cluster &= triggered | (labels == target)
     return {
-        "target_cluster": metrics.silhouette(seen.flat[cluster], triggered[cluster]),
+        "target_cluster": metrics.silhouette(measured.flat[cluster], triggered[cluster]),
         "n_clean": int((cluster & ~triggered).sum()),
         "n_triggered": int((cluster & triggered).sum()),
-        "true_classes": metrics.silhouette(seen.flat[triggered], labels[triggered]),
+        "true_classes": metrics.silhouette(measured.flat[triggered], labels[triggered]),
     }
 
 

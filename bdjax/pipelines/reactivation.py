@@ -1,9 +1,9 @@
-"""Attack a purified model again: is the backdoor gone, or only asleep?"""
+"""Re-activation attacks on a purified model: can its backdoor be brought back?"""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,171 +11,225 @@ import jax
 import jax.numpy as jnp
 
 from bdjax import attacks, registry
-from bdjax.config import stage_key, to_json
+from bdjax.config import Experiment, stage_key, to_json
 from bdjax.engine import parallel
 from bdjax.engine.callbacks import Recorder
 from bdjax.engine.clock import Clock
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.pipelines.artifact import ModelArtifact, read_recorded
+from bdjax.pipelines.artifact import ModelArtifact, check_same_dataset
+from bdjax.pipelines.context import Context
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.evaluation import Evaluation
-from bdjax.pipelines.victim import Context, check_fingerprint, task_of
+from bdjax.pipelines.opening import EvaluationSource, open_recorded
+from bdjax.pipelines.results import Rates, ReactivationResult, write_json
+from bdjax.pipelines.training import task_of
+from bdjax.protocols import AttackSpec
 from bdjax.types import Backdoor, Key, ReactivationInputs, Variables
 
 
+@dataclass(frozen=True)
+class ReactivationRequest:
+    """A re-activation attack on the model in a directory."""
+
+    directory: Path
+    """Of a purified model or a run; or of a victim, as a control."""
+    attack: str
+    """Name of an attack with `reactivate`."""
+    config: Any = None
+    """The attack's Config; None: the defaults."""
+    seed: int = 0
+    """Of the attack."""
+    earlier: Mapping[str, Any] = field(default_factory=dict)
+    """Configs of the re-activation attacks that this one starts with, by name; default their defaults."""
+    clean_model: Path | None = None
+    """Directory of a model trained without poison; None: one is found in, or trained into, the context's store."""
+    attack_clean_model: bool = True
+    """Also attack that clean model, for comparison (it does not depend on the defense)."""
+    dataset: str | None = None
+    """Where the data set lies now, if it has moved."""
+
+
+@dataclass(frozen=True)
+class _Attacker:
+    """The attack resolved: specs and Configs by name, the model, the clean variables and how it is carried out."""
+
+    specs: Mapping[str, AttackSpec]
+    configs: Mapping[str, Any]
+    artifact: ModelArtifact
+    clean: Variables
+    context: Context
+    recorder: Recorder
+    clock: Clock
+    key: Key
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment with the seed that the victim was trained with, not the defense's."""
+        return _training_experiment(self.artifact)
+
+    def attack(self, attack: str, variables: Variables, name: str) -> Backdoor:
+        """Attack one model, after the attacks that `attack` needs.
+
+        Args:
+          attack: name of the re-activation attack.
+          variables: of the model.
+          name: of the model, for the directory of unfinished epochs.
+
+        Returns:
+          The re-activated model.
+        """
+        spec, config, experiment = self.specs[attack], self.configs[attack], self.experiment
+        if spec.reactivate is None:
+            raise InputError(f"{attack} is no re-activation attack.")
+        earlier = {needed: self.attack(needed, variables, name).variables for needed in spec.needs}
+        directory = self.artifact.directory
+        unfinished = directory.with_name(f".{directory.name}.{attack}-{name}")
+        task = task_of(experiment, self.artifact.data, self.context, self.recorder, unfinished, self.clock)
+        arrays = attacks.own_arrays(checkpoint.read_arrays(directory, "trigger"))
+        keys = jax.random.fold_in(self.key, 0), stage_key(experiment.seed, "attack")
+        payload = attacks.payload(
+            experiment.attack, experiment.attack_config, task, keys, arrays, config.count,
+            config.payload == "triggered",
+        )  # fmt: skip
+        backdoor = Backdoor(experiment.attack, experiment.attack_config, variables, arrays)
+        inputs = ReactivationInputs(variables, earlier, self.clean, payload)
+        reactivated = spec.reactivate(config, inputs, backdoor, task, jax.random.fold_in(self.key, 1))
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return reactivated
+
+
 def reactivate(
-    directory: Path,
-    attack: str,
-    config: Any = None,
-    out: Path | None = None,
-    *,
-    seed: int = 0,
-    earlier: Mapping[str, Any] | None = None,
-    clean: Path | None = None,
-    control: bool = True,
-    dataset: str | None = None,
-    context: Context | None = None,
-) -> dict[str, Any]:
-    """Let a re-activation attack loose on the model in `directory`, and on a clean model beside it.
+    request: ReactivationRequest, out: Path | None = None, context: Context | None = None
+) -> ReactivationResult:
+    """Run a re-activation attack on a purified model and, for comparison, on a clean one.
 
     Args:
-      directory: purified (or a run's, or a victim's, as a control). attack: a module with `reactivate`.
-      config: the attack's; None: its defaults. seed: of the attack.
-      earlier: Configs of the re-activations that this one begins with, by name; default their defaults.
+      request: model, attack, seed.
       out: gets result.json and model/, the re-activated variables with the attack's arrays; None: nothing is written.
-      clean: directory of `bdjax train clean`; None: a clean model is found in, or trained into, context.store.
-      control: attack that clean model too, for the line to compare with (it does not depend on the defense).
-      dataset: where the data set lies now, if it has moved.
+      context: devices, progress, and the store of clean models.
 
-    Returns: JSON-able: "before" and "after" (ACC and ASR of the purified model, and of the re-activated one, which is
-      R-ASR or Q-ASR), "clean_before" and "clean_after" the same of the clean model (None without `control`).
-    Raises InputError for a model without a trigger, an attack of another kind, and clean models that do not fit.
+    Returns:
+      The rates before and after; the ASR after it is R-ASR or Q-ASR.
+
+    Raises:
+      InputError: a model without a trigger, an attack of another kind, or a clean model that does not fit.
     """
-    module, context = _module(attack), context or Context()
-    config = config or module.Config()
-    configs = {name: _module(name).Config() for name in getattr(module, "NEEDS", ())} | dict(earlier or {})
-    artifact = _read(directory, dataset)
+    context, attack = context or Context(), request.attack
+    specs = _load_specs(attack)
+    configs = {name: spec.Config() for name, spec in specs.items()} | dict(request.earlier)
+    configs[attack] = request.config if request.config is not None else specs[attack].Config()
+    artifact = _open(request.directory, request.dataset)
     if not (artifact.directory / "trigger.npz").exists():
         raise InputError(f"{artifact.directory} has no trigger: there is nothing to re-activate, or to measure it by.")
     if out is not None and (Path(out) / "result.json").exists():
         raise InputError(f"{out} holds a result already. Choose another --out, or use --force.")
-    clock, callback = Clock(), Recorder(context.tick)
+    clock, recorder = Clock(), Recorder(context.tick)
     with parallel.using(context.devices):
-        reference = _clean(artifact, clean, context, dataset)
-        key = jax.random.fold_in(stage_key(seed, "attack"), 7)
-        attacked = {"purified": artifact.victim.variables} | ({"clean": reference} if control else {})
+        clean = _clean_variables(artifact, request, context)
+        key = jax.random.fold_in(stage_key(request.seed, "attack"), 7)
+        attacker = _Attacker(specs, configs, artifact, clean, context, recorder, clock, key)
+        attacked = {"purified": artifact.victim.variables}
+        if request.attack_clean_model:
+            attacked["clean"] = clean
         before = {name: artifact.evaluation.measure(variables) for name, variables in attacked.items()}
-        planted = {
-            name: _again(
-                artifact, attack, {**configs, attack: config}, variables, reference, name, context, callback, clock, key
-            )
-            for name, variables in attacked.items()
+        backdoors = {name: attacker.attack(attack, variables, name) for name, variables in attacked.items()}
+        after = {
+            name: _measure(specs[attack], configs[attack], artifact.evaluation, backdoor)
+            for name, backdoor in backdoors.items()
         }
-        after = {name: _measure(module, config, artifact.evaluation, one) for name, one in planted.items()}
-    seconds, compiling = clock.read()
-    result = {
+    result = _result(request, attacker, before, after)
+    if out is not None:
+        _write(Path(out), result, artifact, backdoors["purified"])
+    return result
+
+
+def _result(
+    request: ReactivationRequest, attacker: _Attacker, before: Mapping[str, Rates], after: Mapping[str, Rates]
+) -> ReactivationResult:
+    artifact, attack = attacker.artifact, request.attack
+    seconds, compiling = attacker.clock.read()
+    return {
         "kind": "reactivation",
         "reactivation": attack,
-        "metric": getattr(module, "METRIC", "ASR after"),
+        "metric": attacker.specs[attack].metric,
         "directory": str(artifact.directory),
-        **{name: artifact.manifest[name] for name in ("model", "hash")},
+        "model": artifact.manifest["model"],
+        "hash": artifact.manifest["hash"],
         "attack": artifact.experiment.attack,
         "defense": artifact.manifest.get("defense"),
         "dataset": artifact.data.name,
-        "seed": seed,
+        "seed": request.seed,
         "n_test": len(artifact.evaluation.images),
         "n_asr": int(artifact.evaluation.eligible.sum()),
         "before": before["purified"],
         "after": after["purified"],
         "clean_before": before.get("clean"),
         "clean_after": after.get("clean"),
-        "config": to_json(config),
-        "earlier": {name: to_json(own) for name, own in configs.items()},
+        "config": to_json(attacker.configs[attack]),
+        "earlier": {name: to_json(config) for name, config in attacker.configs.items() if name != attack},
         "seconds": {"attack": seconds, "compile": compiling},
-        "env": environment(context.devices),
+        "env": environment(attacker.context.devices),
     }
-    if out is not None:
-        _write(Path(out), result, artifact, planted["purified"])
-    return result
 
 
-def _read(directory: Path, dataset: str | None) -> ModelArtifact:
-    found = read_recorded(checkpoint.model_directory(directory), dataset=dataset)
-    check_fingerprint(found.manifest, found.data, found.directory)
-    if found.manifest.get("source"):
+def _open(directory: Path, dataset: str | None) -> ModelArtifact:
+    artifact = open_recorded(checkpoint.model_directory(directory), EvaluationSource(dataset))
+    check_same_dataset(artifact.manifest, artifact.data, artifact.directory)
+    if artifact.manifest.get("source"):
         raise InputError(f"{directory} goes back to an imported model, and how that was trained is not known.")
-    return found
+    return artifact
 
 
-def _module(attack: str) -> Any:
-    module = registry.load("attacks", attack)
-    if not hasattr(module, "reactivate"):
-        able = [name for name in registry.names("attacks") if hasattr(registry.load("attacks", name), "reactivate")]
+def _load_specs(attack: str) -> dict[str, AttackSpec]:
+    """The attack and those that come before it, by name. Raises InputError when it re-activates nothing."""
+    spec = registry.load("attacks", attack)
+    if spec.reactivate is None:
+        able = [name for name in registry.names("attacks") if registry.load("attacks", name).reactivate is not None]
         raise InputError(f"{attack} is no re-activation attack. Choose from {', '.join(able)}.")
-    return module
+    specs = {attack: spec}
+    for needed in spec.needs:
+        specs |= _load_specs(needed)
+    return specs
 
 
-def _clean(artifact: ModelArtifact, directory: Path | None, context: Context, dataset: str | None) -> Variables:
-    """Variables of the clean model, of the suspect's architecture and data set."""
+def _clean_variables(artifact: ModelArtifact, request: ReactivationRequest, context: Context) -> Variables:
+    """Variables of the clean model, of the artifact's architecture and data set."""
+    directory = request.clean_model
     if directory is None:
         unfinished = artifact.directory.with_name(f".{artifact.directory.name}.clean-model")
-        own = _at_home(artifact)
-        return task_of(own, artifact.data, context, Recorder(context.tick), unfinished, Clock()).clean()
-    other = _read(directory, dataset)
-    for what in ("model", "shape", "classes"):
-        if other.manifest[what] != artifact.manifest[what]:
+        experiment, recorder = _training_experiment(artifact), Recorder(context.tick)
+        return task_of(experiment, artifact.data, context, recorder, unfinished, Clock()).clean()
+    other = _open(directory, request.dataset)
+    for quantity in ("model", "shape", "classes"):
+        if other.manifest[quantity] != artifact.manifest[quantity]:
             raise InputError(
-                f"{directory} is not comparable: its {what} is {other.manifest[what]}, that of {artifact.directory} "
-                f"is {artifact.manifest[what]}. Train one alike with `bdjax train clean`."
+                f"{directory} is not comparable: its {quantity} is {other.manifest[quantity]}, that of "
+                f"{artifact.directory} is {artifact.manifest[quantity]}. Train one alike with `bdjax train clean`."
             )
     return other.victim.variables
 
 
-def _at_home(artifact: ModelArtifact) -> Any:
-    """The experiment with the seed that the victim was trained with, not the defense's."""
+def _training_experiment(artifact: ModelArtifact) -> Experiment:
     return dataclasses.replace(artifact.experiment, seed=artifact.manifest["seed"])
 
 
-def _again(
-    artifact: ModelArtifact, attack: str, configs: Mapping[str, Any], variables: Variables, clean: Variables, name: str,
-    context: Context, callback: Recorder, clock: Clock, key: Key,
-) -> Backdoor:  # fmt: skip
-    """The attack on one model, after those that it needs."""
-    module, own, config = _module(attack), _at_home(artifact), configs[attack]
-    earlier: dict[str, Variables] = {}
-    for needed in getattr(module, "NEEDS", ()):
-        planted = _again(artifact, needed, configs, variables, clean, name, context, callback, clock, key)
-        earlier[needed] = planted.variables
-    unfinished = artifact.directory.with_name(f".{artifact.directory.name}.{attack}-{name}")
-    task = task_of(own, artifact.data, context, callback, unfinished, clock)
-    arrays = attacks.own_arrays(checkpoint.read_arrays(artifact.directory, "trigger"))
-    keys = jax.random.fold_in(key, 0), stage_key(own.seed, "attack")
-    payload = attacks.payload(
-        own.attack, own.attack_config, task, keys, arrays, config.count, config.payload == "triggered"
-    )
-    backdoor = Backdoor(own.attack, own.attack_config, variables, arrays)
-    defended = ReactivationInputs(variables, earlier, clean, payload)
-    found = module.reactivate(config, defended, backdoor, task, jax.random.fold_in(key, 1))
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return found
+def _measure(spec: AttackSpec, config: Any, evaluation: Evaluation, backdoor: Backdoor) -> Rates:
+    perturb = spec.perturb
+    if perturb is None:
+        return evaluation.measure(backdoor.variables)
+    arrays = jax.tree.map(jnp.asarray, dict(backdoor.arrays))
+    return evaluation.measure(backdoor.variables, lambda images: perturb(config, images, arrays))
 
 
-def _measure(module: Any, config: Any, evaluation: Evaluation, planted: Backdoor) -> dict[str, float]:
-    if not hasattr(module, "perturb"):
-        return evaluation.measure(planted.variables)
-    arrays = jax.tree.map(jnp.asarray, dict(planted.arrays))
-    return evaluation.measure(planted.variables, lambda images: module.perturb(config, images, arrays))
-
-
-def _write(out: Path, result: Mapping[str, Any], artifact: ModelArtifact, planted: Backdoor) -> None:
+def _write(out: Path, result: ReactivationResult, artifact: ModelArtifact, backdoor: Backdoor) -> None:
     out.mkdir(parents=True, exist_ok=True)
     manifest = {k: v for k, v in artifact.manifest.items() if k not in ("files", "format")}
-    reactivated = {"name": result["reactivation"], "config": result["config"], "seed": result["seed"]}
+    reactivation = {"name": result["reactivation"], "config": result["config"], "seed": result["seed"]}
     checkpoint.write_model(
         out / "model",
-        {**manifest, "kind": "reactivated", "reactivation": reactivated},
-        planted.variables,
-        {"trigger": checkpoint.read_arrays(artifact.directory, "trigger"), "reactivation": planted.arrays},
+        {**manifest, "kind": "reactivated", "reactivation": reactivation},
+        backdoor.variables,
+        {"trigger": checkpoint.read_arrays(artifact.directory, "trigger"), "reactivation": backdoor.arrays},
     )
-    checkpoint.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+    write_json(out / "result.json", result)

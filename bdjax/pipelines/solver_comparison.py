@@ -5,6 +5,7 @@ All solve the linear system of I-BAU's first step (same θ, δ, images); the ref
 
 import dataclasses
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from bdjax.defenses import ibau
 from bdjax.engine import parallel
 from bdjax.engine.clock import Clock
 from bdjax.errors import InputError
-from bdjax.pipelines.artifact import open_artifact
+from bdjax.pipelines.context import Context
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.evaluation import Evaluation
+from bdjax.pipelines.opening import EvaluationSource, open_artifact
 from bdjax.pipelines.solver_reference import Reference, flat, gradient_of, reference_of
-from bdjax.pipelines.victim import Context
 from bdjax.types import DefenderView, Model, Victim
 
 DEFAULT = (
@@ -33,44 +34,58 @@ DEFAULT = (
 _LONGEST = 600  # seconds: a round that would take longer is left away
 
 
-def compare(
-    victim: Path,
-    *,
-    solvers: tuple[str, ...] = DEFAULT,
-    iterations: tuple[int, ...] = (5, 20),
-    config: ibau.Config | None = None,
-    split: SplitConfig | None = None,
-    seed: int | None = None,
-    dataset: str | None = None,
-    rounds: tuple[int, ...] | None = None,
-    test_size: int = 0,
-    repeats: int = 3,
-    context: Context | None = None,
-) -> dict[str, Any]:
-    """Every solver at every K on the hypergradient of I-BAU's first step, against a float64 reference.
+@dataclass(frozen=True)
+class ComparisonRequest:
+    """Solvers to compare on one victim."""
+
+    victim: Path
+    """Directory that `bdjax train` wrote."""
+    solvers: tuple[str, ...] = DEFAULT
+    """Names of :data:`bdjax.hypergrad.SOLVERS`, each with an optional `:RIDGE`."""
+    iterations: tuple[int, ...] = (5, 20)
+    """Values of K, iterations of a solver."""
+    config: ibau.Config = field(default_factory=lambda: ibau.Config(schedule="release"))
+    """I-BAU's; its solver fields are replaced, its ridge belongs to the reference."""
+    split: SplitConfig | None = None
+    """The defender's images."""
+    seed: int | None = None
+    """Of the defense; None: the victim's."""
+    dataset: str | None = None
+    """Where the data set lies now, if it has moved."""
+    rounds: tuple[int, ...] | None = None
+    """Values of K at which the victim is also cleaned by one round of I-BAU and measured; None: all of them."""
+    test_size: int = 0
+    """Measure on the first so many held-out images; 0: all."""
+    repeats: int = 3
+    """Timed calls of each hypergradient, of which the median counts (compilation is measured apart)."""
+
+
+def compare(request: ComparisonRequest, context: Context | None = None) -> dict[str, Any]:
+    """Compare solvers, at every K, on the hypergradient of I-BAU's first step with a float64 reference.
 
     Args:
-      victim: directory that `bdjax train` wrote.
-      solvers: names of :data:`bdjax.hypergrad.SOLVERS`, each with an optional `:RIDGE`.
-      iterations: values of K. config: I-BAU's, whose solver fields are replaced; its ridge belongs to the reference.
-      split: the defender's images; seed: of the defense; dataset: where the data set lies now, if it has moved.
-      rounds: values of K at which the victim is also cleaned by one round of I-BAU and measured; None: all of them.
-      test_size: measure on the first so many held-out images; 0: all.
-      repeats: timed calls of each hypergradient, of which the median counts (compilation is apart).
+      request: victim, solvers, measurements.
+      context: devices, progress.
 
-    Returns: JSON-able {"problem": {"reference", ...}, "rows", "before", ...}; rates are fractions, sizes bytes.
-    Raises InputError for an unknown solver or a K below one, before anything is computed.
+    Returns:
+      JSON values {"problem": {"reference", ...}, "rows", "before", ...}; rates are fractions, sizes bytes.
+
+    Raises:
+      InputError: for an unknown solver or a K below one, before anything is computed.
     """
-    context, config, victim = context or Context(), config or ibau.Config(schedule="release"), Path(victim)
+    context, config, victim = context or Context(), request.config, Path(request.victim)
+    solvers, iterations, repeats = request.solvers, request.iterations, request.repeats
     plan = [
         _parse(spec, k)
         for spec in solvers
         for k in (iterations if hypergrad.iterates(spec.partition(":")[0]) else iterations[:1])
     ]
-    artifact = open_artifact(victim, "ibau", config, split=split, seed=seed, dataset=dataset)
+    artifact = open_artifact(
+        victim, "ibau", config, split=request.split, seed=request.seed, source=EvaluationSource(request.dataset)
+    )
     experiment, evaluation, view = artifact.experiment, artifact.evaluation, artifact.view()
-    if test_size:
-        evaluation.shorten(test_size)
+    if request.test_size:
+        evaluation.shorten(request.test_size)
     model, variables = artifact.victim.model, artifact.victim.variables
     key = stage_key(experiment.seed, "defense")
     problem = ibau.problem(config, artifact.victim, view, key)
@@ -83,7 +98,7 @@ def compare(
         row = {"solver": spec, "iterations": solve.iterations, "ridge": float(solve.ridge)}
         solve = dataclasses.replace(solve, step=config.solver_step, ridge=solve.ridge + config.ridge)
         row |= _measure(model, problem, variables["params"], solve, reference, direct, repeats)
-        if rounds is None or solve.iterations in rounds:
+        if request.rounds is None or solve.iterations in request.rounds:
             row |= _round(row, artifact.victim, view, key, config, solve, evaluation)
         rows.append(row)
     context.tick("solvers", len(plan), len(plan))

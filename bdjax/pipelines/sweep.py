@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from bdjax import datasets, registry
 from bdjax.config import Experiment, attack_record, digest
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.pipelines import run
-from bdjax.pipelines.victim import Context
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.results import RunResult, read_result
+from bdjax.pipelines.run import RunRequest, directory_of, run
 from bdjax.text import parse_integers
 
 _ATTEMPTS = 2  # a worker that dies without a word (out of memory, killed) is tried once more
@@ -92,7 +92,7 @@ def sweep(
     waiting: deque[_Job] = deque()
     for job in jobs:
         try:
-            finished = run.read_result(_directory(job, out)) is not None
+            finished = read_result(_directory(job, out)) is not None
         except InputError as error:
             failures.append(f"{job.name}: {error}")
             continue
@@ -128,11 +128,23 @@ def sweep(
     return failures
 
 
-def run_cell(file: Path, index: int, seed: int, out: Path, devices: int = 0) -> dict[str, Any]:
-    """Run one cell of `file` in this process and return its result."""
+def run_cell(file: Path, index: int, seed: int, out: Path, devices: int = 0) -> RunResult:
+    """Run one cell of a file of experiments in this process.
+
+    Args:
+      file: of the experiments.
+      index: of the cell in CELLS.
+      seed: replaces the experiment's.
+      out: directory of all results.
+      devices: local devices to use, 0 for all.
+
+    Returns:
+      The result of the run.
+    """
     cell: Cell = _module(file).CELLS[index]
     extra = {"cell": {"index": index, "label": cell.label, "scale": cell.scale, "paper": cell.paper}}
-    return run.run(replace(cell.experiment, seed=seed), out, None, Context(devices), extra, cell.clean)[0]
+    request = RunRequest(replace(cell.experiment, seed=seed), out, None, cell.clean, extra)
+    return run(request, Context(devices))[0]
 
 
 def _module(file: Path) -> ModuleType:
@@ -164,7 +176,7 @@ def _fingerprint(dataset: str) -> str:
 
 
 def _directory(job: _Job, out: Path) -> Path:
-    return run.directory_of(job.experiment, out, _fingerprint(job.experiment.dataset))
+    return directory_of(job.experiment, out, _fingerprint(job.experiment.dataset))
 
 
 def _write_plan(module: ModuleType, file: Path, out: Path, seeds: tuple[int, ...]) -> None:
