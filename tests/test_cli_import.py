@@ -224,11 +224,13 @@ def test_of_a_part_that_is_chosen_the_options_are_measured(data, tmp_path, capsy
 
 def test_a_defense_has_its_own_place_by_what_it_is_measured_with(model, data, picture):
     from bdjax.config import SplitConfig, config_of
-    from bdjax.pipelines import run
+    from bdjax.pipelines.defend import DefenseRequest, resolve_defense
+    from bdjax.pipelines.opening import EvaluationSource
 
     def place(**options):
         config, split = config_of("defenses", "ibau")(), SplitConfig()
-        return run.defense_directory_of(model, "ibau", config, split, None, Path("runs"), dataset=data, **options)
+        source = EvaluationSource(data, **options)
+        return resolve_defense(DefenseRequest(model, "ibau", config, split, source=source)).directory_in(Path("runs"))
 
     badnets = config_of("attacks", "badnets")
     places = [place(), *(place(attack="badnets", attack_config=badnets(target=target)) for target in (0, 1))]

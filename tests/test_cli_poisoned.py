@@ -10,15 +10,15 @@ from numpy.testing import assert_array_equal
 
 from bdjax import datasets
 from bdjax.attacks import badnets, clean
-from bdjax.config import Experiment
-from bdjax.engine import FitConfig
+from bdjax.config import Experiment, FitConfig
 from bdjax.io import checkpoint
-from bdjax.pipelines import victim
+from bdjax.pipelines import training
+from bdjax.pipelines.poisoned_set import poisoned_set
 
 
 def planted(directory, dataset, attack, config):
     fit = FitConfig(epochs=1, batch_size=40)
-    return victim.train(Experiment(attack, None, dataset, attack_config=config, fit=fit), directory)
+    return training.train(Experiment(attack, None, dataset, attack_config=config, fit=fit), directory)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_the_file_holds_what_the_victim_learnt_from(square, blobs, tmp_path, cap
     lines = bdjax(capsys, "poisoned", square, "--out", tmp_path / "set.npz", "--json").splitlines()
     with np.load(tmp_path / "set.npz", allow_pickle=False) as file:
         found = dict(file)
-    data, images, labels, positions = victim.poisoned_set(square)
+    data, images, labels, positions = poisoned_set(square)
     expected = {"x_train": images, "y_train": labels, "x_test": data.x_test, "y_test": data.y_test}
     expected |= {"classes": np.array(["0", "1", "2", "3"]), "poisoned": positions}
     assert found.keys() == expected.keys()
@@ -54,7 +54,7 @@ def test_the_file_holds_what_the_victim_learnt_from(square, blobs, tmp_path, cap
 def test_the_file_is_a_data_set(square, blobs, tmp_path, capsys):
     spec = bdjax(capsys, "poisoned", square, "--out", tmp_path / "set.npz").splitlines()[-1].split()[-1]
     data = datasets.load(spec)
-    _, images, labels, _ = victim.poisoned_set(square)
+    _, images, labels, _ = poisoned_set(square)
     assert spec == f"npz:{tmp_path / 'set.npz'}" and data.classes == ("0", "1", "2", "3")
     assert_array_equal(data.x_train, images)
     assert_array_equal(data.y_train, labels)

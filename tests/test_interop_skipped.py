@@ -125,4 +125,4 @@ def test_class_names_of_a_file_stay_on_their_line(tmp_path, capsys):
 def test_an_argument_that_no_report_could_hold_is_refused_before_any_work(bad, tmp_path, capsys):
     for argv in (["import", GOOD, "--out", bad], ["import", bad], ["purify", GOOD, "--clean-data", f"folder:{bad}"]):
         said = refused(capsys, *argv)
-        assert "is not UTF-8, or holds a zero byte" in said and said.strip().isprintable()
+        assert "is not UTF-8, or contains a null byte" in said and said.strip().isprintable()

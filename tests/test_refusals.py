@@ -39,7 +39,7 @@ from bdjax.io import checkpoint
         (["run", "image_trigger", "ibau", "--attack.trigger", "no.png"], ["no.png"]),
         (["run", "badnets", "ibau", "--defense.solver", "magic"], ["magic", "fixed_point"]),
         (["run", "badnets", "ibau", "--defense.rounds", "many"], ["many"]),
-        (["run", "badnets", "universal"], ["universal", "audits", "bdjax audit"]),
+        (["run", "badnets", "universal"], ["universal", "removes none", "bdjax audit"]),
         (["run", "badnets", "ibau", "--attack.sise", "3"], ["attack.sise", "attack.size"]),
         (["frobnicate"], ["frobnicate", "run"]),
         (["list", "attack"], ["'attack'", "attacks"]),

@@ -20,7 +20,7 @@ def run_context(options: Any) -> Iterator[Any]:
     _configure_cache()
     join_cluster(options)
     _check_devices()
-    from bdjax.pipelines.victim import Context
+    from bdjax.pipelines.context import Context
     from bdjax.reports.progress import bar
 
     with bar() as tick, _profile(getattr(options, "profile", None)):

@@ -37,18 +37,14 @@ def main(argv: list[str]) -> None:
     directory = Path(first_argument("audit", argv))
     options = parse_flags("audit", (str(directory),), argv[1:], Flags)
     from bdjax.io import checkpoint
-    from bdjax.pipelines import audit
+    from bdjax.pipelines.audit import AuditSettings, audit
     from bdjax.reports import audit as report
 
     with run_context(options) as context:
-        result, arrays = audit.audit(
-            directory,
-            options.clean_data,
-            parse_names(options.methods),
-            size=options.size,
-            seed=options.seed,
-            context=context,
-        )
+        result, arrays = audit(
+            directory, parse_names(options.methods), dataset=options.clean_data, size=options.size,
+            settings=AuditSettings(options.seed), context=context,
+        )  # fmt: skip
         out = options.out or directory.with_name(f"{directory.name}-audit")
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(out / "audit.json", json.dumps(result, indent=1) + "\n")

@@ -40,19 +40,17 @@ def main(argv: list[str]) -> None:
     attack, rest = pop_method("attack", rest)
     parts = {"attack": attack} if attack else {}
     options = parse_flags("defend", (str(victim), defense), rest, Flags, defense=defense, split=True, **parts)
-    from bdjax.pipelines import run
+    from bdjax.pipelines.defend import DefenseRequest, defend_resolved, resolve_defense
+    from bdjax.pipelines.opening import EvaluationSource
 
-    measured_with = {"dataset": options.dataset, "attack": attack, "attack_config": getattr(options, "attack", None)}
+    source = EvaluationSource(options.dataset, attack=attack, attack_config=getattr(options, "attack", None))
+    request = DefenseRequest(victim, defense, options.defense, options.split, options.seed, source, options.clean_model)
     with run_context(options) as context:
-        directory = options.out or run.defense_directory_of(
-            victim, defense, options.defense, options.split, options.seed, options.root, **measured_with
-        )
+        resolved = resolve_defense(request)
+        directory = options.out or resolved.directory_in(options.root)
         if options.force:
             remove_run(directory)
-        result = run.defend(
-            victim, defense, options.defense, directory,
-            split=options.split, seed=options.seed, clean=options.clean_model, context=context, **measured_with,
-        )  # fmt: skip
+        result = defend_resolved(resolved, directory, context)
     if result["attack"] == "clean":
         say("No trigger is put on images, so the attack success rate is not measured. Name the trigger with --attack.")
     print_run(result, directory, options.json)

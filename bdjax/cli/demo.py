@@ -28,9 +28,9 @@ def main(argv: list[str]) -> None:
     """Run the command with the arguments that follow its name."""
     options = parse_flags("demo", (), argv, Flags)
     from bdjax.config import demo
-    from bdjax.pipelines import run
+    from bdjax.pipelines.run import RunRequest, run
 
     with run_context(options) as context:
         remove_run(options.out)
-        result, directory = run.run(demo(options.seed), Path("runs"), options.out, context)
+        result, directory = run(RunRequest(demo(options.seed), out=options.out), context)
     print_run(result, directory, options.json)

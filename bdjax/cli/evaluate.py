@@ -30,10 +30,12 @@ def main(argv: list[str]) -> None:
     directory = Path(first_argument("evaluate", argv))
     attack, rest = pop_method("attack", argv[1:])
     options = parse_flags("evaluate", (argv[0],), rest, Flags, **({"attack": attack} if attack else {}))
-    from bdjax.pipelines import run
+    from bdjax.pipelines.evaluate import evaluate
+    from bdjax.pipelines.opening import EvaluationSource
 
+    source = EvaluationSource(options.dataset, attack=attack, attack_config=getattr(options, "attack", None))
     with run_context(options):
-        result = run.evaluate(directory, options.dataset, attack, getattr(options, "attack", None))
+        result = evaluate(directory, source)
     by_trigger = {f"asr {label}": value for label, value in result.get("asr_by_trigger", {}).items()}
     printed_below = ("asr_by_trigger", "data", "warnings")
     for name, value in ({k: v for k, v in result.items() if k not in printed_below} | by_trigger).items():

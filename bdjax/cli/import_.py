@@ -12,9 +12,9 @@ from bdjax.cli._paths import remove_run
 
 ORDER = 42
 USAGE = "FILE [--model M] [--classes C] [--size S] [--input-mean ..] [--input-std ..] [--clean-data D] --out DIR"
+SUMMARY = "convert a .safetensors, .pt or .pth file to a model directory; nothing in the file is executed"
 _SOURCE_FACTS = ("file", "format", "names", "key", "prefix", "skipped", "ignored", "normalised", "unnamed", "accuracy")
 _MODEL_FACTS = ("hash", "model", "width", "input", "shape", "variant", "assumed", "tried")
-SUMMARY = "convert a .safetensors, .pt or .pth file to a model directory; nothing in the file is executed"
 
 
 @dataclass(kw_only=True)

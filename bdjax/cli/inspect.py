@@ -50,18 +50,18 @@ def main(argv: list[str]) -> None:
         raise InputError("the third argument of inspect was renamed: use --clean-model DIR.")
     attack, rest = pop_method("attack", argv)
     options = parse_flags("inspect", (), rest, Flags, **({"attack": attack} if attack else {}))
-    from bdjax.pipelines import inspection
+    from bdjax.pipelines.inspection import InspectionRequest, inspect
+    from bdjax.pipelines.opening import EvaluationSource
     from bdjax.reports import inspection as report
 
     out = options.out or options.purified.with_name(f"{options.purified.name}-inspection")
     report.check_directory(out)
+    source = EvaluationSource(options.dataset, attack=attack, attack_config=getattr(options, "attack", None))
+    request = InspectionRequest(
+        options.victim, options.purified, options.clean_model, source, options.count, options.seed, options.share
+    )
     with run_context(options) as context:
-        models = options.victim, options.purified, options.clean_model
-        sampling = {"count": options.count, "seed": options.seed, "share": options.share}
-        result = inspection.inspect(
-            *models, options.dataset, **sampling, attack=attack, attack_config=getattr(options, "attack", None),
-            tick=context.tick,
-        )  # fmt: skip
+        result = inspect(request, context.tick)
     say(report.write(result, out))
     if options.json:
         say(json.dumps(result))

@@ -6,8 +6,8 @@ from bdjax.cli._parsing import stop_with_usage
 from bdjax.errors import InputError
 
 ORDER = 100
-USAGE = "[attacks|defenses|models|datasets]"
-SUMMARY = "list attacks, defenses, models and data sets"
+USAGE = "[attacks|defenses|detectors|models|datasets]"
+SUMMARY = "list attacks, defenses, detectors, models and data sets"
 
 
 def main(argv: list[str]) -> None:

@@ -39,15 +39,15 @@ def main(argv: list[str]) -> None:
     import numpy as np
 
     from bdjax.io import checkpoint
-    from bdjax.pipelines import victim
+    from bdjax.pipelines.poisoned_set import poisoned_set
 
     with run_context(options):
-        data, images, labels, positions = victim.poisoned_set(directory, options.dataset)
+        data, images, labels, positions = poisoned_set(directory, options.dataset)
     if images.dtype != np.uint8:
         raise InputError(
             f"the poisoned images of {directory} are {images.dtype} (attack.quantise=False), but a data set "
             "file holds uint8. Train a victim without --attack.no-quantise, or call "
-            "bdjax.pipelines.victim.poisoned_set."
+            "bdjax.pipelines.poisoned_set.poisoned_set."
         )
     arrays = {
         "x_train": images, "y_train": labels, "x_test": data.x_test, "y_test": data.y_test,

@@ -49,16 +49,17 @@ def main(argv: list[str]) -> None:
     defense = defense or "auto"
     options = parse_flags("purify", (argv[0],), rest, Flags, defense=defense)
     imported = import_options(options)
-    from bdjax.pipelines import purification
+    from bdjax.pipelines.purification import purify
+    from bdjax.pipelines.purify_request import PurifyRequest
+    from bdjax.reports import reporter
     from bdjax.reports.purification import summary
 
+    request = PurifyRequest(
+        source, defense, options.defense, options.clean_data, imported, options.images, options.held_out, options.seed,
+        parse_names(options.methods), command=shlex.join(["bdjax", "purify", *argv]),
+    )  # fmt: skip
     with run_context(options) as context:
-        result = purification.purify(
-            source, options.out, defense, options.defense, clean=options.clean_data, imported=imported,
-            images=options.images, held_out=options.held_out, seed=options.seed,
-            methods=parse_names(options.methods), report=options.report,
-            command=shlex.join(["bdjax", "purify", *argv]), context=context, say=say,
-        )  # fmt: skip
+        result = purify(request, options.out, reporter, page=options.report, context=context, say=say)
     say(summary(result, options.out))
     if options.json:
         say(json.dumps(result))

@@ -41,7 +41,7 @@ def _needs(attack: str) -> dict[str, type]:
     """Config classes, by name, of the reactivation attacks that run before `attack`."""
     from bdjax.config import config_of
 
-    return {name: config_of("attacks", name) for name in getattr(registry.load("attacks", attack), "NEEDS", ())}
+    return {name: config_of("attacks", name) for name in registry.load("attacks", attack).needs}
 
 
 def main(argv: list[str]) -> None:
@@ -52,24 +52,25 @@ def main(argv: list[str]) -> None:
     fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in needs.items()]
     flags = dataclasses.make_dataclass("Flags", fields, bases=(Flags,))
     options = parse_flags("reactivate", (str(directory), attack), rest, flags, attack=attack)
-    from bdjax.pipelines import reactivation
+    from bdjax.pipelines.reactivation import ReactivationRequest, reactivate
 
+    request = ReactivationRequest(
+        directory, attack, options.attack, options.seed, {name: getattr(options, name) for name in needs},
+        options.clean_model, dataset=options.dataset,
+    )  # fmt: skip
     out = options.out or directory.with_name(f"{directory.name}-{attack}")
     with run_context(options) as context:
         context.store = options.root / "victims"
         if options.force:
             remove_run(out)
-        result = reactivation.reactivate(
-            directory, attack, options.attack, out,
-            earlier={name: getattr(options, name) for name in needs}, seed=options.seed, clean=options.clean_model,
-            dataset=options.dataset, context=context,
-        )  # fmt: skip
+        result = reactivate(request, out, context)
     say(f"{attack} of {directory}: n = {result['n_test']} (ACC), {result['n_asr']} (ASR); seed {options.seed}")
     say(f"{'':16s}{'ACC':>8s}{'ASR':>8s}{'ACC after':>11s}{result['metric']:>11s}")
     for label, before, after in (
         ("purified", result["before"], result["after"]),
         ("clean model", result["clean_before"], result["clean_after"]),
     ):
+        assert before is not None and after is not None  # the request attacks the clean model, too
         rates = (before["acc"], before["asr"], after["acc"], after["asr"])
         cells = ["-" if rate is None else f"{100 * rate:.2f}" for rate in rates]
         say(f"{label:16s}{cells[0]:>8s}{cells[1]:>8s}{cells[2]:>11s}{cells[3]:>11s}")

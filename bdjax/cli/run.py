@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     (attack, defense), rest = leading_methods(argv, "run", ("attacks", "defenses"))
     options = parse_flags("run", (attack, defense), rest, Flags, attack=attack, defense=defense, fit=True, split=True)
     from bdjax.config import Experiment
-    from bdjax.pipelines import run
+    from bdjax.pipelines.run import RunRequest, directory_of, run
 
     experiment = Experiment(
         attack, defense, options.dataset, options.model, options.seed, options.attack, options.defense,
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     with run_context(options) as context:
         if options.force:
-            remove_run(options.out or run.directory_of(experiment, options.root))
-        result, directory = run.run(experiment, options.root, options.out, context, clean=options.with_clean_model)
+            remove_run(options.out or directory_of(experiment, options.root))
+        request = RunRequest(experiment, options.root, options.out, options.with_clean_model)
+        result, directory = run(request, context)
     print_run(result, directory, options.json)

@@ -60,11 +60,11 @@ def main(argv: list[str]) -> None:
     names = tuple(options.solvers.split(",")) if options.solvers else solver_comparison.DEFAULT
     iterations = parse_integers("--iterations", options.iterations, "5,20")
     with run_context(options) as context:
-        result = solver_comparison.compare(
-            victim, solvers=names, iterations=iterations, config=options.defense,
-            split=options.split, seed=options.seed, dataset=options.dataset, rounds=None if options.rounds else (),
-            test_size=options.test_size, repeats=options.repeats, context=context,
+        request = solver_comparison.ComparisonRequest(
+            victim, names, iterations, options.defense, options.split, options.seed, options.dataset,
+            None if options.rounds else (), options.test_size, options.repeats,
         )  # fmt: skip
+        result = solver_comparison.compare(request, context)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(out / "solvers.json", json.dumps(result, indent=1) + "\n")
     say(solvers.table(result))

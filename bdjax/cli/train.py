@@ -18,17 +18,20 @@ def main(argv: list[str]) -> None:
     """Run the command with the arguments that follow its name."""
     (attack,), rest = leading_methods(argv, "train", ("attacks",))
     options = parse_flags("train", (attack,), rest, TrainingFlags, attack=attack, fit=True)
+    from bdjax import datasets
     from bdjax.config import Experiment
     from bdjax.io import checkpoint
-    from bdjax.pipelines import run, victim
+    from bdjax.pipelines.training import resolve_training, train_resolved
 
     experiment = Experiment(attack, None, options.dataset, options.model, options.seed, options.attack, fit=options.fit)
     with run_context(options) as context:
-        directory = options.out or run.victim_directory_of(experiment, options.root)
+        data = datasets.load(experiment.dataset)
+        training = resolve_training(experiment, data, options.out, options.root / "victims")
+        directory = training.directory
         if options.force:
             remove_run(directory)
         context.store = None if options.out else directory.parent
-        victim.train(experiment, directory, context)
+        train_resolved(training, context)
     if not checkpoint.is_main_process():
         return
     manifest = checkpoint.read_record(directory)
