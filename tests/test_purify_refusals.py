@@ -48,7 +48,7 @@ def data(blobs, tmp_path_factory):
         ),
         ([*FITS, "--defense", "ibua"], ["'ibua'", "Did you mean"]),
         ([*FITS, "--defense"], ["--defense needs the name"]),
-        ([*FITS, "--defense", "universal"], ["audits a model and repairs none"]),
+        ([*FITS, "--defense", "universal"], ["detects backdoors and removes none"]),
         ([*FITS, "--methods", "age,ibau"], ["ibau cannot audit"]),
         ([*FITS, "--classes", "9"], ["[9]", "[5]", "nothing was written"]),
         ([*FITS, "--input-std", "0"], ["--input-std must be positive"]),
