@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
 
     directory = checkpoint.model_directory(source)
     facts = interop.export_model(directory, options.format, options.out)
-    say(f"{facts['tensors']} tensors, named as by {facts['names']}, {facts['bytes'] / 1e6:.2f} MB: {options.out}")
+    say(f"{facts['tensors']} tensors with the names of {facts['names']}, {facts['bytes'] / 1e6:.2f} MB: {options.out}")
     if facts["input"]:
         say("The file does not contain the preprocessing that was given at import. Apply it before the network.")
     if options.json:

@@ -54,7 +54,9 @@ def main(argv: list[str]) -> None:
     source = manifest["source"]
     where = f", under {source['key']!r}" if source["key"] else ""
     say(f"model:  {manifest['model']}, {len(manifest['classes'])} classes, images {manifest['shape']}")
-    say(f"file:   {len(source['tensors'])} tensors of {source['format']}{where}, named as by {source['names']}")
+    say(
+        f"file:   {len(source['tensors'])} tensors, format {source['format']}{where}, tensor names of {source['names']}"
+    )
     say(f"input:  {_describe_preprocessing(manifest['input'])}")
     for line in assumptions.describe(manifest["assumed"], manifest["tried"], manifest["note"]):
         say(f"network: {line}")
