@@ -42,6 +42,8 @@ def check(kind: str, name: str) -> None:
         if not Path(name).is_file():
             raise InputError(f"no such file: {name}. A name that ends in .py is the path of a method of your own.")
     elif name not in names(kind):
+        if kind == "defenses" and name in names("detectors"):
+            raise InputError(f"{name} detects backdoors and removes none. Use `bdjax audit DIR --methods {name}`.")
         near = difflib.get_close_matches(name, names(kind), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise InputError(f"unknown {kind.removesuffix('s')} {name!r}.{hint} Known: {', '.join(names(kind))}.")

@@ -9,7 +9,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.signal import correlate2d
 
 from bdjax import models, registry
-from bdjax.defenses import age
+from bdjax.defenses import _activation_edit, age
+from bdjax.defenses._activation_edit import factor, later_layers
 from bdjax.types import DefenderView, Victim
 
 KEY = jax.random.key(0)
@@ -106,18 +107,20 @@ def test_the_edit_is_that_of_a_plain_formulation_with_channels_first(blobs, know
 
 def test_the_factors_have_their_mean_and_deviation():
     activation = jax.random.normal(KEY, (5, 7, 6))
-    found = age.factor(activation, (3, 3, 4, 6), 0.5, 1.0, 1e-5)
+    found = factor(activation, (3, 3, 4, 6), 0.5, 1.0, 1e-5)
     assert found.shape == (3, 3, 1, 6)
     assert float(found.mean()) == pytest.approx(1, abs=1e-5) and float(found.std()) == pytest.approx(0.5, abs=1e-3)
-    other = age.factor(activation, (3, 3, 4, 6), 0.2, 3.0, 1e-5)
+    other = factor(activation, (3, 3, 4, 6), 0.2, 3.0, 1e-5)
     assert_allclose(other, 3 + (found - 1) * 0.4, atol=1e-5)
-    assert_allclose(age.factor(jnp.full((4, 4, 6), 2.0), (3, 3, 4, 6), 0.5, 1.0, 1e-5), 1, atol=1e-6)  # nothing to say
+    assert_allclose(
+        factor(jnp.full((4, 4, 6), 2.0), (3, 3, 4, 6), 0.5, 1.0, 1e-5), 1, atol=1e-6
+    )  # nothing to say
 
 
 def test_the_target_of_ten_classes_changes_its_sign():
     """An outlier among C equal logits scores -sqrt(C - 1) when negated: a factor of -0.5, and 1 + 1/6 for the rest."""
     logits = jnp.zeros(10).at[2].set(20.0)
-    found = age.factor(logits, (64, 10), 0.5, 1.0, 1e-5)
+    found = factor(logits, (64, 10), 0.5, 1.0, 1e-5)
     assert found.shape == (1, 10)
     assert_allclose(found[0, 2], -0.5, atol=1e-4)
     assert_allclose(np.delete(found[0], 2), 7 / 6, atol=1e-4)
@@ -126,7 +129,9 @@ def test_the_target_of_ten_classes_changes_its_sign():
 def test_a_dense_layer_of_many_places_is_averaged():
     tokens = jax.random.normal(KEY, (9, 6))
     assert_allclose(
-        age.factor(tokens, (4, 6), 0.5, 1.0, 1e-5), age.factor(tokens.mean(0), (4, 6), 0.5, 1.0, 1e-5), atol=1e-6
+        factor(tokens, (4, 6), 0.5, 1.0, 1e-5),
+        factor(tokens.mean(0), (4, 6), 0.5, 1.0, 1e-5),
+        atol=1e-6,
     )
 
 
@@ -135,12 +140,20 @@ def test_a_dense_layer_of_many_places_is_averaged():
 
 def test_the_later_part_by_layers_and_by_scalars():
     layers = [("a", 1), ("b", 2), ("c", 90), ("d", 4), ("e", 3)]
-    assert age.later(layers, 0.5, "layers") == ["c", "d", "e"]  # the border is in c
-    assert age.later(layers[:4], 0.5, "layers") == ["c", "d"]
-    assert age.later(layers, 0.5, "scalars") == ["c", "d", "e"]
-    assert age.later(layers, 0.07, "scalars") == ["d", "e"]
-    assert age.later(layers, 0.01, "layers") == ["e"] == age.later(layers, 1e-6, "scalars")
-    assert age.later(layers, 1.0, "layers") == age.later(layers, 1.0, "scalars") == list("abcde")
+    assert later_layers(layers, 0.5, "layers") == ["c", "d", "e"]  # the border is in c
+    assert later_layers(layers[:4], 0.5, "layers") == ["c", "d"]
+    assert later_layers(layers, 0.5, "scalars") == ["c", "d", "e"]
+    assert later_layers(layers, 0.07, "scalars") == ["d", "e"]
+    assert (
+        later_layers(layers, 0.01, "layers")
+        == ["e"]
+        == later_layers(layers, 1e-6, "scalars")
+    )
+    assert (
+        later_layers(layers, 1.0, "layers")
+        == later_layers(layers, 1.0, "scalars")
+        == list("abcde")
+    )
 
 
 @pytest.mark.parametrize("name", large_are_slow(registry.names("models")))
@@ -163,7 +176,7 @@ def test_every_model_tells_what_each_kernel_gives_in_forward_order(name):
         assert convolutions == sorted(convolutions, key=lambda path: int(path.split("/")[0].split("_")[1]))
     assert all(value.shape[-1] == kernels[path].shape[-1] for path, value in found.items())
     assert jax.tree.structure(stats) == jax.tree.structure(variables["batch_stats"])
-    program = age._editor(model, age._Static(0.5, "layers", 128, True))
+    program = _activation_edit._editor(model, _activation_edit._Static(0.5, "layers", 128, True))
     hyper = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("scale", "shift", "epsilon")}
     edited = jax.eval_shape(program, variables, jax.ShapeDtypeStruct((5, 32, 32, 3), jnp.uint8), KEY, hyper)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), edited) == jax.tree.map(lambda a: (a.shape, a.dtype), variables)

@@ -1,4 +1,4 @@
-"""Activation-guided editing at work: with and without the trigger, repair, detection, and what it refuses."""
+"""Activation-guided editing: with and without the trigger, repair, detection, and invalid input."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ import pytest
 from conftest import perceptron
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bdjax import defenses, models
-from bdjax.defenses import age
+from bdjax import models, registry
+from bdjax.defenses import _activation_edit, age
 from bdjax.engine import FitConfig, fit, parallel
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
@@ -24,7 +24,7 @@ def corner(images, key):
 
 
 class Seen(Callback):
-    """Keeps what it is shown."""
+    """Stores the reported variables."""
 
     def __init__(self):
         self.steps = []
@@ -60,7 +60,7 @@ def test_knowledge_of_the_trigger_removes_it_and_its_class_and_repair_brings_the
 
 
 @pytest.mark.parametrize(("knows", "stages"), [(False, 1), (True, 2)])
-def test_the_watch_sees_the_edit_and_each_epoch_of_repair(backdoored, blobs, knows, stages):
+def test_the_edit_and_each_epoch_of_repair_are_reported(backdoored, blobs, knows, stages):
     callback = Seen()
     view = DefenderView(blobs[0][:40], blobs[1][:40], callback, corner)
     config = age.Config(backdoor_knowledge=knows, repair=True, epochs=2, share_of="layers", batch_norm=None)
@@ -74,37 +74,37 @@ def test_the_watch_sees_the_edit_and_each_epoch_of_repair(backdoored, blobs, kno
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "batch"), [(40, 40), (40, 20), (4, 128)])
-def test_statistics_are_estimated_anew_on_the_clean_images(number, batch):
-    """The batch's own mean enters by images / (images + 32), whatever momentum the model's running ones have."""
+def test_statistics_are_reestimated_on_the_clean_images(number, batch):
+    """The weight of the batch mean is images / (images + 32), independent of the momentum of the running mean."""
     model = models.create("cnn", (8, 8, 1), 4)
     victim = Victim(model, model.init(KEY))
     images = np.random.default_rng(0).integers(0, 256, (number, 8, 8, 1)).astype(np.uint8)
     view = DefenderView(images, np.zeros(number, np.int32), trigger=corner)
     config = age.Config(backdoor_knowledge=True, batch_size=batch)
     frozen = age.purify(dataclasses.replace(config, batch_norm="frozen"), victim, view, KEY)
-    found = age.purify(config, victim, view, KEY)
-    jax.tree.map(assert_array_equal, found["params"], frozen["params"])
+    purified = age.purify(config, victim, view, KEY)
+    jax.tree.map(assert_array_equal, purified["params"], frozen["params"])
     parts = to_float(images).reshape(-1, min(batch, number), 8, 8, 1)
     limits = []
-    for part in parts:  # a running average of the same batch again and again is the batch's own
-        now = frozen
+    for part in parts:  # the running average of one repeated batch converges to the batch mean
+        current = frozen
         for _ in range(150):
-            now = {**now, "batch_stats": model.apply(now, part, True)[2]}
-        limits.append(now["batch_stats"])
+            current = {**current, "batch_stats": model.apply(current, part, True)[2]}
+        limits.append(current["batch_stats"])
     if len(parts) > 1:
-        assert number == 2 * batch  # their order is the images' own
-    own = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *limits)
+        assert number == 2 * batch  # the batches are in file order
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *limits)
     weight = number / (number + 32)
-    expected = jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, frozen["batch_stats"], own)
-    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-3, atol=1e-5), found["batch_stats"], expected)
+    expected = jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, frozen["batch_stats"], mean)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-3, atol=1e-5), purified["batch_stats"], expected)
 
 
 def test_only_knowledge_gets_the_trigger():
     for knows in (False, True):
-        assert defenses.needs_trigger(age, age.Config(backdoor_knowledge=knows)) is knows
+        assert registry.load("defenses", "age").needs_trigger(age.Config(backdoor_knowledge=knows)) is knows
 
 
-def test_the_trigger_is_not_looked_at_without_knowledge(backdoored, blobs):
+def test_the_trigger_is_not_used_without_knowledge(backdoored, blobs):
     def refuse(images, key):
         raise AssertionError
 
@@ -149,8 +149,8 @@ def test_four_devices_agree_with_one(backdoored, blobs):
         ([2, 8, 7, 9, 3], 2, 0.1 / (1.2533 * 0.04), False),
     ],
 )
-def test_detection_by_hand(monkeypatch, after, target, score, poisoned):
-    """5 classes of 10 images, of which the model has 4, 10, 10, 10 and 5 right before."""
+def test_detection_equals_a_plain_computation(monkeypatch, after, target, score, poisoned):
+    """5 classes of 10 images, of which the model predicts 4, 10, 10, 10 and 5 correctly before the edit."""
     labels = np.repeat(np.arange(5, dtype=np.int32), 10)
 
     victim = Victim(perceptron(classes=5), perceptron(classes=5).init(KEY))
@@ -159,31 +159,31 @@ def test_detection_by_hand(monkeypatch, after, target, score, poisoned):
         right = [4, 10, 10, 10, 5] if variables is victim.variables else after
         return np.array([c if i < n else (c + 1) % 5 for c, n in enumerate(right) for i in range(10)], np.int32)
 
-    monkeypatch.setattr(age, "predict", predict)
+    monkeypatch.setattr(_activation_edit, "predict", predict)
     view = DefenderView(np.zeros((50, 8, 8, 1), np.uint8), labels)
-    found = age.detect(age.Config(), victim, view, KEY)
-    assert (found.target, found.poisoned) == (target, poisoned)
-    assert found.score == pytest.approx(score, rel=1e-4) == found.classes[target]
+    scores = age.detect(age.Config(), victim, view, KEY)
+    assert (scores.target, scores.poisoned) == (target, poisoned)
+    assert scores.score == pytest.approx(score, rel=1e-4) == scores.classes[target]
     assert not age.detect(age.Config(threshold=1e9), victim, view, KEY).poisoned
 
 
 def test_detection_is_of_the_edit_without_knowledge(backdoored, blobs, monkeypatch):
-    moved, real = [], age._editor
+    moved, real = [], _activation_edit._editor
 
     def spy(model, static):
         moved.append(static.updated)
         return real(model, static)
 
-    monkeypatch.setattr(age, "_editor", spy)
+    monkeypatch.setattr(_activation_edit, "_editor", spy)
     age.detect(age.Config(backdoor_knowledge=True), backdoored, DefenderView(*blobs), KEY)
     age.purify(age.Config(backdoor_knowledge=True), backdoored, DefenderView(*blobs, trigger=corner), KEY)
     assert moved == [True, False]
 
 
 def test_a_class_without_images_is_not_judged(backdoored, blobs):
-    kept = blobs[1] != 3
-    found = age.detect(age.Config(), backdoored, DefenderView(blobs[0][kept], blobs[1][kept]), KEY)
-    assert np.isnan(found.classes[3]) and np.isfinite(found.classes[:3]).all() and found.target != 3
+    others = blobs[1] != 3
+    scores = age.detect(age.Config(), backdoored, DefenderView(blobs[0][others], blobs[1][others]), KEY)
+    assert np.isnan(scores.classes[3]) and np.isfinite(scores.classes[:3]).all() and scores.target != 3
 
 
 # --- refusals
@@ -209,5 +209,5 @@ def test_knowledge_without_a_trigger_is_refused(backdoored, blobs):
 
 def test_a_model_that_does_not_tell_is_refused(backdoored, blobs):
     mute = dataclasses.replace(MODEL, outputs=None)
-    with pytest.raises(InputError, match="'perceptron' does not tell what its layers give"):
+    with pytest.raises(InputError, match="'perceptron' does not provide the outputs of its layers"):
         age.purify(age.Config(), Victim(mute, backdoored.variables), DefenderView(*blobs), KEY)

@@ -1,4 +1,4 @@
-"""The universal perturbation as an audit: its class, its norm, the distance it is set beside."""
+"""Detection by a universal perturbation: its class, its norm, and the distance that is its unit."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 from quarters import Seen, clean_images, victim
 
-from bdjax.defenses import universal
+from bdjax.detectors import universal
 from bdjax.errors import InputError
 
 KEY = jax.random.key(0)
@@ -16,39 +16,41 @@ KEY = jax.random.key(0)
 
 @pytest.fixture
 def view():
-    """Class 1 is rare: among equal classes the pixel's gradient would cancel, by the symmetry of the toy."""
-    everything = clean_images()
-    keep = (everything.labels != 1) | (np.arange(80) < 20)
-    return dataclasses.replace(everything, images=everything.images[keep], labels=everything.labels[keep])
+    """Class 1 is rare: with equal classes the pixel's gradient would cancel by symmetry."""
+    full = clean_images()
+    keep = (full.labels != 1) | (np.arange(80) < 20)
+    return dataclasses.replace(full, images=full.images[keep], labels=full.labels[keep])
 
 
-def measured(planted, view, **changes):
-    watched = dataclasses.replace(view, callback=Seen())
-    found = universal.detect(universal.Config(batch_size=20, **changes), victim(planted), watched, KEY)
-    return found, watched.callback.arrays
+def detect(planted, view, **changes):
+    observed = dataclasses.replace(view, callback=Seen())
+    scores = universal.detect(universal.Config(batch_size=20, **changes), victim(planted), observed, KEY)
+    return scores, observed.callback.arrays
 
 
-def test_a_planted_pixel_turns_all_images_at_a_small_part_of_their_distance(view):
-    found, seen = measured(True, view)
-    clean, unplanted = measured(False, view)
-    assert (found.target, found.poisoned) == (1, True) and found.score > 0.9
-    assert not clean.poisoned and seen["norm"] < 0.5 * unplanted["norm"]
+def test_a_backdoor_pixel_moves_all_images_at_a_small_fraction_of_their_distance(view):
+    scores, arrays = detect(True, view)
+    clean_scores, clean_arrays = detect(False, view)
+    assert (scores.target, scores.poisoned) == (1, True) and scores.score > 0.9
+    assert not clean_scores.poisoned and arrays["norm"] < 0.5 * clean_arrays["norm"]
 
 
-def test_the_norm_is_the_smallest_of_the_lengths_that_turn_enough_images(view):
-    """The reported length turns enough images, one step of the scale less does not."""
-    found, seen = measured(True, view, scales=20, enough=0.8)
-    subject, images = victim(True), view.images.astype(np.float32) / 255
+def test_the_norm_is_the_smallest_length_that_moves_enough_images(view):
+    """The reported length moves enough images, the next smaller length does not."""
+    scores, arrays = detect(True, view, scales=20, enough=0.8)
+    artifact, images = victim(True), view.images.astype(np.float32) / 255
     distance = universal._distance(images, view.labels)
-    length = np.linalg.norm(seen["perturbation"])
-    assert_allclose(length / distance, seen["norm"], rtol=1e-5)
-    others = view.labels != found.target
+    length = np.linalg.norm(arrays["perturbation"])
+    assert_allclose(length / distance, arrays["norm"], rtol=1e-5)
+    others = view.labels != scores.target
 
-    def turned(scale):
-        moved = np.clip(images + scale * seen["perturbation"], 0, 1)
-        return (np.asarray(subject.model.logits(subject.variables, moved)).argmax(1) == found.target)[others].mean()
+    def moved_rate(scale):
+        changed = np.clip(images + scale * arrays["perturbation"], 0, 1)
+        return (np.asarray(artifact.model.logits(artifact.variables, changed)).argmax(1) == scores.target)[
+            others
+        ].mean()
 
-    assert turned(1.0) >= 0.8 > turned(1 - distance / 20 / length)
+    assert moved_rate(1.0) >= 0.8 > moved_rate(1 - distance / 20 / length)
 
 
 def test_the_distance_is_the_median_to_the_nearest_of_another_class():
@@ -59,5 +61,5 @@ def test_the_distance_is_the_median_to_the_nearest_of_another_class():
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(InputError, match=r"defense.enough must be in \(0, 1\], got 0"):
+    with pytest.raises(InputError, match=r"detector.enough must be in \(0, 1\], got 0"):
         universal.Config(enough=0)

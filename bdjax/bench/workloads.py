@@ -12,7 +12,8 @@ import numpy as np
 from bdjax import attacks, models
 from bdjax.config import config_of
 from bdjax.datasets._files import read_array
-from bdjax.defenses import age, bibau, ibau, neural_cleanse
+from bdjax.defenses import age, bibau, ibau
+from bdjax.detectors import _smallest_patches, neural_cleanse
 from bdjax.engine import FitConfig, fit, fit_with_hook, many, predict, run_epoch
 from bdjax.engine.epoch import intercept_epochs
 from bdjax.types import DefenderView, Task, Victim
@@ -178,7 +179,7 @@ def _inversion(sizes: Sizes) -> Job:
     """One epoch of the trigger inversion for all classes; an image counts once per class."""
     victim, view = _victim("small_vgg", sizes), DefenderView(*random_images(sizes.searched, sizes.shape))
     config = neural_cleanse.Config(epochs=1)
-    run = partial(neural_cleanse.search, config, victim, view, jax.random.key(0))
+    run = partial(_smallest_patches.search, config, victim, view, jax.random.key(0))
     return Job(run, sizes.searched * CLASSES)
 
 

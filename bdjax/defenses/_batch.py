@@ -1,4 +1,4 @@
-"""How many images a step takes, and batches in the given order."""
+"""The number of images per step, and batches in file order."""
 
 import jax
 import jax.numpy as jnp
@@ -9,50 +9,75 @@ from bdjax.errors import InputError
 from bdjax.types import Key
 
 
-def batch_of(wanted: int, total: int, what: str = "images") -> int:
-    """Images a step: `wanted`, or all there are, that the devices divide. Raises InputError when that is none.
+def batch_of(requested: int, total: int, noun: str = "images") -> int:
+    """Return the batch size: the requested one, or all images, rounded down to a multiple of the number of devices.
 
-    Args: what: names the images in the message.
+    Args:
+      requested: requested number of images per step.
+      total: number of images.
+      noun: name of the images, for the message.
+
+    Returns:
+      Images per step.
+
+    Raises:
+      InputError: when there are fewer images than devices.
     """
-    size = min(wanted, total) // parallel.count() * parallel.count()
+    size = min(requested, total) // parallel.count() * parallel.count()
     if size == 0:
         raise InputError(
-            f"{min(wanted, total)} {what} cannot be split over {parallel.count()} devices. "
+            f"{min(requested, total)} {noun} cannot be split over {parallel.count()} devices. "
             "Use --devices 1 or a larger --defense.batch-size."
         )
     return size
 
 
-def own_part(leaf: jax.Array, axis: str | None) -> jax.Array:
-    """This device's share of a batch that every device was given whole."""
+def device_part(leaf: jax.Array, axis: str | None) -> jax.Array:
+    """Return this device's part of a batch [n, ...] that every device has in full."""
     if axis is None:
         return leaf
-    part = leaf.shape[0] // parallel.size(axis)
-    return jax.lax.dynamic_slice_in_dim(leaf, jax.lax.axis_index(axis) * part, part)
+    rows = leaf.shape[0] // parallel.size(axis)
+    return jax.lax.dynamic_slice_in_dim(leaf, jax.lax.axis_index(axis) * rows, rows)
 
 
-def in_order(total: int, size: int, devices: int) -> dict[str, jax.Array]:
-    """Batches in the given order, padded to one shape that the devices divide.
+def sequential_batches(total: int, size: int, devices: int) -> dict[str, jax.Array]:
+    """Split images into batches in their given order, padded to one shape that the devices can share evenly.
 
-    index int32 and weight float32 [batches, padded size] (weights of a batch sum to one), images float32 [batches].
+    Args:
+      total: number of images.
+      size: images per batch; the last batch may have fewer.
+      devices: number of devices.
+
+    Returns:
+      "index" int32 and "weight" float32, both [batches, padded size] (the weights of a batch sum to one, padding has
+      weight zero), and "images" float32 [batches], the number of images in each batch.
     """
     size = min(size, total)
-    number = -(-total // size)
-    padded = -(-size // devices) * devices
-    place = np.arange(number)[:, None] * size + np.arange(padded)
-    real = (np.arange(padded) < size) & (place < total)
-    images = real.sum(1)
+    count = -(-total // size)
+    padded_size = -(-size // devices) * devices
+    positions = np.arange(count)[:, None] * size + np.arange(padded_size)
+    is_real = (np.arange(padded_size) < size) & (positions < total)
+    image_counts = is_real.sum(1)
     return {
-        "index": jnp.asarray(np.where(real, place, 0), jnp.int32),
-        "weight": jnp.asarray(real / images[:, None], jnp.float32),
-        "images": jnp.asarray(images, jnp.float32),
+        "index": jnp.asarray(np.where(is_real, positions, 0), jnp.int32),
+        "weight": jnp.asarray(is_real / image_counts[:, None], jnp.float32),
+        "images": jnp.asarray(image_counts, jnp.float32),
     }
 
 
-def patched(weight: jax.Array, size: int, count: int, key: Key) -> jax.Array:
-    """Exactly `count` images of each batch (all, if it has fewer), drawn at random: bool [batches, padded size].
+def draw_patched(weight: jax.Array, size: int, count: int, key: Key) -> jax.Array:
+    """Draw which images of each batch are patched: exactly `count`, or all if a batch has fewer.
 
-    The draw is over the `size` places before padding, so that it is the same on any number of devices.
+    The draw is over the `size` positions before padding, so that it is the same on any number of devices.
+
+    Args:
+      weight: float32 [batches, padded size], zero for padding.
+      size: images per batch before padding.
+      count: number of patched images per batch.
+      key: random key.
+
+    Returns:
+      bool [batches, padded size].
     """
     score = jax.random.uniform(key, (len(weight), size))
     score = jnp.where(weight > 0, jnp.pad(score, ((0, 0), (0, weight.shape[1] - size))), -1)

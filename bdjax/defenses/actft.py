@@ -1,18 +1,26 @@
-"""actFT: fine-tune a copy so that triggered images activate what clean ones do in the original (Hsieh et al., 2024).
+"""actFT: fine-tune a copy so that triggered images activate it as clean images activate the original.
 
-The baseline of AGE, after an auxiliary routine in the release of Qiao et al. (NeurIPS 2019). Not a defense of its own:
-whoever can run it has the trigger. No labels. With a_l what convolution l gives, A the trigger at its test-time
-strength, B a random half of each batch, and θ from θ_b:
+The baseline of AGE (F. Hsieh et al., "Mitigating Backdoor Attacks using Activation-Guided Model Editing", 2024,
+arXiv:2407.07662), after an auxiliary routine in the release of X. Qiao, Y. Yang and H. Li, "Defending Neural Backdoors
+via Generative Distribution Modeling", NeurIPS 2019, arXiv:1910.04749.
+
+Threat model: it is not an independent defense, because it requires the trigger. It uses no labels.
+
+With a_l the output of convolution l, A the trigger at its test-time strength, B a random half of each batch, and θ
+starting from θ_b:
 
     min_θ  mean over images, layers and elements of  (a_l(x'; θ) - a_l(x; θ_b))²,     x' = A(x) in B, else x
 
-The mean is over all elements of all layers together, so that a layer counts by its size; the dense layers are no part
-of it and stay as they are. The defaults are those of the release: SGD 1e-3, momentum 0.9, one epoch, both networks in
-evaluation mode. Its authors note that batch normalisation in training mode removes some backdoors by itself, so the
-mode is a field here.
+The mean is over all elements of all layers together, so that a layer is weighted by its size. Dense layers are not
+included and stay unchanged. The defaults are those of the release: SGD 1e-3, momentum 0.9, one epoch, both networks in
+evaluation mode. Its authors note that batch normalisation in training mode alone removes some backdoors, so the mode is
+a field here.
 
-Deviations: the batch size is not printed, 128 as elsewhere in that release. A model without a convolution is matched in
-what all its layers give (ours). A last, smaller batch waits for the next epoch's shuffle.
+Deviations:
+
+- The batch size is not printed; it is 128, as elsewhere in that release.
+- For a model without a convolution, the outputs of all layers are matched (ours).
+- The images of a last, smaller batch are left out until the next epoch's shuffle.
 """
 
 from collections.abc import Callable
@@ -37,20 +45,20 @@ NEEDS_TRIGGER = True
 
 @dataclass(frozen=True)
 class Config:
-    """The recipe of the fine-tuning."""
+    """Hyper-parameters of the fine-tuning."""
 
     epochs: int = 1
     """Passes over the images."""
     batch_size: int = 128
-    """Images a step; all of them when there are fewer."""
+    """Images per step, at most the number of images."""
     fraction: float = 0.5
-    """Share of a batch that carries the trigger, in (0, 1]; at least one image."""
+    """Fraction of a batch that carries the trigger, in (0, 1]; at least one image."""
     learning_rate: float = 1e-3
-    """Of SGD."""
+    """Learning rate of SGD."""
     momentum: float = 0.9
-    """Of SGD, in [0, 1)."""
+    """Momentum of SGD, in [0, 1)."""
     batch_norm: Literal["frozen", "batch"] = "frozen"
-    """Of the copy: the stored statistics, or each batch's (the running ones follow)."""
+    """BatchNorm statistics of the copy: the stored ones, or those of each batch (the running ones are updated)."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -64,17 +72,26 @@ class Config:
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Teach a copy of the victim to see triggered images as the victim sees clean ones.
+    """Train a copy of the victim to match, on triggered images, the victim's activations on the clean images.
 
-    Args: view: clean images (stored [n, H, W, C]) and the trigger; key: shuffles them and draws which are triggered.
-    Returns: the variables; the watch is shown them and the loss after each epoch.
-    Raises InputError without a trigger, for fewer images than devices, for a loss that is not finite.
+    Args:
+      config: the hyper-parameters.
+      victim: the model to clean.
+      view: clean images (stored [n, H, W, C]) and the trigger. After each epoch its callback receives the variables and
+        the loss.
+      key: shuffles the images and draws which of them carry the trigger.
+
+    Returns:
+      The cleaned variables.
+
+    Raises:
+      InputError: when there is no trigger, there are fewer images than devices, or the loss is not finite.
     """
     total = len(view.images)
     stamped = triggered("actft", view, jax.random.fold_in(key, 0))
-    size = batch_of(config.batch_size, total)
-    number, step = total // size, _step(victim.model, config.batch_norm == "batch")
-    shared = {
+    batch_size = batch_of(config.batch_size, total)
+    steps, step = total // batch_size, _step(victim.model, config.batch_norm == "batch")
+    constants = {
         "clean": jnp.asarray(view.images),
         "stamped": stamped,
         "original": jax.tree.map(jnp.array, {**victim.variables}),
@@ -83,14 +100,14 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     }
     state = jax.tree.map(jnp.array, {**victim.variables})  # a copy, for the step's state is donated
     state["opt"] = direction("sgd", config.momentum).init(state["params"])
-    carries = jnp.arange(size) < max(1, int(config.fraction * size))
+    template = jnp.arange(batch_size) < max(1, int(config.fraction * batch_size))
     for epoch in range(config.epochs):
         tick = partial(view.callback.on_progress, f"actFT epoch {epoch + 1} of {config.epochs}")
         keys = jax.random.split(jax.random.fold_in(key, epoch + 1))
-        order = jax.random.permutation(keys[0], total)[: number * size].reshape(number, size)
-        places = jax.vmap(lambda k: jax.random.permutation(k, carries))(jax.random.split(keys[1], number))
-        state, metrics = run_epoch(step, state, {"index": order, "triggered": places}, {}, shared, tick=tick)
-        check_finite(metrics["loss"], config.learning_rate, epoch * number, "loss", "defense.learning_rate")
+        order = jax.random.permutation(keys[0], total)[: steps * batch_size].reshape(steps, batch_size)
+        is_triggered = jax.vmap(lambda k: jax.random.permutation(k, template))(jax.random.split(keys[1], steps))
+        state, metrics = run_epoch(step, state, {"index": order, "triggered": is_triggered}, {}, constants, tick=tick)
+        check_finite(metrics["loss"], config.learning_rate, epoch * steps, "loss", "defense.learning_rate")
         variables = {name: state[name] for name in ("params", "batch_stats")}
         view.callback.on_round_end(epoch + 1, variables, loss=metrics["loss"].mean())
     return variables
@@ -98,27 +115,30 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
 
 @lru_cache(maxsize=16)
 def _step(model: Model, train: bool) -> Callable:
-    def activations(variables: Variables, images: jax.Array, mode: bool, axis: str | None) -> tuple[Any, Any]:
-        outputs, stats = models.outputs(model, variables, images, mode, axis)
-        maps = {path: value for path, value in outputs.items() if value.ndim == 4}
-        return jax.tree.map(lambda value: value.astype(jnp.float32), maps or outputs), stats
+    """Return one step of θ, in the engine's form."""
 
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        clean = to_float(shared["clean"][split["index"]])
-        shown = jnp.where(split["triggered"][:, None, None, None], shared["stamped"][split["index"]], clean)
-        wanted = activations(shared["original"], clean, False, axis)[0]
+    def activations(variables: Variables, images: jax.Array, mode: bool, axis: str | None) -> tuple[Any, Any]:
+        """Return the outputs of all convolutions (of all layers, if there is none) and the BatchNorm statistics."""
+        outputs, stats = models.outputs(model, variables, images, mode, axis)
+        maps = {path: output for path, output in outputs.items() if output.ndim == 4}
+        return jax.tree.map(lambda output: output.astype(jnp.float32), maps or outputs), stats
+
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        clean = to_float(constants["clean"][batch["index"]])
+        inputs = jnp.where(batch["triggered"][:, None, None, None], constants["stamped"][batch["index"]], clean)
+        targets = activations(constants["original"], clean, False, axis)[0]
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state["batch_stats"]}
-            found, stats = activations(variables, shown, train, axis)
-            squares = jax.tree.map(lambda a, b: ((a - b) ** 2).sum(), found, wanted)
-            elements = sum(value.size for value in wanted.values())
+            copy_activations, stats = activations(variables, inputs, train, axis)
+            squares = jax.tree.map(lambda a, b: ((a - b) ** 2).sum(), copy_activations, targets)
+            elements = sum(target.size for target in targets.values())
             return jax.tree.reduce(jnp.add, squares) / elements, stats
 
-        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        value, gradient = parallel.average((value, gradient), axis)
-        update, opt = direction("sgd", shared["momentum"]).update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - shared["rate"] * u, state["params"], update)
-        return {"params": params, "batch_stats": stats, "opt": opt}, {"loss": value}
+        (loss_value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        loss_value, gradient = parallel.average((loss_value, gradient), axis)
+        update, opt = direction("sgd", constants["momentum"]).update(gradient, state["opt"])
+        params = jax.tree.map(lambda p, u: p - constants["rate"] * u, state["params"], update)
+        return {"params": params, "batch_stats": stats, "opt": opt}, {"loss": loss_value}
 
     return step

@@ -1,16 +1,21 @@
-"""Fine-tuning: train on with clean images, the plainest defense of all and the baseline of the others.
+"""Fine-tuning: continue training on clean images, the simplest defense and the baseline of the others.
 
-Threat model: the defender has the model and clean labelled images, no trigger.
+Recipe of BackdoorBench: B. Wu et al., "BackdoorBench: A Comprehensive Benchmark of Backdoor Learning", NeurIPS 2022
+(Datasets and Benchmarks).
+
+Threat model: the defender has the model and clean labelled images, but no trigger.
 
     min_θ mean CE(f_θ(x), y),     θ from θ_b
 
-What it does to a backdoor is decided by the learning rate and by the statistics of batch normalisation, which follow
-the defender's images (training mode). The defaults are BackdoorBench's: SGD 0.01 falling along a cosine, 100 epochs,
-random crops. AGE's basicFT is this defense with the recipe of the victim's own training, also the teacher of NAD. What
-BAERASER's tables call fine-tuning is another method (with recovered triggers).
+The effect on a backdoor depends on the learning rate and on the BatchNorm statistics, which follow the defender's
+images (training mode). The defaults are BackdoorBench's: SGD 0.01 with cosine decay, 100 epochs, random crops. AGE's
+basicFT is this defense with the recipe of the victim's own training, which is also the teacher of NAD. What BAERASER's
+tables call fine-tuning is another method (with recovered triggers; :mod:`bdjax.defenses.mesa_finetune`).
 
-Deviations: BackdoorBench flips CIFAR-10's images too (`augment=crop_flip`). A last, smaller batch of an epoch is left
-out.
+Deviations:
+
+- BackdoorBench also flips the images of CIFAR-10 (`augment=crop_flip`).
+- A last, smaller batch of an epoch is left out.
 """
 
 from dataclasses import dataclass
@@ -24,22 +29,22 @@ from bdjax.types import DefenderView, Key, Variables, Victim
 
 @dataclass(frozen=True)
 class Config:
-    """The recipe."""
+    """Hyper-parameters of the fine-tuning."""
 
     epochs: int = 100
     """Passes over the clean images."""
     batch_size: int = 256
-    """Images a step; all of them when there are fewer."""
+    """Images per step, at most the number of images."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """SGD with `momentum`, or Adam."""
     learning_rate: float = 0.01
-    """At the first step."""
+    """Learning rate at the first step."""
     momentum: float = 0.9
-    """Of SGD, in [0, 1)."""
+    """Momentum of SGD, in [0, 1)."""
     weight_decay: float = 5e-4
-    """L2 term added to the gradient."""
+    """L2 term that is added to the gradient."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
-    """Cosine to zero, or times 0.1 at 50 % and 75 % of the epochs."""
+    """Schedule of the learning rate: constant, cosine to zero, or times 0.1 at 50 % and 75 % of the epochs."""
     augment: Literal["none", "crop", "crop_flip", "crop_flip_cutout"] = "crop"
     """Random crop (zero padding 4), horizontal flip, cut-out of 16 pixels."""
 
@@ -55,11 +60,19 @@ class Config:
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Train the victim on with clean images.
+    """Continue the victim's training on clean images.
 
-    Args: view: clean images (stored [n, H, W, C]) and labels [n]; key: shuffles and augments them.
-    Returns: the variables; the watch is shown them after each epoch.
-    Raises InputError for fewer images than devices, and for a loss that is not finite.
+    Args:
+      config: the hyper-parameters.
+      victim: the model to clean.
+      view: clean images (stored [n, H, W, C]) and labels [n]. Its callback receives the variables after each epoch.
+      key: shuffles and augments the images.
+
+    Returns:
+      The cleaned variables.
+
+    Raises:
+      InputError: when there are fewer images than devices, or the loss is not finite.
     """
     recipe = FitConfig(
         config.epochs, config.batch_size, config.optimizer, config.learning_rate, config.momentum,

@@ -1,12 +1,19 @@
-"""IBU: idealised unlearning with the true trigger, what every unlearner is measured against (BI-BAU, Eq. 49-50).
+"""IBU: idealised unlearning with the true trigger, the reference for all unlearning methods.
 
-Not a defense: whoever can run it has the trigger. The purified model is fine-tuned on the clean images and on the same
-images with the trigger on and their true labels, in equal parts:
+Defined in BI-BAU, Eq. 49-50: Z. Zhu et al., "Rethinking Backdoor Adversarial Unlearning through the Lens of
+Catastrophic Forgetting in Continual Learning", 2026, arXiv:2606.14078.
+
+It is not a defense, because it requires the trigger. The model is fine-tuned on the clean images and on the same images
+with the trigger and their true labels, in equal parts:
 
     mean CE(f(x), y) + mean CE(f(A(x)), y),     A the trigger at its test-time strength
 
-Deviations: the paper's weights of the two terms are lost, 1 : 1 here; so are its recipe's constants, the defaults are
-those of plain fine-tuning (SGD 0.01, momentum 0.9, weight decay 5e-4, batches of 256). Every image is stamped once.
+Deviations:
+
+- The paper's weights of the two terms are missing from the available text; they are 1 : 1 here.
+- So are the constants of its recipe; the defaults are those of plain fine-tuning (SGD 0.01, momentum 0.9, weight decay
+  5e-4, batches of 256).
+- The trigger is put on every image once, before training.
 """
 
 from dataclasses import dataclass
@@ -25,18 +32,18 @@ NEEDS_TRIGGER = True
 
 @dataclass(frozen=True)
 class Config:
-    """The recipe of the fine-tuning."""
+    """Hyper-parameters of the fine-tuning."""
 
     epochs: int = 20
     """Passes over clean and triggered images together."""
     batch_size: int = 256
-    """Images a step, at most."""
+    """Images per step, at most."""
     learning_rate: float = 0.01
-    """Of SGD."""
+    """Learning rate of SGD."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """L2 term added to the gradient."""
+    """L2 term that is added to the gradient."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -51,8 +58,18 @@ class Config:
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
     """Fine-tune on clean images and on triggered ones with their true labels.
 
-    Args: view: clean images (stored [n, H, W, C]), labels [n] and the trigger.
-    Returns: the variables; the watch is shown them after each epoch. Raises InputError without a trigger.
+    Args:
+      config: the hyper-parameters.
+      victim: the model to clean.
+      view: clean images (stored [n, H, W, C]), labels [n] and the trigger. Its callback receives the variables after
+        each epoch.
+      key: draws the trigger and the order of the images.
+
+    Returns:
+      The cleaned variables.
+
+    Raises:
+      InputError: when there is no trigger.
     """
     stamped = triggered("ibu", view, jax.random.fold_in(key, 0))
     images = np.concatenate([to_float(view.images), stamped])

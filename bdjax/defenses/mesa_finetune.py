@@ -1,16 +1,22 @@
-"""MESA fine-tuning: recover triggers, then fine-tune with them and the true labels (Qiao et al., NeurIPS 2019).
+"""MESA fine-tuning: recover triggers, then fine-tune on images that carry them with the true labels.
 
-Threat model: the defender has the model and clean labelled images, no trigger and no target label.
+X. Qiao, Y. Yang and H. Li, "Defending Neural Backdoors via Generative Distribution Modeling", NeurIPS 2019,
+arXiv:1910.04749. It is the "Fine-Tuning" baseline of BAERASER.
 
-BAERASER's "Fine-Tuning" baseline: the recovery of BAERASER (:mod:`bdjax.defenses._staircase`), then plain training,
+Threat model: the defender has the model and clean labelled images, but no trigger and no target label.
 
-    mean CE(f(x), y),    x with a kept trigger on for a share of the images, y always the true label,
+The recovery is that of BAERASER (:mod:`bdjax.defenses._staircase`). Then the model is trained in training mode on
 
-in training mode, by MESA's recipe: SGD 1e-3 with momentum 0.9 and no weight decay, batches of 128, 10 epochs, 1 % of
-the images triggered (drawn anew each epoch). If no trigger is kept, the model is given back as it is.
+    mean CE(f(x), y),    x with an accepted trigger for a share of the images, y always the true label,
 
-Deviations: MESA is told the target, here all labels are tried; it goes through its three generators epoch by epoch,
-here every image gets a trigger from the pool of what they drew; at least one image an epoch has one.
+with MESA's recipe: SGD 1e-3 with momentum 0.9 and no weight decay, batches of 128, 10 epochs, 1 % of the images
+triggered (drawn anew in each epoch). If no trigger is accepted, the model is returned unchanged.
+
+Deviations:
+
+- MESA knows the target label; here all labels are tried.
+- MESA uses its three generators in turn, one per epoch; here every image gets a trigger from the pool of their samples.
+- At least one image per epoch carries a trigger.
 """
 
 from dataclasses import dataclass
@@ -20,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.defenses._batch import batch_of
-from bdjax.defenses._pool import Showing, stamper
+from bdjax.defenses._pool import PoolCallback, stamper
 from bdjax.defenses._staircase import RecoveryConfig, recover
 from bdjax.engine import FitConfig, fit_with_hook
 from bdjax.errors import check_fields
@@ -29,18 +35,18 @@ from bdjax.types import Batch, DefenderView, Images, Key, SampleInfo, TrainingHo
 
 @dataclass(frozen=True)
 class Config(RecoveryConfig):
-    """Recovery (the fields of RecoveryConfig) and fine-tuning."""
+    """Hyper-parameters of the recovery (the fields of RecoveryConfig) and of the fine-tuning."""
 
     epochs: int = 10
     """Passes over the clean images."""
     fraction: float = 0.01
-    """Share of them that carries a recovered trigger, in (0, 1]; MESA sweeps it up to 0.1."""
+    """Fraction of them that carries a recovered trigger, in (0, 1]; MESA tries values up to 0.1."""
     learning_rate: float = 1e-3
-    """Of SGD."""
+    """Learning rate of SGD."""
     momentum: float = 0.9
-    """Of SGD, in [0, 1)."""
+    """Momentum of SGD, in [0, 1)."""
     weight_decay: float = 0.0
-    """L2 term added to the gradient."""
+    """L2 term that is added to the gradient."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,22 +62,31 @@ class Config(RecoveryConfig):
 
 
 def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Variables:
-    """Recover triggers of every label, and fine-tune against those that work.
+    """Recover triggers for every label, and fine-tune on images that carry the accepted ones.
 
-    Args: view: clean images (stored [n, H, W, C]) and labels [n]; key: draws all that is random.
-    Returns: the variables; the watch is shown them, the suspected labels and the recovered triggers after each epoch,
-      or once if no label is suspected. Raises InputError as `recover` does, and for a loss that is not finite.
+    Args:
+      config: the hyper-parameters.
+      victim: the model to clean.
+      view: clean images (stored [n, H, W, C]) and labels [n]. Its callback receives the variables, the suspected labels
+        and the recovered triggers after each epoch, or once if no label is suspected.
+      key: draws all random numbers.
+
+    Returns:
+      The cleaned variables; those of the victim when no label is suspected.
+
+    Raises:
+      InputError: as `recover`, and when the loss is not finite.
     """
     pool = recover(config, victim, view, jax.random.fold_in(key, 0))
-    callback = Showing(view.callback, pool)
-    if not len(pool.suspected()):
-        callback.on_round_end(1, given := {**victim.variables})
-        return given
-    size = batch_of(config.batch_size, len(view.labels), "clean images a step")
-    share = max(config.fraction, 1 / (len(view.labels) // size * size))
-    hook = TrainingHook(config.form, (share,), _triggered)
+    callback = PoolCallback(view.callback, pool)
+    if not len(pool.suspected_labels()):
+        callback.on_round_end(1, unchanged := {**victim.variables})
+        return unchanged
+    batch_size = batch_of(config.batch_size, len(view.labels), "clean images a step")
+    share = max(config.fraction, 1 / (len(view.labels) // batch_size * batch_size))
+    hook = TrainingHook(config.form, (share,), _add_triggers)
     recipe = FitConfig(
-        config.epochs, size, "sgd", config.learning_rate, config.momentum, weight_decay=config.weight_decay
+        config.epochs, batch_size, "sgd", config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
     return fit_with_hook(
         victim.model, view.images, view.labels, recipe, jax.random.fold_in(key, 1), hook, {"fixed": {"pool": pool}},
@@ -79,7 +94,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     )[0]  # fmt: skip
 
 
-def _triggered(form: Any, given: Any, images: Images, labels: jax.Array, info: SampleInfo) -> Batch:
-    """The batch with a kept trigger on the images of role 1, and the true labels."""
-    stamped, _ = stamper(form)(given["fixed"]["pool"], images, info.key)
+def _add_triggers(form: Any, attacker: Any, images: Images, labels: jax.Array, info: SampleInfo) -> Batch:
+    """Put an accepted trigger on the images of role 1, and keep the true labels."""
+    stamped, _ = stamper(form)(attacker["fixed"]["pool"], images, info.key)
     return Batch(jnp.where((info.role == 1)[:, None, None, None], stamped, images), labels)

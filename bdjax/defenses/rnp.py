@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from bdjax.defenses._batch import batch_of
 from bdjax.defenses._epochs import Epoch, train_epochs
@@ -45,6 +44,7 @@ from bdjax.defenses._masks import (
     split_validation,
     sweep_thresholds,
 )
+from bdjax.defenses._pool import draw_batches
 from bdjax.engine import FitConfig
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Variables, Victim
@@ -112,11 +112,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     view, validation = split_validation(view, jax.random.fold_in(key, 0))
     unlearned = unlearn(config, victim, view, jax.random.fold_in(key, 1))
     size = batch_of(config.batch_size, len(view.labels))
-    number, order_key = len(view.labels) // size, jax.random.fold_in(key, 2)
-    order = jnp.concatenate([
-        jax.random.permutation(jax.random.fold_in(order_key, epoch), len(view.labels))[: number * size].reshape(number, size)
-        for epoch in range(config.mask_epochs)
-    ])  # fmt: skip
+    steps = config.mask_epochs * (len(view.labels) // size)
+    order = draw_batches(jax.random.fold_in(key, 2), len(view.labels), size, steps)
     masks = learn_masks(
         victim.model, unlearned.variables, view, order,
         MaskOptimizer(config.mask_learning_rate, config.momentum, config.alpha), 0, config.augment,
