@@ -1,4 +1,4 @@
-"""CLP, BNP and EP against numbers computed by hand or by NumPy; what is refused; every network of the field."""
+"""CLP, BNP and EP against values computed by hand or by NumPy; refused inputs; common networks."""
 
 import math
 
@@ -23,8 +23,8 @@ def victim(blobs):
     return victim_of(blobs)
 
 
-def entered(victim, images):
-    """What the normalisation is given, by the convolution alone: float32 [N, 8, 8, 6]."""
+def norm_input(victim, images):
+    """Input of the normalisation, computed by the convolution alone: float32 [N, 8, 8, 6]."""
     conv = victim.variables["params"]["conv"]
     x = jnp.asarray(images, jnp.float32) / 255
     layout = ("NHWC", "HWIO", "NHWC")
@@ -34,9 +34,9 @@ def entered(victim, images):
 # --- which convolution a normalisation follows
 
 
-def followed(name):
-    module = registry.load("models", name)
-    least = max(8, module.SMALLEST)
+def paired_norms(name):
+    spec = registry.load("models", name)
+    least = max(8, spec.smallest)
     model = models.create(name, (least, least, 3), 10)
     pairs, like = models.norm_kernels(model), jax.eval_shape(model.init, KEY)
     leaves = models.kernels(like["params"])
@@ -45,8 +45,8 @@ def followed(name):
     return pairs, sum(path.endswith("/var") for path in models.kernels(like["batch_stats"]))
 
 
-def test_every_normalisation_of_a_plain_network_follows_its_convolution():
-    pairs, norms = followed("cnn")  # pooling stands between
+def test_every_normalisation_of_a_plain_network_is_paired_with_its_convolution():
+    pairs, norms = paired_norms("cnn")  # with pooling in between
     assert pairs == {f"BatchNorm_{i}": f"Conv_{i}/kernel" for i in range(3)} and norms == 3
     assert models.norm_kernels(MODEL) == {"norm": "conv/kernel"} and models.norm_kernels(perceptron()) == {}
 
@@ -54,14 +54,14 @@ def test_every_normalisation_of_a_plain_network_follows_its_convolution():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["small_vgg", "resnet18", "vgg16_bn", "mobilenet_v2", "resnet", "googlenet"])
 def test_every_normalisation_after_a_convolution_is_paired(name):
-    pairs, norms = followed(name)
+    pairs, norms = paired_norms(name)
     assert len(pairs) == norms == len(set(pairs.values()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "number"), [("preact_resnet18", 8), ("wide_resnet", 6), ("senet18", 9)])
-def test_of_a_block_that_normalises_first_only_the_second_is_paired(name, number):
-    pairs, norms = followed(name)
+def test_only_the_second_normalisation_of_a_preactivation_block_is_paired(name, number):
+    pairs, norms = paired_norms(name)
     assert len(pairs) == number < norms
     if name == "wide_resnet":
         assert set(pairs) == {f"block{i}.layer.{j}.bn2" for i in (1, 2, 3) for j in (0, 1)}
@@ -71,7 +71,7 @@ def test_of_a_block_that_normalises_first_only_the_second_is_paired(name, number
 # --- clp
 
 
-def test_the_bound_is_the_largest_singular_value_of_each_channel():
+def test_lipschitz_bound_is_the_largest_singular_value_of_each_channel():
     rng = np.random.default_rng(2)
     kernel, scale = rng.normal(size=(3, 3, 5, 7)).astype(np.float32), rng.normal(size=7).astype(np.float32)
     variance = rng.uniform(0.1, 2, 7).astype(np.float32)
@@ -87,7 +87,7 @@ def test_the_bound_is_the_largest_singular_value_of_each_channel():
     )  # of a depthwise one
 
 
-def test_clp_zeroes_scale_and_bias_of_what_stands_out_and_nothing_else(victim):
+def test_clp_zeroes_scale_and_bias_of_outliers_only(victim):
     params = victim.variables["params"]
     kernel = jnp.ones_like(params["conv"]["kernel"]).at[..., 4].mul(50.0)
     own = {**victim.variables, "params": {**params, "conv": {**params["conv"], "kernel": kernel}}}
@@ -103,10 +103,10 @@ def test_clp_zeroes_scale_and_bias_of_what_stands_out_and_nothing_else(victim):
     jax.tree.map(assert_array_equal, untouched, own)
 
 
-def test_what_stands_out_is_above_the_mean_by_the_samples_deviation():
+def test_outliers_are_above_the_mean_by_the_sample_standard_deviation():
     measure = np.array([1.0, 2.0, 3.0, 10.0])  # mean 4, deviation sqrt(50 / 3) = 4.0825
     assert_array_equal(_outliers.is_outlier(measure, 6 / 4.09), [False, False, False, True])
-    assert not _outliers.is_outlier(measure, 6 / 4.08).any()  # with n in place of n - 1 it is 3.54, and 10 stands out
+    assert not _outliers.is_outlier(measure, 6 / 4.08).any()  # with n instead of n - 1 it is 3.54, and 10 is an outlier
     assert_array_equal(
         _outliers.is_outlier(np.array([1.0, 2, 3, 10, np.nan]), 6 / 4.09), [False, False, False, True, False]
     )
@@ -118,7 +118,7 @@ def test_what_stands_out_is_above_the_mean_by_the_samples_deviation():
 # --- bnp
 
 
-def test_the_divergence_is_that_of_two_normal_distributions():
+def test_kl_divergence_of_two_normal_distributions():
     assert_allclose(bnp.kl_divergence([0.0], [1.0], [1.0], [4.0]), [math.log(2) + 2 / 8 - 0.5])
     x = np.linspace(-30, 30, 400_001)
 
@@ -131,9 +131,9 @@ def test_the_divergence_is_that_of_two_normal_distributions():
     assert_array_equal(bnp.kl_divergence([1.0], [0.0], [1.0], [0.0]), [0.0])  # a dead channel
 
 
-def test_bnp_prunes_the_channel_whose_clean_statistics_left_the_stored_ones(victim, blobs):
+def test_bnp_prunes_the_channel_whose_clean_statistics_differ_from_the_running_ones(victim, blobs):
     images = blobs[0][:130]  # two parts, of 100 and 30
-    x = np.asarray(entered(victim, images), np.float64)
+    x = np.asarray(norm_input(victim, images), np.float64)
     mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
     found = bnp.norm_input_moments(MODEL, victim.variables, images)
     assert_allclose(found["norm"][0], mean, rtol=1e-4, atol=1e-6)
@@ -150,7 +150,7 @@ def test_bnp_prunes_the_channel_whose_clean_statistics_left_the_stored_ones(vict
 
 
 def naive_entropy(values, width):
-    """As the release counts: bins open at both ends, the rest of the last one left out."""
+    """Entropy as in the release: bins open at both ends, the incomplete last one not counted."""
     z = (values - values.mean(0)) / values.std(0, ddof=1)
     least, found = z.min(), np.zeros(z.shape[1])
     for n in range(int((z.max() - least) / width)):
@@ -159,11 +159,11 @@ def naive_entropy(values, width):
     return found
 
 
-def test_entropies_are_of_open_bins_over_the_whole_layer():
+def test_entropies_use_open_bins_over_the_range_of_the_layer():
     values = np.random.default_rng(3).normal(size=(200, 5)) * [1, 2, 3, 4, 5]
     for width in (0.01, 0.1, 0.7):
         assert_allclose(ep.entropies(values, width), naive_entropy(values, width), atol=1e-9)
-    # z = ±0.866: bins of 1.5 from -0.866 hold nothing but edges and what lies past the last whole one
+    # z = ±0.866: bins of 1.5 from -0.866 contain only edges and values beyond the last whole bin
     assert_array_equal(ep.entropies([[0.0], [1.0], [0.0], [1.0]], 1.5), [0.0])
     # z = (-1.5, -0.5, 0, 0.5, 1.5) / 1.118: four shares of 1/5, two of them in one bin; the least is an edge
     five = np.array([[-1.5], [-0.5], [0.0], [0.5], [1.5]])
@@ -174,7 +174,7 @@ def test_entropies_are_of_open_bins_over_the_whole_layer():
 
 
 def test_ep_prunes_the_channel_that_the_trigger_splits(victim, blobs):
-    """A channel that reads the pixel value alone, which the trigger makes forty times as bright."""
+    """Channel 3 copies the pixel value, which the trigger makes forty times as bright."""
     params = victim.variables["params"]
     kernel = jnp.asarray(np.random.default_rng(4).normal(0, 1, (3, 3, 1, 6)), jnp.float32)
     kernel = kernel.at[..., 3].set(0.0).at[1, 1, 0, 3].set(1.0)
@@ -182,7 +182,7 @@ def test_ep_prunes_the_channel_that_the_trigger_splits(victim, blobs):
     images = (blobs[0] // 8).astype(np.uint8)
 
     def trigger(images, key):
-        return images.at[:, ::2, ::2].set(40.0)  # in no range, so that one channel alone tells them apart
+        return images.at[:, ::2, ::2].set(40.0)  # outside the range of pixels, so that only one channel separates them
 
     view = DefenderView(images, blobs[1], trigger=trigger)
     config = ep.Config(u=0.0, bin_width=0.05)
@@ -192,7 +192,7 @@ def test_ep_prunes_the_channel_that_the_trigger_splits(victim, blobs):
     mixed = np.concatenate([
         np.asarray(trigger(jnp.asarray(images, jnp.float32) / 255, KEY))[order[:20]], images[order[20:]] / 255
     ])  # fmt: skip
-    highest = np.asarray(entered(Victim(MODEL, own), mixed * 255)).max((1, 2))
+    highest = np.asarray(norm_input(Victim(MODEL, own), mixed * 255)).max((1, 2))
     expected = naive_entropy(highest.astype(np.float64), 0.05)
     assert_array_equal(pruned, np.flatnonzero(expected < expected.mean()))
     assert 0 < len(pruned) < 6
@@ -200,11 +200,11 @@ def test_ep_prunes_the_channel_that_the_trigger_splits(victim, blobs):
         ep.purify(config, victim, DefenderView(images, blobs[1]), KEY)
 
 
-# --- what is refused
+# --- refused inputs
 
 
 @pytest.mark.parametrize("module", NORMED, ids=lambda module: module.__name__.rpartition(".")[2])
-def test_a_model_without_batch_normalisation_is_refused_with_what_to_do(module, blobs):
+def test_a_model_without_batch_normalisation_is_refused_with_a_remedy(module, blobs):
     model, name = perceptron(), module.__name__.rpartition(".")[2]
     victim = Victim(model, model.init(KEY))
     with pytest.raises(InputError, match=rf"{name} .*'perceptron'.*fine_pruning"):
@@ -238,14 +238,14 @@ def test_values_out_of_range_are_refused_by_name(module, field, value):
         module.Config(**{field: value})
 
 
-# --- every network
+# --- common networks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", large_are_slow(["cnn", "small_vgg", "resnet18", "preact_resnet18", "vgg16_bn", "mobilenet_v2"])
 )
-def test_they_run_on_the_networks_of_the_field(name):
+def test_all_methods_run_on_common_networks(name):
     from test_models import ready
 
     model, variables = ready(name)
