@@ -11,7 +11,7 @@ import optax
 from bdjax import models
 from bdjax.defenses._batch import device_part
 from bdjax.engine import parallel
-from bdjax.engine.optimizer import Name, direction
+from bdjax.engine.optimizer import Name, direction, take_step
 from bdjax.hypergrad import hypergradient, solver
 from bdjax.types import Model, to_float
 
@@ -113,7 +113,7 @@ def bilevel_steps(model: Model, static: Static) -> tuple[Callable, Callable]:
             partial(parallel.total, axis=axis),
         )
         update, opt = direction(static.outer_optimizer).update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - hyper["outer_lr"] * u, state["params"], update)
+        params = take_step(state["params"], update, hyper["outer_lr"])
         return {"params": params, "opt": opt}, {"loss": loss, "norm": optax.tree.norm(gradient)}
 
     return inner, outer

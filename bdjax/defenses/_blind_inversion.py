@@ -13,7 +13,7 @@ from bdjax.defenses._cosine import cosine
 from bdjax.defenses._distillation import distance, mixtures, targets
 from bdjax.defenses._fisher import ewc_penalty
 from bdjax.engine import parallel
-from bdjax.engine.optimizer import Name, direction
+from bdjax.engine.optimizer import Name, direction, take_step
 from bdjax.models import head, penultimate
 from bdjax.types import Key, Model, to_float
 
@@ -191,7 +191,7 @@ def unlearning_step(model: Model, static: Static) -> Callable:
         (_, (metrics, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
         gradient, metrics = parallel.average((gradient, metrics), axis)
         update, opt = direction(static.optimizer, 0.9).update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - per_step["rate"] * u, state["params"], update)
+        params = take_step(state["params"], update, per_step["rate"])
         mean = jax.tree.map(lambda m, p: p + hyper["averaging"] * (m - p), state["mean"], params)
         return {"params": params, "stats": stats, "opt": opt, "mean": mean}, metrics
 

@@ -19,6 +19,7 @@ from bdjax.defenses._batch import batch_of
 from bdjax.defenses._pool import draw_batches
 from bdjax.defenses._smallest import hinge_loss, other_class_weights
 from bdjax.engine import parallel, run_epoch
+from bdjax.engine.optimizer import take_step
 from bdjax.types import Key, Model, Variables, to_float
 
 STEPS = 80
@@ -131,7 +132,7 @@ def _step(model: Model) -> Callable:
         best = jax.tree.map(lambda new, old: jnp.where(improved[:, None, None, None], new, old), current, state["best"])
         with jax.numpy_dtype_promotion("standard"):
             update, opt = _ADAM.update(gradient, state["opt"])
-        latent = jax.tree.map(lambda p, u: p - _RATE * u, state["moved"], update)
+        latent = take_step(state["moved"], update, _RATE)
         cost = state["cost"] * jnp.where(rate >= _SUCCESS, 1.1, 1 / 1.1**1.5)
         smallest = jnp.where(improved, size, state["smallest"])
         return {"moved": latent, "opt": opt, "cost": cost, "rate": rate, "best": best, "smallest": smallest}, {}

@@ -16,6 +16,7 @@ from bdjax import models
 from bdjax.defenses import _mine
 from bdjax.defenses._pool import draw_corner, stamp_one
 from bdjax.engine import parallel
+from bdjax.engine.optimizer import take_step
 from bdjax.types import Key, Model, to_float
 
 
@@ -193,4 +194,4 @@ def _adam(name: str, gradient: Any, state: Any, hyper: Any, axis: str | None, ra
     gradient = parallel.average(gradient, axis)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
         update, moments = optax.scale_by_adam(b1=hyper["adam_beta"]).update(gradient, state["moments"][name])
-    return jax.tree.map(lambda p, u: p - hyper[rate] * u, state[name], update), moments
+    return take_step(state[name], update, hyper[rate]), moments

@@ -28,7 +28,7 @@ from bdjax.defenses._pool import draw_batches
 from bdjax.defenses._targeted_search import TARGET_CLASS_SHARE, Search, TargetedSearch
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
-from bdjax.engine.optimizer import direction
+from bdjax.engine.optimizer import direction, take_step
 from bdjax.hypergrad import hypergradient, solver
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
@@ -193,7 +193,7 @@ def _step(model: Model, solver_name: str, iterations: int, patched_count: int) -
             partial(parallel.total, axis=axis),
         )  # fmt: skip
         update, opt = direction("adam").update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - constants["learning_rate"] * u, state["params"], update)
+        params = take_step(state["params"], update, constants["learning_rate"])
         mean = jax.tree.map(lambda m, p: AVERAGED * m + (1 - AVERAGED) * p, state["mean"], params)
         return {"params": params, "opt": opt, "mean": mean}, {"loss": value}
 

@@ -12,7 +12,7 @@ from bdjax.defenses._batch import batch_of
 from bdjax.engine import FitConfig, fit, parallel, run_epoch
 from bdjax.engine.callbacks import ForwardingCallback
 from bdjax.engine.epoch import check_finite
-from bdjax.engine.optimizer import Name, direction
+from bdjax.engine.optimizer import Name, direction, take_step
 from bdjax.engine.step import draw
 from bdjax.types import Callback, Key, Variables, Victim
 
@@ -201,7 +201,7 @@ def descend(
     """
     gradient = jax.tree.map(lambda g, p: g + decay * p, gradient, state["params"])
     update, opt = direction(optimizer, momentum).update(gradient, state["opt"])
-    params = jax.tree.map(lambda p, u: p - rate * u, state["params"], update)
+    params = take_step(state["params"], update, rate)
     return {"params": params, "batch_stats": stats, "opt": opt}
 
 

@@ -36,7 +36,7 @@ from bdjax.defenses._batch import batch_of
 from bdjax.defenses._trigger import triggered
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
-from bdjax.engine.optimizer import direction
+from bdjax.engine.optimizer import direction, take_step
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
@@ -138,7 +138,7 @@ def _step(model: Model, train: bool) -> Callable:
         (loss_value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
         loss_value, gradient = parallel.average((loss_value, gradient), axis)
         update, opt = direction("sgd", constants["momentum"]).update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - constants["rate"] * u, state["params"], update)
+        params = take_step(state["params"], update, constants["rate"])
         return {"params": params, "batch_stats": stats, "opt": opt}, {"loss": loss_value}
 
     return step

@@ -49,7 +49,7 @@ from bdjax.defenses._importance import deviation, importance
 from bdjax.defenses._pool import Pool, PoolCallback, draw_batches, draw_triggers, pool_scores, stamp, stamper
 from bdjax.defenses._staircase import RecoveryConfig, recover
 from bdjax.engine import parallel, predict, run_epoch
-from bdjax.engine.optimizer import direction
+from bdjax.engine.optimizer import direction, take_step
 from bdjax.errors import InputError, check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
@@ -234,7 +234,7 @@ def _step(model: Model, form: str, batch_norm: str) -> Callable:
         gradient, (stats, metrics) = jax.grad(loss, has_aux=True)(state["params"])
         gradient = parallel.average(gradient, axis)
         update, opt = direction("sgd", hyper["momentum"]).update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - hyper["rate"] * u, state["params"], update)
+        params = take_step(state["params"], update, hyper["rate"])
         return {"params": params, "stats": stats, "opt": opt}, metrics
 
     return step

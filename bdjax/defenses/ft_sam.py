@@ -48,6 +48,7 @@ from bdjax.defenses._tuning import (
     variables_of,
 )
 from bdjax.engine import augment, parallel
+from bdjax.engine.optimizer import take_step
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
@@ -210,7 +211,7 @@ def _step(model: Model, policy: str, adaptive: bool) -> Callable:
             update, opt = _sam(constants["hyper"], adaptive, axis).update(
                 gradient, state["opt"], state["params"], grad_fn=second_gradient
             )
-        params = jax.tree.map(lambda p, u: p - per_step["rate"] * u, state["params"], update)
+        params = take_step(state["params"], update, per_step["rate"])
         return {"params": params, "batch_stats": stats, "opt": opt}, {"loss": value}
 
     return step

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from bdjax.defenses._universal import perturbed_loss, universal
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
-from bdjax.engine.optimizer import direction
+from bdjax.engine.optimizer import direction, take_step
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim
 
@@ -114,7 +114,7 @@ def _step(model: Model) -> Callable:
         )
         loss, gradient = parallel.average((loss, gradient), axis)
         update, opt = direction("adam").update(gradient, state["opt"])
-        params = jax.tree.map(lambda p, u: p - constants["hyper"]["learning_rate"] * u, state["params"], update)
+        params = take_step(state["params"], update, constants["hyper"]["learning_rate"])
         return {"params": params, "opt": opt}, {"loss": loss}
 
     return descend

@@ -11,6 +11,7 @@ import optax
 
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
+from bdjax.engine.optimizer import take_step
 from bdjax.errors import check_fields
 from bdjax.metrics import anomaly_index
 from bdjax.types import DefenderView, Key, Model, Scores, Victim, to_float
@@ -169,7 +170,7 @@ def _step(model: Model) -> Any:
         loss_value, rate, gradient = parallel.average((loss_value, rate, gradient), axis)
         with jax.numpy_dtype_promotion("standard"):
             update, opt = _ADAM.update(gradient, state["opt"])
-        latent = jax.tree.map(lambda p, u: p - constants["rate"] * u, state["latent"], update)
+        latent = take_step(state["latent"], update, constants["rate"])
         return {"latent": latent, "opt": opt}, {"loss": loss_value, "rate": rate}
 
     return step

@@ -40,6 +40,20 @@ def direction(name: Name, momentum: jax.Array | float | None = None) -> optax.Gr
     return optax.GradientTransformation(base.init, update)
 
 
+def take_step(params: Any, update: Any, rate: Any) -> Any:
+    """Take a step: params - rate * update.
+
+    Args:
+      params: pytree of arrays.
+      update: pytree of the same structure, an update direction.
+      rate: learning rate, a scalar.
+
+    Returns:
+      The new parameters.
+    """
+    return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, update))
+
+
 class _Amsgrad(NamedTuple):
     """State of AMSGrad: number of steps, first and second moments, running maximum of the second moments."""
 

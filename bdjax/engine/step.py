@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bdjax.engine import augment, parallel
-from bdjax.engine.optimizer import direction
+from bdjax.engine.optimizer import direction, take_step
 from bdjax.types import Batch, Key, Model, SampleInfo, TrainingHook, to_float
 
 
@@ -118,7 +118,7 @@ def training_step(model: Model, optimizer: Any, policy: str, hook: TrainingHook 
         (gradient, attacker_gradient), metrics = parallel.average((gradients, metrics), axis)
         gradient = jax.tree.map(lambda g, p: g + constants["weight_decay"] * p, gradient, state["params"])
         update, opt_state = direction(optimizer, constants["momentum"]).update(gradient, state["opt_state"])
-        params = jax.tree.map(lambda p, u: p - per_step["rate"] * u, state["params"], update)
+        params = take_step(state["params"], update, per_step["rate"])
         after = {"params": params, "batch_stats": stats, "opt_state": opt_state}
         if hook:
             after["attacker"] = _update_attacker(hook, attacker, attacker_gradient, new_state)
