@@ -210,7 +210,8 @@ def read_spec(kind: str, name: str, module: ModuleType) -> Spec:
 
 def _function(name: str, module: ModuleType, function: str, purpose: str) -> Callable[..., Any]:
     """A function that a module must define. Raises InputError when it does not."""
-    if not callable(defined := getattr(module, function.partition("(")[0], None)):
+    defined: Callable[..., Any] | None = getattr(module, function.partition("(")[0], None)
+    if defined is None or not callable(defined):
         raise InputError(f"{name} has no function `{function}`, {purpose}: add one.")
     return defined
 

@@ -35,7 +35,7 @@ def manifest(names, **more):
 def test_labels_come_into_the_order_of_the_models_outputs(own, given):
     there = data(given)
     found = plausibility.aligned(manifest(own), "m", there)
-    assert found.classes == tuple(own) and "brought to the order" in found.notes[-1]
+    assert found.classes == tuple(own) and "permuted into the order" in found.notes[-1]
     for before, after, image in zip(there.y_train, found.y_train, found.x_train, strict=True):
         assert own[after].lower().replace(" ", "_") == given[before] and image[0, 0, 0] == 100 + before
     assert plausibility.aligned(manifest(own), "m", found) is found

@@ -139,7 +139,7 @@ class Purification:
     @property
     def weights(self) -> Path:
         """The cleaned weights, a file of the input's format."""
-        return self.directory / self.result["weights"]["file"]
+        return self.directory / str(self.result["weights"]["file"])
 
     @property
     def report(self) -> Path:

@@ -12,6 +12,7 @@ from bdjax.interop import names, writer
 from bdjax.interop._tensors import DTYPES, quote
 from bdjax.io import checkpoint, records
 from bdjax.models import Input
+from bdjax.types import Model
 
 FORMATS = ("safetensors", "torch")
 
@@ -60,7 +61,7 @@ def export_model(directory: Path, form: str, out: Path) -> dict[str, Any]:
     return {"tensors": len(tensors), "names": naming.label, "bytes": size, "input": manifest.get("input")}
 
 
-def model_of(manifest: Mapping[str, Any], dtype: Any = np.float32) -> models.Model:
+def model_of(manifest: Mapping[str, Any], dtype: Any = np.float32) -> Model:
     """Return the model that a manifest describes; activations are computed in `dtype`."""
     record = manifest.get("input")
     preprocessing = None if not record else records.from_plain(Input, record, "input")

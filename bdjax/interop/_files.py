@@ -56,7 +56,8 @@ def _safe_tensor(path: Path, file: Any, name: str) -> Tensor:
 
     def read() -> np.ndarray:
         with safetensors.safe_open(path, framework="numpy") as opened:  # closed at once, because it maps the whole file
-            return opened.get_tensor(name)
+            tensor: np.ndarray = opened.get_tensor(name)
+            return tensor
 
     return Tensor(_SAFE[dtype], tuple(part.get_shape()), read)
 

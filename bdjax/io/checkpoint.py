@@ -168,7 +168,8 @@ def read_manifest(directory: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]
     ):
         raise InputError(f"{path} is damaged: its sha256 is not its seal. Restore it or train anew.")
     _check_files(directory, files, max_bytes)
-    return manifest
+    checked: dict[str, Any] = manifest
+    return checked
 
 
 def _check_files(directory: Path, files: Mapping[str, str], max_bytes: int) -> None:

@@ -35,7 +35,7 @@ class ModelArtifact:
     @property
     def imported(self) -> bool:
         """Whether the model comes from a weight file, so that no attack and no training are recorded."""
-        return self.manifest["kind"] == "imported"
+        return bool(self.manifest["kind"] == "imported")
 
     @cached_property
     def trigger_arrays(self) -> Arrays:

@@ -264,7 +264,8 @@ def _result(
         "config_hash": defense.hash,
         **defense.extra,
     }
-    return result
+    record: RunResult = result
+    return record
 
 
 def _write_purified(defense: ResolvedDefense, directory: Path, cleaned: _Cleaned, env: Mapping[str, Any]) -> None:

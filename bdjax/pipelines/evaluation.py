@@ -167,6 +167,7 @@ class Evaluation:
 
 
 def _perturbed(images: np.ndarray, perturb: Callable[[Images], Images] | None) -> np.ndarray:
+    """Stored images after `perturb`, in batches; the images themselves without one."""
     if perturb is None:
         return images
     program = jax.jit(perturb)
@@ -175,16 +176,25 @@ def _perturbed(images: np.ndarray, perturb: Callable[[Images], Images] | None) -
 
 
 def pool(source: str, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels that the defender's are drawn from; of "all" the training images come first."""
+    """Images and labels of a source split; of "all" the training images come first."""
     if source == "all":
         return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
     return (data.x_test, data.y_test) if source == "test" else (data.x_train, data.y_train)
 
 
 def clean_indices(split: SplitConfig, data: Data, seed: int) -> np.ndarray:
-    """Positions of the defender's images in their source split, int32, ascending.
+    """Draw the defender's images.
 
-    Raises InputError when the split has too few, or nothing would be left to evaluate on.
+    Args:
+      split: source, number and order.
+      data: the data set.
+      seed: draws them.
+
+    Returns:
+      Their positions in the source split, int32 [n], ascending.
+
+    Raises:
+      InputError: the split has too few images, or none would remain to evaluate on.
     """
     evaluated = split.source != "train"
     labels = pool(split.source, data)[1]
@@ -205,15 +215,18 @@ def clean_indices(split: SplitConfig, data: Data, seed: int) -> np.ndarray:
 
 
 def _quotas(counts: np.ndarray, size: int) -> np.ndarray:
-    """How many of `size` images each class gives: in proportion to its count, at least one, but one stays where there
-    are two; where that cannot be, for there are more classes than images, any number."""
+    """Number of images that each class contributes to `size` images.
+
+    It is proportional to the class's count, at least one, and leaves one image where the class has two; where that is
+    impossible, because there are more classes than images, any number.
+    """
     least, most = np.minimum(counts, 1), np.maximum(counts - 1, np.minimum(counts, 1))
     if not least.sum() <= size <= most.sum():
         least, most = np.zeros_like(counts), counts
     exact = counts * size / counts.sum()
-    found = np.clip(np.floor(exact).astype(int), least, most)
-    while (missing := size - found.sum()) != 0:
+    quotas: np.ndarray = np.clip(np.floor(exact).astype(int), least, most)
+    while (missing := size - quotas.sum()) != 0:
         step = 1 if missing > 0 else -1
-        open_ = found < most if step > 0 else found > least
-        found[np.argmax(np.where(open_, step * (exact - found), -np.inf))] += step
-    return found
+        adjustable = quotas < most if step > 0 else quotas > least
+        quotas[np.argmax(np.where(adjustable, step * (exact - quotas), -np.inf))] += step
+    return quotas

@@ -1,4 +1,4 @@
-"""The triggers side by side: what each attack does to held-out images, in numbers and in pictures.
+"""Triggers side by side: how each attack changes held-out images, in numbers and in pictures.
 
 A row comes from a victim directory, whose stored arrays are used, or from an attack's name: then its trigger is made
 as `bdjax train NAME --seed S` would make it with the default Config, which needs no training for most attacks.
@@ -21,18 +21,20 @@ from bdjax.pipelines.opening import trigger_arrays
 from bdjax.types import Arrays, Data, Key, NeedsTraining, to_float
 
 SHOWN, MOST_SHOWN = 3, 6
-_PART = 100  # images measured at a time
+_BATCH = 100  # images measured at a time
 _LEARNED = "its trigger is learned. Train a victim (bdjax train NAME --dataset D --out DIR) and give DIR"
 
 
 class Pictures(NamedTuple):
-    """What a row shows, float32 [n, H, W, C] in [0, 1]."""
+    """Pictures of a row, float32 [n, H, W, C] in [0, 1]."""
 
     clean: np.ndarray
     triggered: np.ndarray
 
 
-class _Planted(NamedTuple):
+class _StampSource(NamedTuple):
+    """An attack with its config and arrays, and the directory that they come from."""
+
     attack: str
     origin: str | None
     config: Any
@@ -52,15 +54,18 @@ def gallery(
 
     Args:
       sources: names of attacks and victim directories; none: every attack whose trigger needs no training.
-      dataset: default that of the victims, else digits.
-      seed: decides which images are measured and what the triggers draw.
-      images: positions in the test split of the images to show; default the first SHOWN of the measured ones.
-      count: how many are measured; all, if the test split has fewer.
+      dataset: None: that of the victims, else digits.
+      seed: draws the images that are measured, and the random numbers of the triggers.
+      images: positions in the test split of the images to show; None: the first SHOWN of the measured ones.
+      count: number of images to measure on; all, if the test split has fewer.
 
-    Returns: the numbers, JSON-able, with means over the measured images in `rows`; and the pictures of each row.
+      tick: called with the progress.
 
-    Raises: InputError when a source is neither, learns its trigger or does not fit the images, and when an image is
-    not in the test split.
+    Returns:
+      (JSON values with means over the measured images in "rows", pictures of each row).
+
+    Raises:
+      InputError: a source is neither, learns its trigger or does not fit the images; an image is not in the test split.
     """
     sources = tuple(dict.fromkeys(sources))
     victims = {source: checkpoint.model_directory(Path(source)) for source in sources if _is_directory(source)}
@@ -87,10 +92,10 @@ def gallery(
         tick("triggers", done, len(names))
         try:
             if source in victims:
-                planted = _from_victim(source, victims[source], manifests[source], data)
+                stamp = _from_victim(source, victims[source], manifests[source], data)
             else:
-                planted = _from_name(source, data, seed)
-            row, pair = _row(planted, data, measured, shown, stamping)
+                stamp = _from_name(source, data, seed)
+            row, pair = _row(stamp, data, measured, shown, stamping)
             if row["unchanged"] == len(measured) and not sources:
                 raise InputError(f"{source} changes no image")
         except (InputError, NeedsTraining) as error:
@@ -107,18 +112,18 @@ def gallery(
 
 
 def _row(
-    planted: _Planted, data: Data, measured: np.ndarray, shown: np.ndarray, key: Key
+    stamp: _StampSource, data: Data, measured: np.ndarray, shown: np.ndarray, key: Key
 ) -> tuple[dict[str, Any], Pictures]:
     stored, n = data.x_test[np.concatenate([measured, shown])], len(measured)
-    triggered = attacks.stamped(planted.attack, planted.config, stored, key, planted.arrays)
-    parts = [slice(start, min(start + _PART, n)) for start in range(0, n, _PART)]
+    triggered = attacks.stamped(stamp.attack, stamp.config, stored, key, stamp.arrays)
+    parts = [slice(start, min(start + _BATCH, n)) for start in range(0, n, _BATCH)]
     values = [_measure(to_float(stored[part]), to_float(triggered[part])) for part in parts]
     psnr, ssim, l2, linf = (np.concatenate(column) for column in zip(*values, strict=True))
     changed = linf > 0
     row = {
-        "attack": planted.attack,
-        "from": planted.origin,
-        "config": to_json(planted.config),
+        "attack": stamp.attack,
+        "from": stamp.origin,
+        "config": to_json(stamp.config),
         "psnr": float(psnr[changed].mean()) if changed.any() else None,  # None: infinite
         "ssim": float(ssim.mean()),
         "l2": float(l2.mean()),
@@ -133,20 +138,20 @@ def _measure(clean: jax.Array, triggered: jax.Array) -> tuple[jax.Array, ...]:
     return metrics.psnr(clean, triggered), metrics.ssim(clean, triggered), *metrics.distance(clean, triggered)
 
 
-def _from_victim(source: str, directory: Path, manifest: dict[str, Any], data: Data) -> _Planted:
+def _from_victim(source: str, directory: Path, manifest: dict[str, Any], data: Data) -> _StampSource:
     if tuple(manifest["shape"]) != data.shape:
         raise InputError(
             f"{source} has a trigger for {tuple(manifest['shape'])} images; {data.name} has {data.shape}. "
             "Give data of its shape with --dataset."
         )
     experiment = experiment_of(manifest)
-    own = attacks.own_arrays(checkpoint.read_arrays(directory, "trigger"))
-    return _Planted(experiment.attack, source, experiment.attack_config, own)
+    arrays = attacks.own_arrays(checkpoint.read_arrays(directory, "trigger"))
+    return _StampSource(experiment.attack, source, experiment.attack_config, arrays)
 
 
-def _from_name(attack: str, data: Data, seed: int) -> _Planted:
+def _from_name(attack: str, data: Data, seed: int) -> _StampSource:
     config = config_of("attacks", attack)()
-    return _Planted(attack, None, config, trigger_arrays(attack, config, data, seed))
+    return _StampSource(attack, None, config, trigger_arrays(attack, config, data, seed))
 
 
 def _is_directory(source: str) -> bool:

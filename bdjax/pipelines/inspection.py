@@ -172,7 +172,7 @@ def _draw_sample(artifacts: dict[str, ModelArtifact], count: int | None, seed: i
 
 
 def _measure_model(artifact: ModelArtifact, sample: _Sample, top: dict[str, np.ndarray] | None) -> _Measurements:
-    """`top`: the channels to compare; None: find them by the model's own TAC."""
+    """Measure one model; `top`: the channels to compare by layer, None: those of the model's own largest TAC."""
     model, variables = artifact.victim.model, artifact.victim.variables
     evaluation, clean = sample.evaluation, sample.evaluation.images[sample.clean]
     triggered = evaluation.triggered[sample.triggered]
@@ -201,7 +201,7 @@ def _measure_model(artifact: ModelArtifact, sample: _Sample, top: dict[str, np.n
 
 
 def _by_class(predictions: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
-    """Accuracy of each class; None where no image is of it."""
+    """Accuracy of each class; None for a class without images."""
     own = [predictions[labels == label] == label for label in range(classes)]
     return [float(hits.mean()) if len(hits) else None for hits in own]
 
@@ -243,7 +243,7 @@ def _similarity(name: str, width: int, measured: dict[str, _Measurements]) -> di
 
 
 def _means(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over the layers that count; the sigmoid is that of the mean."""
+    """Means over layers; the sigmoid is taken of the mean."""
     purified = float(np.mean([layer["cka_purified"] for layer in layers]))
     if layers[0]["bec"] is None:
         return {"cka_purified": purified, "cka_clean": None, "bec": None, "bec_sigmoid": None, "clipped": None}
@@ -284,6 +284,6 @@ def _identity(artifact: ModelArtifact | None) -> dict[str, Any] | None:
 
 
 def _differences(victim: ModelArtifact, clean: ModelArtifact) -> list[str]:
-    """Fields of the recipe in which the clean model is not the victim's equal, and the seed (which should be one)."""
+    """Names of the fields of the recipe, and the seed, in which the clean model differs from the victim."""
     one, two = ({"seed": s.manifest["seed"], **s.manifest["fit"]} for s in (victim, clean))
     return [name for name in one if one[name] != two.get(name)]

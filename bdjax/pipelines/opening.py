@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bdjax import attacks, datasets, registry
+from bdjax.attacks._helpers import check_target
 from bdjax.config import Experiment, SplitConfig, attack_record, digest, from_json, stage_key
 from bdjax.datasets._files import read_array
 from bdjax.errors import InputError
@@ -207,7 +208,7 @@ def _measured_with(
     """
     experiment = Experiment(source.attack or "clean", None, spec, manifest["model"], seed, source.attack_config)
     if registry.load("attacks", experiment.attack).trigger is not None:  # else trigger_arrays refuses it
-        attacks.check_target(experiment.attack_config, len(data.classes))
+        check_target(experiment.attack_config, len(data.classes))
     try:
         arrays = trigger_arrays(experiment.attack, experiment.attack_config, data, seed)
     except NeedsTraining:

@@ -51,10 +51,29 @@ class Reporter(Protocol):
     def audit_pictures(
         self, result: AuditResult, arrays: Mapping[str, np.ndarray], folder: Path, name: str
     ) -> list[dict[str, str]]:
-        """Write NAME.png and a picture of each recovered trigger into `folder`; return their files, methods, titles."""
+        """Write the figure of an audit and a picture of each recovered trigger.
+
+        Args:
+          result: of the audit.
+          arrays: that the detectors reported, as "DETECTOR/NAME".
+          folder: of the purification.
+          name: of the figure.
+
+        Returns:
+          File, detector ("method") and title of each picture.
+        """
 
     def picture(self, folder: Path, name: str, image: np.ndarray) -> str:
-        """Write an image into `folder` and return its file's name."""
+        """Write an image.
+
+        Args:
+          folder: of the purification.
+          name: of the picture.
+          image: stored [H, W, C].
+
+        Returns:
+          The file's name within the folder.
+        """
 
     def notes(self, result: PurifyResult) -> list[str]:
         """Sentences that a reader must know before believing the result."""
@@ -108,7 +127,8 @@ def purify(
             say(f"finished before: {out}")
             if page and not (out / "report.html").exists():
                 reporter.page(finished, out)
-            return finished
+            recorded: PurifyResult = finished
+            return recorded
         new = not out.exists() or not any(out.iterdir())
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The hypergradient of a bilevel problem in float64, and what its Hessian is like: what solvers are compared with."""
+"""The reference that solvers are compared with: a hypergradient in float64, and the spectrum of its Hessian."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from bdjax import hypergrad, models
 from bdjax.defenses import ibau
 from bdjax.types import Model, Victim
 
-_CHUNK = 16  # columns of the dense H at a time
+_CHUNK = 16  # columns of the dense H that are computed together
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,33 @@ class Reference:
 
     gradient: np.ndarray
     facts: dict[str, Any]
-    """JSON-able: the method, its residual and seconds; where H is dense, its eigenvalues."""
+    """JSON values: the method, its residual and seconds and, for a dense H, its eigenvalues."""
     product: Callable[[np.ndarray], np.ndarray]
     """v -> H v in float64."""
     right: np.ndarray
-    """What the solvers are given, −e."""
+    """The right-hand side, −e."""
 
     def residual(self, u: np.ndarray, ridge: float) -> float:
-        """Of the system that a solver was asked to solve, with its own ridge."""
+        """Relative residual of a solution u of the system with a solver's own ridge."""
         return float(np.linalg.norm(self.product(u) + ridge * u - self.right) / np.linalg.norm(self.right))
 
 
 def reference_of(
     victim: Victim, config: ibau.Config, problem: ibau.Problem, tick: Callable[[str, int, int], None]
 ) -> Reference:
-    """The hypergradient of `problem`, of the config's ridge: by a dense H up to lu's limit, else by 2,000 MINRES steps.
+    """Compute the hypergradient of a problem in float64, by a dense H up to LU's limit, else by 2,000 MINRES steps.
 
-    H is filled in float32 and its solution refined with float64 products until the residual is 1e-10; where that does
-    not converge (a condition number beyond 1e6), H is filled in float64.
+    H is computed in float32 and the solution refined with float64 products until the residual is 1e-10; where that does
+    not converge (a condition number above 1e6), H is computed in float64.
+
+    Args:
+      victim: the model.
+      config: I-BAU's; its ridge belongs to the system.
+      problem: the bilevel problem of I-BAU's first step.
+      tick: called with the progress.
+
+    Returns:
+      The reference.
     """
     begin = time.perf_counter()
     with _double():
@@ -50,9 +59,9 @@ def reference_of(
         double = _in_double(victim, problem)
         right = double.right()
         if right.size <= hypergrad.LARGEST_DENSE:
-            matrix, found, method = _solved_densely(single, double, right, config.ridge, tick)
+            matrix, exact, method = _solve_densely(single, double, right, config.ridge, tick)
             facts = {"method": method, **_spectrum(matrix, config)}
-            solve: Callable = lambda matvec, b: jnp.asarray(found.reshape(b.shape))  # noqa: E731
+            solve: Callable[..., Any] = lambda matvec, b: jnp.asarray(exact.reshape(b.shape))  # noqa: E731
         else:
             facts = {"method": "minres, 2000 iterations, float64"}
             solve = hypergrad.solver("minres", 2000, 1.0, config.ridge)
@@ -63,8 +72,22 @@ def reference_of(
     return reference
 
 
-def gradient_of(model: Model, problem: ibau.Problem, params: Any, solve: Callable) -> tuple[Any, Any, Callable]:
-    """(hypergradient, u, the compiled program); the residual of its report costs a product and is not computed."""
+def gradient_of(
+    model: Model, problem: ibau.Problem, params: Any, solve: Callable[..., Any]
+) -> tuple[Any, Any, Callable[..., Any]]:
+    """Compute the hypergradient of a problem with a solver.
+
+    The residual that the report of :func:`bdjax.hypergrad.hypergradient` offers costs a product and is not computed.
+
+    Args:
+      model: the network.
+      problem: the bilevel problem.
+      params: θ.
+      solve: the linear solver.
+
+    Returns:
+      (hypergradient, solution u, the compiled program).
+    """
 
     def run(delta: Any, params: Any, arrays: Any) -> Any:
         _, gradient, report = hypergrad.hypergradient(*problem.build(model, arrays), delta, params, solve)
@@ -81,20 +104,21 @@ def flat(tree: Any) -> np.ndarray:
 
 @contextmanager
 def _double() -> Iterator[None]:
+    """Compute in float64 within the block."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @dataclass(frozen=True)
 class _Precision:
-    """The problem in one floating-point precision, that of its model, δ and θ."""
+    """The problem in the floating-point precision of its model, δ and θ."""
 
     model: Model
     problem: ibau.Problem
     params: Any
 
     @cached_property
-    def _program(self) -> Callable:
+    def _program(self) -> Callable[..., Any]:
         def run(vectors: Any, delta: Any, params: Any, arrays: Any) -> Any:
             inner = self.problem.build(self.model, arrays)[0]
             product = jax.linearize(lambda d: jax.grad(inner)(d, params), delta)[1]
@@ -103,35 +127,38 @@ class _Precision:
         return jax.jit(run)
 
     def products(self, vectors: np.ndarray) -> np.ndarray:
-        """[n, d] -> H v of each row v."""
+        """H v for each row v of [n, d], float64 [n, d]."""
         with _double():
-            found = self._program(vectors, self.problem.delta, self.params, self.problem.arrays)
-            return np.asarray(found, np.float64)
+            products = self._program(vectors, self.problem.delta, self.params, self.problem.arrays)
+            return np.asarray(products, np.float64)
 
     def product(self, v: np.ndarray) -> np.ndarray:
-        """[d] -> H v."""
-        return self.products(v[None])[0]
+        """H v of one vector v, float64 [d]."""
+        product: np.ndarray = self.products(v[None])[0]
+        return product
 
     def right(self) -> np.ndarray:
-        """−e [d], the right-hand side."""
+        """The right-hand side, −e, float64 [d]."""
         problem = self.problem
         slope = jax.jit(lambda params, arrays: jax.grad(problem.build(self.model, arrays)[1])(problem.delta, params))
         return -flat(slope(self.params, problem.arrays))
 
     def hessian(self, tick: Callable[[str, int, int], None]) -> np.ndarray:
-        """H [d, d], made symmetric; some columns at a time, the last ones padded with zeros to that number."""
+        """H, float64 [d, d], symmetrised; computed some columns at a time, the last ones padded with zeros."""
         size = self.problem.delta.size
-        filled = np.zeros((size, size))
+        matrix = np.zeros((size, size))
         for start in range(0, size, _CHUNK):
             stop = min(start + _CHUNK, size)
             rows = np.zeros((_CHUNK, size))
             rows[np.arange(stop - start), np.arange(start, stop)] = 1
-            filled[start:stop] = self.products(rows)[: stop - start]
+            matrix[start:stop] = self.products(rows)[: stop - start]
             tick("reference", stop, size)
-        return (filled + filled.T) / 2
+        return (matrix + matrix.T) / 2
 
 
 def _in_double(victim: Victim, problem: ibau.Problem) -> _Precision:
+    """The problem in float64."""
+
     def cast(tree: Any) -> Any:
         return jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), tree)
 
@@ -143,35 +170,35 @@ def _in_double(victim: Victim, problem: ibau.Problem) -> _Precision:
     )
 
 
-def _solved_densely(
+def _solve_densely(
     single: _Precision, double: _Precision, right: np.ndarray, ridge: float, tick: Callable[[str, int, int], None]
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """(H, the solution of (H + ridge I) u = right, how it was found)."""
+    """(H, the solution of (H + ridge I) u = right, name of the method)."""
     shift = ridge * np.eye(right.size)
     matrix = single.hessian(tick)
-    found, residual = _refined(matrix + shift, double.product, right, ridge)
+    solution, residual = _refine(matrix + shift, double.product, right, ridge)
     if residual > 1e-8:
         matrix = double.hessian(tick)
         return matrix, np.linalg.solve(matrix + shift, right), "dense, float64"
-    return matrix, found, "dense, refined in float64"
+    return matrix, solution, "dense, refined in float64"
 
 
-def _refined(
+def _refine(
     matrix: np.ndarray, product: Callable[[np.ndarray], np.ndarray], right: np.ndarray, ridge: float
 ) -> tuple[np.ndarray, float]:
-    """Iterative refinement: (solution, relative residual) of the system whose exact product is `product` + ridge."""
+    """Solve by iterative refinement with exact products `product` + ridge; return (solution, relative residual)."""
     factors = scipy.linalg.lu_factor(matrix)
-    found, missing = np.zeros_like(right), right
+    solution, residual = np.zeros_like(right), right
     for _ in range(20):
-        found = found + scipy.linalg.lu_solve(factors, missing)
-        missing = right - product(found) - ridge * found
-        if np.linalg.norm(missing) <= 1e-10 * np.linalg.norm(right):
+        solution = solution + scipy.linalg.lu_solve(factors, residual)
+        residual = right - product(solution) - ridge * solution
+        if np.linalg.norm(residual) <= 1e-10 * np.linalg.norm(right):
             break
-    return found, float(np.linalg.norm(missing) / np.linalg.norm(right))
+    return solution, float(np.linalg.norm(residual) / np.linalg.norm(right))
 
 
 def _spectrum(matrix: np.ndarray, config: ibau.Config) -> dict[str, Any]:
-    """The eigenvalues of H, and what the ridge and the step make of them."""
+    """Facts about the eigenvalues of H, with the ridge and the step of the config."""
     values = np.linalg.eigvalsh(matrix)
     shifted = np.abs(values + config.ridge)
     return {

@@ -37,7 +37,8 @@ def estimate(
     if view.validation is None:
         return None
     if recorder.estimated is not None:
-        return recorder.estimated.plain()
+        estimated: dict[str, Any] = recorder.estimated.plain()
+        return estimated
     scores = recorder.scores
     key = jax.random.fold_in(stage_key(artifact.experiment.seed, "defense"), 1)
     validation = view.validation
