@@ -26,7 +26,7 @@ NARROW = {
 
 
 def large_enough(name, shape=SHAPE):
-    least = registry.load("models", name).SMALLEST
+    least = registry.load("models", name).smallest
     return (max(shape[0], least), max(shape[1], least), shape[2])
 
 
@@ -128,7 +128,7 @@ def test_bfloat16_is_for_activations_only(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_smallest_side_works_and_the_error_names_it(name):
-    least = registry.load("models", name).SMALLEST
+    least = registry.load("models", name).smallest
     model, variables = shapes_of(name, (least, least, 1))
     assert jax.eval_shape(model.logits, variables, jnp.zeros((1, least, least, 1))).shape == (1, CLASSES)
     for shape in ((least - 1, least, 1), (least, least - 1, 3)):

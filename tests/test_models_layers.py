@@ -108,7 +108,7 @@ def test_mean_pool_is_that_of_flax(size):
 
 
 def test_a_width_is_of_models_that_have_one():
-    with pytest.raises(InputError, match="'cnn' cannot be had 3 channels wide"):
+    with pytest.raises(InputError, match="'cnn' cannot have a width of 3 channels"):
         models.create("cnn", (8, 8, 1), 4, width=3)
     with pytest.raises(InputError, match="multiple of 12, got 7"):
         model = models.create("vit_b_32", (32, 32, 3), 4, width=7)
@@ -123,7 +123,7 @@ def test_what_stands_before_a_network_is_done_in_its_order():
     assert same(Input(layout="hwc")(jnp.asarray(images)), images) and same(Input(resize=0)(images), images)
     constant = Input(resize=9)(jnp.full((1, 4, 6, 3), 0.25))
     assert constant.shape == (1, 9, 9, 3) and jnp.allclose(constant, 0.25)
-    assert Input(layout="cwh").seen((4, 6, 3)) == (6, 4, 3) and Input(resize=9).seen((4, 6, 3)) == (9, 9, 3)
+    assert Input(layout="cwh").output_shape((4, 6, 3)) == (6, 4, 3) and Input(resize=9).output_shape((4, 6, 3)) == (9, 9, 3)
 
 
 def test_a_model_with_an_input_is_the_model_of_what_the_input_makes():

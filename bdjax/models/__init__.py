@@ -1,11 +1,11 @@
-"""Classifiers as pure functions. `create(name, ...)` finds the module of that name; Flax stays in here.
+"""Classifiers as pure functions. This is the only package that uses Flax.
 
-A model module holds one Linen class `Net(classes, dtype, axis_name)` whose call
-`(images, train, keys) -> (logits, features)` takes any H, W, C, and `SMALLEST`, the least side in
-pixels that its down-sampling allows. A `Net` with the field `width` can be had narrower or wider: it is the number of
-channels that its first convolution makes, and the others keep their ratio to it. `VARIANTS`, where a module has it,
-says what else a `Net` can be had with (its depth, its stem): the names of fields, and the values that they may have.
-`autoencoder`, `message_encoder`, `message_decoder`, `sampler` and `unet` are networks that methods train.
+A model is a module with one Linen class `Net(classes, dtype, axis_name)`, whose call
+`(images, train, keys) -> (logits, features)` accepts any H, W, C, and `SMALLEST`, the smallest side in pixels that its
+down-sampling allows. If `Net` has the field `width`, this is the number of channels of the first convolution, and all
+other layers scale with it. `VARIANTS`, if present, lists further options of `Net` (depth, stem, ...): names of fields
+and their allowed values. `autoencoder`, `message_encoder`, `message_decoder`, `sampler` and `unet` create networks that
+methods train.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,34 @@ import jax.numpy as jnp
 
 from bdjax import registry
 from bdjax.errors import InputError
-from bdjax.models._generators import Generator, autoencoder, message_encoder, message_decoder, sampler, unet
+from bdjax.models._generators import Generator, autoencoder, message_decoder, message_encoder, sampler, unet
 from bdjax.models._input import MEANS, STDS, Input
+from bdjax.models._layers import pooling_matrix
 from bdjax.models._norms import norm_inputs, norm_kernels
 from bdjax.models._variants import Variant, checked, variant
 from bdjax.types import Images, Key, Model, Variables
 
 __all__ = [
-    "MEANS", "STDS", "Generator", "Input", "as_dtype", "autoencoder", "create", "norm_inputs", "norm_kernels", "head", "message_encoder",
-    "kernels", "outputs", "penultimate", "message_decoder", "sampler", "unet", "variant", "with_kernels",
+    "MEANS",
+    "STDS",
+    "Generator",
+    "Input",
+    "as_dtype",
+    "autoencoder",
+    "create",
+    "head",
+    "kernels",
+    "message_decoder",
+    "message_encoder",
+    "norm_inputs",
+    "norm_kernels",
+    "outputs",
+    "penultimate",
+    "pooling_matrix",
+    "sampler",
+    "unet",
+    "variant",
+    "with_kernels",
 ]  # fmt: skip
 
 
@@ -40,19 +59,29 @@ def create(
     input: Input | None = None,
     variant: Variant = (),
 ) -> Model:
-    """The model `name` for images of `shape` (H, W, C) and `classes` outputs.
+    """Create a model.
 
-    `dtype` is what activations are computed in (float32 or bfloat16); parameters and logits stay float32. `width`:
-    channels of the first convolution, default the model's own; `input`: what is done to images first; `variant`: the
-    options of :func:`variant` that differ from the model's own.
-    Raises InputError for an unknown name or option, for images too small, and for fewer than two classes.
+    Args:
+      name: name of a module in bdjax.models, or the path of a .py file.
+      shape: (H, W, C) of the images.
+      classes: number of classes, at least 2.
+      dtype: dtype of the activations (float32 or bfloat16); parameters and logits are float32.
+      width: channels of the first convolution; None: the model's default.
+      input: preprocessing inside the model; None: none.
+      variant: options that differ from the model's defaults (see :func:`variant`).
+
+    Returns:
+      The model.
+
+    Raises:
+      InputError: when the name or an option is unknown, the images are too small, or there are fewer than two classes.
     """
     spec = registry.load("models", name)
-    seen = shape if input is None else input.seen(shape)
-    if min(seen[:2]) < spec.smallest:
+    net_shape = shape if input is None else input.output_shape(shape)
+    if min(net_shape[:2]) < spec.smallest:
         raise InputError(
             f"model {name!r} needs images of at least {spec.smallest}x{spec.smallest} pixels, "
-            f"got {seen[0]}x{seen[1]}. Enlarge the images or choose another model "
+            f"got {net_shape[0]}x{net_shape[1]}. Enlarge the images or choose another model "
             f"({', '.join(registry.names('models'))})."
         )
     if classes < 2:
@@ -60,41 +89,53 @@ def create(
     if input is not None:
         input.check(shape[2])
     if width is not None and not (spec.has_width and width >= 1):
-        raise InputError(f"model {name!r} cannot be had {width} channels wide.")
+        raise InputError(f"model {name!r} cannot have a width of {width} channels.")
     options = checked(spec, variant) | ({} if width is None else {"width": width})
     net = spec.Net(classes=classes, dtype=dtype, **options)
-    init, apply, outputs = partial(_init, net, seen), partial(_apply, net, input), partial(_outputs, net, input)
+    init, apply, outputs = partial(_init, net, net_shape), partial(_apply, net, input), partial(_outputs, net, input)
     return Model(name, shape, classes, init, apply, outputs, (("width", width), ("input", input), ("variant", variant)))
 
 
 def as_dtype(model: Model, dtype: Any) -> Model:
-    """A model of :func:`create` that computes in another type."""
+    """Return the same model with activations of another dtype."""
     return create(model.name, model.shape, model.classes, dtype, **dict(model.options))
 
 
 def outputs(
     model: Model, variables: Variables, images: Images, train: bool = False, axis_name: str | None = None
 ) -> tuple[dict[str, jax.Array], Any]:
-    """What every convolution and dense layer gives, and the statistics: see :class:`bdjax.types.Model`.
+    """Compute the output of every convolution and dense layer.
 
-    The order is that of the forward pass; a program that returns the dictionary sorts it. Raises InputError for a model
-    that does not tell.
+    The outputs are in forward order; a jitted function that returns the dictionary sorts it.
+
+    Args:
+      model: a model.
+      variables: its variables.
+      images: float32 [N, H, W, C] in [0, 1].
+      train: whether to use batch statistics.
+      axis_name: mapped axis over which batch statistics are averaged, or None.
+
+    Returns:
+      (outputs by the path of the kernel, batch statistics), see :class:`bdjax.types.Model`.
+
+    Raises:
+      InputError: when the model does not provide them.
     """
     if model.outputs is None:
         raise InputError(
-            f"model {model.name!r} does not tell what its layers give (outputs is None), which this method needs. "
-            "Use a model of bdjax.models."
+            f"model {model.name!r} does not provide the outputs of its layers (outputs is None), which this method "
+            "needs. Use a model of bdjax.models."
         )
     return model.outputs(variables, images, train, axis_name)
 
 
 def kernels(params: Any) -> dict[str, jax.Array]:
-    """All leaves of the parameters by their path, as "Conv_0/kernel"."""
+    """Return all leaves of the parameters by their path, such as "Conv_0/kernel"."""
     return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def with_kernels(params: Any, changed: Mapping[str, jax.Array]) -> Any:
-    """The parameters with the leaves of `changed`, by path, in place of their own."""
+    """Return the parameters with some leaves, given by path, replaced."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: changed.get(_path(path), leaf), params)
 
 
@@ -103,19 +144,19 @@ def _path(path: Any) -> str:
 
 
 def penultimate(features: Mapping[str, jax.Array]) -> jax.Array:
-    """What the last dense layer sees, [N, D]: the last entry of the features that `apply` gives, flattened."""
+    """Return the input of the last dense layer, [N, D]: the last entry of the features, flattened."""
     last = list(features.values())[-1]
     return last.reshape(len(last), -1)
 
 
 def head(params: Any) -> jax.Array:
-    """The kernel of the last dense layer, [D, classes]. Raises InputError for a model without a layer "head"."""
-    found = params.get("head") if isinstance(params, Mapping) else None
-    if not isinstance(found, Mapping) or "kernel" not in found:
+    """Return the kernel of the last dense layer, [D, classes]. Raises InputError for a model without layer "head"."""
+    layer = params.get("head") if isinstance(params, Mapping) else None
+    if not isinstance(layer, Mapping) or "kernel" not in layer:
         raise InputError(
-            "the model has no dense layer named 'head', which this method reads the weights of. Use another model."
+            "the model has no dense layer named 'head', whose weights this method needs. Use another model."
         )
-    return found["kernel"]
+    return layer["kernel"]
 
 
 def _init(net: Any, shape: tuple[int, int, int], key: Key) -> Variables:
@@ -151,14 +192,14 @@ def _outputs(
     train: bool = False,
     axis_name: str | None = None,
 ) -> tuple[dict[str, jax.Array], Any]:
-    found: dict[str, jax.Array] = {}
+    by_kernel: dict[str, jax.Array] = {}
 
-    def keep(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        given = call(*args, **kwargs)
+    def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        output = call(*args, **kwargs)
         if context.method_name == "__call__" and isinstance(context.module, nn.Conv | nn.Dense):
-            found["/".join((*context.module.path, "kernel"))] = given
-        return given
+            by_kernel["/".join((*context.module.path, "kernel"))] = output
+        return output
 
-    with nn.intercept_methods(keep):
+    with nn.intercept_methods(record):
         stats = _apply(net, input, variables, images, train, None, axis_name)[2]
-    return found, stats
+    return by_kernel, stats

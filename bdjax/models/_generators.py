@@ -1,4 +1,4 @@
-"""Networks that attacks and defenses train: they make images or read them, and classify nothing. For any H, W and C."""
+"""Networks other than classifiers that attacks and defenses train, for images of any H, W and C."""
 
 import math
 from collections.abc import Callable
@@ -19,59 +19,85 @@ class Generator(NamedTuple):
     init: Callable[[Key], Variables]
     """`init(key) -> variables`."""
     apply: Callable[..., tuple[jax.Array, Any]]
-    """`apply(variables, *inputs, weight=None, axis_name=None) -> (output, batch_stats)`. `weight`, float32 [N],
-    trains: batch statistics over the images of weight 1 and all devices of `axis_name`; the rest have 0."""
+    """`apply(variables, *inputs, weight=None, axis_name=None) -> (output, batch_stats)`. With `weight`, float32 [N] of
+    0 and 1, batch statistics are used, over the inputs of weight 1 on all devices of `axis_name`."""
 
 
 @lru_cache
 def autoencoder(shape: tuple[int, int, int], channels: int, width: int, downs: int) -> Generator:
-    """Images [N, H, W, C] -> values in [0, 1], [N, H, W, channels]; the network of the input-aware attack.
+    """Autoencoder of the input-aware attack: images [N, H, W, C] -> values in [0, 1], [N, H, W, channels].
 
-    `downs` times two convolutions and 2x2 max-pooling, beginning with `width` channels and doubling; one convolution;
-    and as often linear enlargement to the size before and two convolutions. Every convolution is 3x3 with batch
-    normalisation (decay 0.95; hence no biases) and ReLU, the last with tanh(x) / 2 + 1/2 instead. No skip connections.
+    Each down-sampling block has two convolutions and 2x2 max-pooling, with `width` channels in the first block and
+    twice as many in each next one; after one further convolution, each up-sampling block has linear up-sampling and
+    two convolutions. Convolutions are 3x3 without bias, with batch normalisation (decay 0.95) and ReLU; the last one
+    has tanh(x) / 2 + 1/2 instead. No skip connections.
+
+    Args:
+      shape: (H, W, C) of the images.
+      channels: number of output channels.
+      width: channels of the first block.
+      downs: number of down-sampling blocks.
+
+    Returns:
+      The network.
     """
     return _generator(_Autoencoder(channels, width, downs), (shape,))
 
 
 @lru_cache
 def message_encoder(shape: tuple[int, int, int], bits: int) -> Generator:
-    """Images [N, H, W, C] and codes [N, bits] in {0, 1} -> images in [0, 1] that hide them; StegaStamp's encoder.
+    """StegaStamp's encoder: images [N, H, W, C] and codes [N, bits] in {0, 1} -> images in [0, 1] that hide the codes.
 
-    The code becomes 16x16xC by a dense layer, is enlarged to H x W and laid beside the image. Convolutions of 32, 32,
-    64, 128 and 256 channels, all but the first of stride 2, then back with skip connections; a sigmoid in the end.
+    A dense layer maps the code to 16x16xC, which is up-sampled to H x W and concatenated with the image. A U-Net with
+    convolutions of 32, 32, 64, 128 and 256 channels, all but the first of stride 2, and a sigmoid at the end.
     """
     return _generator(_MessageEncoder(), (shape, (bits,)))
 
 
 @lru_cache
 def message_decoder(shape: tuple[int, int, int], bits: int) -> Generator:
-    """Images [N, H, W, C] -> a logit for every bit [N, bits]; StegaStamp's decoder, which reads a :func:`message_encoder`.
+    """StegaStamp's decoder: images [N, H, W, C] of :func:`message_encoder` -> a logit for every bit, [N, bits].
 
-    Seven convolutions of 32 to 128 channels, five of them of stride 2, and dense layers of 512 and `bits`.
+    Seven convolutions of 32 to 128 channels, five of them of stride 2, and dense layers of 512 and `bits` units.
     """
     return _generator(_MessageDecoder(bits), (shape,))
 
 
 @lru_cache
 def sampler(values: int, noise: int, hidden: int) -> Generator:
-    """Noise [N, noise] -> values in [0, 1], [N, values]; the network that MESA draws its triggers with.
+    """Generator of MESA's triggers: noise [N, noise] -> values in [0, 1], [N, values].
 
-    Four dense layers; the noise is cut into four pieces, of which each layer gets the next beside what came before.
-    After the first three, of `hidden` units without biases, batch normalisation (decay 0.95) and LeakyReLU 0.2; a
-    sigmoid in the end.
+    Four dense layers. The noise is split into four parts; each layer's input is the output before it and the next part.
+    The first three layers have `hidden` units without bias, batch normalisation (decay 0.95) and LeakyReLU 0.2; the
+    last has a sigmoid.
+
+    Args:
+      values: number of outputs.
+      noise: length of the noise vector.
+      hidden: units of the hidden layers.
+
+    Returns:
+      The network.
     """
     return _generator(_Sampler(values, hidden), ((noise,),))
 
 
 @lru_cache
 def unet(shape: tuple[int, int, int], width: int, downs: int) -> Generator:
-    """Images [N, H, W, C] -> images of the same shape, not bounded; a U-Net (Ronneberger et al., MICCAI 2015).
+    """U-Net (Ronneberger et al., MICCAI 2015): images [N, H, W, C] -> unbounded images of the same shape.
 
-    `downs` times two 3x3 convolutions and 2x2 max-pooling, as far as two pixels are left on a side, beginning with
-    `width` channels and doubling; two convolutions; and as often transposed 2x2 convolution, what was there at that
-    size beside it, and two convolutions; a 1x1 convolution in the end. Each 3x3 convolution has instance normalisation
-    (without scale and shift) and LeakyReLU 0.01.
+    Each down-sampling block has two 3x3 convolutions and 2x2 max-pooling, with `width` channels in the first block and
+    twice as many in each next one, as long as two pixels per side remain; after two further convolutions, each
+    up-sampling block has a transposed 2x2 convolution, a skip connection and two 3x3 convolutions; the last layer is a
+    1x1 convolution. Each 3x3 convolution has instance normalisation (without scale and shift) and LeakyReLU 0.01.
+
+    Args:
+      shape: (H, W, C) of the images.
+      width: channels of the first block.
+      downs: largest number of down-sampling blocks.
+
+    Returns:
+      The network.
     """
     return _generator(_Unet(width, downs), (shape,))
 
@@ -95,8 +121,7 @@ def _apply(
 
 
 class _Norm(nn.Module):
-    """Batch normalisation of [N, ..., C] over the images (or vectors) of weight 1; with none of them on any device,
-    statistics stay as they are."""
+    """Batch normalisation of [N, ..., C] over the inputs of weight 1; without any, the statistics do not change."""
 
     axis_name: str | None
 
@@ -108,18 +133,18 @@ class _Norm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         var = self.variable("batch_stats", "var", jnp.ones, features)
         if weight is None:
-            now = mean.value, var.value
+            statistics = mean.value, var.value
         else:
-            counted, axes = weight.reshape(-1, *(1,) * (x.ndim - 1)), tuple(range(x.ndim - 1))
-            sums = (x * counted).sum(axes), (x**2 * counted).sum(axes), weight.sum() * math.prod(x.shape[1:-1])
+            mask, axes = weight.reshape(-1, *(1,) * (x.ndim - 1)), tuple(range(x.ndim - 1))
+            sums = (x * mask).sum(axes), (x**2 * mask).sum(axes), weight.sum() * math.prod(x.shape[1:-1])
             first, second, count = sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
             first, second = first / jnp.maximum(count, 1), second / jnp.maximum(count, 1)
-            now = first, jnp.maximum(second - first**2, 0)
+            statistics = first, jnp.maximum(second - first**2, 0)
             share = jnp.where(count > 0, jnp.float32(0.05), 0)
             mean.value, var.value = (
-                (1 - share) * old.value + share * new for old, new in zip((mean, var), now, strict=True)
+                (1 - share) * old.value + share * new for old, new in zip((mean, var), statistics, strict=True)
             )
-        return (x - now[0]) * jax.lax.rsqrt(now[1] + 1e-5) * scale + bias
+        return (x - statistics[0]) * jax.lax.rsqrt(statistics[1] + 1e-5) * scale + bias
 
 
 class _Autoencoder(nn.Module):
@@ -140,7 +165,7 @@ class _Autoencoder(nn.Module):
             x = _layers.max_pool(x)
         x = nn.relu(block(x, widths[-1]))
         for step in reversed(range(self.downs)):
-            x = nn.relu(block(_enlarged(x, sizes[step]), widths[step]))
+            x = nn.relu(block(_resize(x, sizes[step]), widths[step]))
             x = nn.relu(block(x, widths[step - 1])) if step else block(x, self.channels)
         return jnp.tanh(x) / 2 + 0.5
 
@@ -160,17 +185,17 @@ class _Unet(nn.Module):
             return x
 
         channels, features = x.shape[3], self.width
-        before: list[jax.Array] = []
-        while len(before) < self.downs and (min(x.shape[1:3]) >= 4 or not before):
-            before.append(double(x, features))
-            x, features = _layers.max_pool(before[-1]), 2 * features
+        skips: list[jax.Array] = []
+        while len(skips) < self.downs and (min(x.shape[1:3]) >= 4 or not skips):
+            skips.append(double(x, features))
+            x, features = _layers.max_pool(skips[-1]), 2 * features
         x = double(x, features)
-        for beside in reversed(before):
+        for skip in reversed(skips):
             features //= 2
-            x = _doubled(nn.Dense(4 * features)(x))
-            if x.shape[1:3] != beside.shape[1:3]:  # an odd side was cut
-                x = _enlarged(x, beside.shape[1:3])
-            x = double(jnp.concatenate([beside, x], -1), features)
+            x = _depth_to_space(nn.Dense(4 * features)(x))
+            if x.shape[1:3] != skip.shape[1:3]:  # pooling dropped the last row or column of an odd side
+                x = _resize(x, skip.shape[1:3])
+            x = double(jnp.concatenate([skip, x], -1), features)
         return nn.Dense(channels)(x)
 
 
@@ -181,17 +206,17 @@ class _MessageEncoder(nn.Module):
     def __call__(self, images: Images, codes: jax.Array, weight: jax.Array | None = None) -> jax.Array:
         count, height, width, channels = images.shape
         code = nn.relu(nn.Dense(16 * 16 * channels, kernel_init=nn.initializers.he_normal())(codes))
-        code = _enlarged(code.reshape(count, 16, 16, channels), (height, width))
-        before = [jnp.concatenate([images, code], -1)]
+        code = _resize(code.reshape(count, 16, 16, channels), (height, width))
+        skips = [jnp.concatenate([images, code], -1)]
         for features in (32, 32, 64, 128, 256):
-            stride = 1 if len(before) == 1 else 2
-            before.append(nn.relu(_layers.conv(features, jnp.float32, stride=stride, bias=True)(before[-1])))
-        x = before.pop()
+            stride = 1 if len(skips) == 1 else 2
+            skips.append(nn.relu(_layers.conv(features, jnp.float32, stride=stride, bias=True)(skips[-1])))
+        x = skips.pop()
         for features in (128, 64, 32, 32):
-            beside = before.pop()
-            x = nn.relu(_layers.conv(features, jnp.float32, bias=True)(_enlarged(x, beside.shape[1:3])))
-            beside = jnp.concatenate([beside, x, *(before if len(before) == 1 else [])], -1)
-            x = nn.relu(_layers.conv(features, jnp.float32, bias=True)(beside))
+            skip = skips.pop()
+            x = nn.relu(_layers.conv(features, jnp.float32, bias=True)(_resize(x, skip.shape[1:3])))
+            skip = jnp.concatenate([skip, x, *(skips if len(skips) == 1 else [])], -1)
+            x = nn.relu(_layers.conv(features, jnp.float32, bias=True)(skip))
         x = nn.relu(_layers.conv(32, jnp.float32, bias=True)(x))
         return nn.sigmoid(nn.Conv(channels, (1, 1))(x))
 
@@ -215,20 +240,20 @@ class _Sampler(nn.Module):
 
     @nn.compact
     def __call__(self, noise: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-        x, *later = jnp.split(noise, 4, -1)
-        for piece in later:
+        x, *parts = jnp.split(noise, 4, -1)
+        for part in parts:
             x = nn.leaky_relu(_Norm(self.axis_name)(nn.Dense(self.hidden, use_bias=False)(x), weight), 0.2)
-            x = jnp.concatenate([x, piece], -1)
+            x = jnp.concatenate([x, part], -1)
         return nn.sigmoid(nn.Dense(self.values)(x))
 
 
-def _doubled(x: jax.Array) -> jax.Array:
-    """[N, H, W, 4 C] as [N, 2 H, 2 W, C]: the four values of a place become a square. A transposed 2x2 convolution."""
+def _depth_to_space(x: jax.Array) -> jax.Array:
+    """Rearrange [N, H, W, 4 C] to [N, 2 H, 2 W, C]; after a dense layer, a transposed 2x2 convolution."""
     count, height, width, channels = x.shape
     x = x.reshape(count, height, width, 2, 2, channels // 4)
     return jnp.moveaxis(x, 3, 2).reshape(count, 2 * height, 2 * width, channels // 4)
 
 
-def _enlarged(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
-    """Images [N, H, W, C] at `size`, linearly between pixel centres: matrix products, whose gradients are exact."""
+def _resize(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """Resize images [N, H, W, C] to `size` linearly; computed by matrix products, whose gradients are exact."""
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear")

@@ -1,4 +1,4 @@
-"""What a network was given by its owner, done inside the model, so that images stay float32 in [0, 1] outside."""
+"""Preprocessing that a network expects, applied inside the model, so that its images are float32 in [0, 1]."""
 
 import math
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from bdjax.errors import InputError
 from bdjax.types import Images
 
 MEANS, STDS = (-10.0, 1.0), (1e-5, 10.0)
-"""Least and most for images in [0, 1]: networks that were given 0 to 65535 have a std of 1.5e-5, and one of 10 or more
-is for images of 0 to 255."""
+"""Smallest and largest plausible values for images in [0, 1]. A network for images of 0 to 65535 has a std of 1.5e-5; a
+std of 10 or more is for images of 0 to 255."""
 LAYOUTS = ("chw", "hwc", "cwh", "whc")
 
 
 @dataclass(frozen=True)
 class Input:
-    """Resize, exchange the sides, exchange the channels, then (x - mean) / std: in this order."""
+    """Preprocessing of images: resize, swap height and width, swap channels, then (x - mean) / std, in this order."""
 
     mean: tuple[float, ...] = ()
-    """By channel as the network counts them, for images in [0, 1]; one number goes for all; none is zero."""
+    """Mean per channel of the network's input, for images in [0, 1]; one number: for all channels; (): 0."""
     std: tuple[float, ...] = ()
-    """As `mean`; none is one. A network that was given 0 to 255 has 1 / 255."""
+    """Standard deviation per channel, as `mean`; (): 1. A network for images of 0 to 255 has 1 / 255."""
     channels: str = "rgb"
-    """"bgr" where the network was given blue first (OpenCV)."""
+    """Order of the channels, "rgb", or "bgr" for networks trained with OpenCV's images."""
     layout: str = "chw"
-    """Of an image as its owner gave it: chw (PyTorch) or hwc; cwh or whc where height and width were exchanged."""
+    """Axes of the network's original images: chw (PyTorch) or hwc; cwh or whc when height and width are swapped."""
     resize: int = 0
-    """Side in pixels that the network enlarges or reduces images to, linearly; 0: it takes them as they are."""
+    """Side in pixels to which images are resized linearly; 0: no resizing."""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -51,11 +51,11 @@ class Input:
             raise InputError(f"--resize must be a number of pixels, got {self.resize}.")
 
     def check(self, channels: int) -> None:
-        """Raise InputError when these numbers are not for images of so many channels, or not for images in [0, 1]."""
+        """Raise InputError when the values do not fit the number of channels, or images in [0, 1]."""
         for name in ("mean", "std"):
-            given = getattr(self, name)
-            if len(given) not in (0, 1, channels):
-                raise InputError(f"--input-{name} has {len(given)} numbers; the network takes {channels} channels.")
+            values = getattr(self, name)
+            if len(values) not in (0, 1, channels):
+                raise InputError(f"--input-{name} has {len(values)} numbers; the network takes {channels} channels.")
         if any(value > MEANS[1] for value in self.mean) or any(value >= STDS[1] for value in self.std):
             scaled = {"mean": self.mean, "std": self.std or (1.0,) * len(self.mean)}
             flags = " ".join(
@@ -70,13 +70,13 @@ class Input:
         if self.channels == "bgr" and channels != 3:
             raise InputError(f"--channels bgr is for 3 channels; the network takes {channels}.")
 
-    def seen(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Shape (H, W, C) of what the network sees of images of `shape`."""
+    def output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return the shape (H, W, C) of preprocessed images of `shape`."""
         height, width = (self.resize, self.resize) if self.resize else shape[:2]
         return (height, width, shape[2]) if self.layout in ("chw", "hwc") else (width, height, shape[2])
 
     def __call__(self, images: Images) -> Images:
-        """Images [N, H, W, C] in [0, 1] -> what the network is given."""
+        """Preprocess images [N, H, W, C] in [0, 1]."""
         if self.resize and images.shape[1:3] != (self.resize, self.resize):
             images = jax.image.resize(images, (len(images), self.resize, self.resize, images.shape[3]), "linear")
         if self.layout in ("cwh", "whc"):

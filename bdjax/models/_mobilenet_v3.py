@@ -1,6 +1,8 @@
-"""The frame of MobileNetV3 (Howard et al., ICCV 2019), as torchvision has it; layers are named as its modules.
+"""Base of the MobileNetV3 models (Howard et al., ICCV 2019), as in torchvision, with its layer names.
 
-**Deviation** from torchvision in training alone: running statistics move by a tenth a step, not by a hundredth.
+Deviations from torchvision, in training only:
+
+- Running statistics have momentum 0.1 instead of 0.01.
 """
 
 from typing import Any, ClassVar
@@ -13,11 +15,11 @@ from bdjax.models import _layers, _mobile
 from bdjax.types import Images, Key
 
 Block = tuple[int, int, int, int, bool, int]
-"""Kernel, expanded channels, of the squeeze (0: none), channels, hard swish, stride."""
+"""Kernel, expanded channels, channels of the squeeze (0: none), channels, hard swish, stride."""
 
 
 class MobileNetV3(nn.Module):
-    """Inverted residual blocks, some with squeeze-and-excitation; the last convolution has `LAST` channels."""
+    """Inverted residual blocks, some with squeeze-and-excitation, a last convolution, and two dense layers."""
 
     BLOCKS: ClassVar[tuple[Block, ...]]
     LAST: ClassVar[tuple[int, int]]
@@ -29,9 +31,9 @@ class MobileNetV3(nn.Module):
     width: int = 16
     """Channels of the first convolution."""
     epsilon: int = 3
-    """Of `_mobile.VARIANTS`."""
+    """See `_mobile.VARIANTS`."""
     padding: str = "plain"
-    """Of `_mobile.VARIANTS`."""
+    """See `_mobile.VARIANTS`."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -42,18 +44,20 @@ class MobileNetV3(nn.Module):
 
         def block(x: jax.Array, index: int, spec: Block) -> jax.Array:
             kernel, inside, squeeze, out, hard, stride = spec
-            active, inside, before, place = nn.hard_swish if hard else nn.relu, scaled(inside), x, 0
+            active, inside, before, index_in_block = nn.hard_swish if hard else nn.relu, scaled(inside), x, 0
             name = f"features.{index}.block"
-            if index > 1:  # the first expands nothing
+            if index > 1:  # the first block has no expansion
                 x = _mobile.unit(x, inside, 1, f"{name}.0", train, self, active=active)
-                place = 1
+                index_in_block = 1
             x = _mobile.unit(
-                x, inside, kernel, f"{name}.{place}", train, self, stride=stride, groups=inside, active=active
+                x, inside, kernel, f"{name}.{index_in_block}", train, self, stride=stride, groups=inside, active=active
             )
             if squeeze:
-                place += 1
-                x = _mobile.squeezed(x, scaled(squeeze), f"{name}.{place}", self.dtype, nn.relu, nn.hard_sigmoid)
-            x = _mobile.unit(x, scaled(out), 1, f"{name}.{place + 1}", train, self)
+                index_in_block += 1
+                x = _mobile.squeeze_excite(
+                    x, scaled(squeeze), f"{name}.{index_in_block}", self.dtype, nn.relu, nn.hard_sigmoid
+                )
+            x = _mobile.unit(x, scaled(out), 1, f"{name}.{index_in_block + 1}", train, self)
             return x + before if stride == 1 and x.shape == before.shape else x
 
         features: dict[str, jax.Array] = {}

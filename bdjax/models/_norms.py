@@ -1,4 +1,4 @@
-"""Batch normalisation seen from outside: what enters each layer, and which convolution it follows."""
+"""Inspection of batch-normalisation layers: their inputs, and the convolutions that they follow."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,33 +13,39 @@ from jax.extend.core import Literal
 
 from bdjax.types import Images, Model, Variables
 
-_GIVES, _TAKES = "bdjax gives ", "bdjax takes "
+_OUTPUT, _INPUT = "bdjax output ", "bdjax input "
 
 
 def norm_inputs(model: Model, variables: Variables, images: Images, reduce: Callable) -> dict[str, Any]:
-    """`reduce` of what enters each batch normalisation in evaluation mode, by the layer's path.
+    """Compute a reduction of the input of each batch-normalisation layer in evaluation mode.
 
-    Args: images: float32 [N, H, W, C]; reduce: of float32 [N, ..., C], so that no program has to return all of it.
-    Returns: {} for a model without such layers, or one that is not made of Flax's.
+    Args:
+      model: a model.
+      variables: its variables.
+      images: float32 [N, H, W, C].
+      reduce: function of the input float32 [N, ..., C]; it keeps the results small.
+
+    Returns:
+      Path of the layer -> result of `reduce`; {} for a model without such Flax layers.
     """
-    found: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
 
-    def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if context.method_name == "__call__" and isinstance(context.module, nn.BatchNorm):
-            found["/".join(context.module.path)] = reduce(args[0].astype(jnp.float32))
+            inputs["/".join(context.module.path)] = reduce(args[0].astype(jnp.float32))
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(look):
+    with nn.intercept_methods(record):
         model.apply(variables, images)
-    return found
+    return inputs
 
 
 @lru_cache(maxsize=16)
 def norm_kernels(model: Model) -> dict[str, str]:
-    """Of each batch normalisation that a convolution's output alone enters: its path -> the path of that kernel.
+    """Find the batch-normalisation layers whose input depends on one convolution only: path -> path of its kernel.
 
-    Between the two may stand what joins no other layer's output (pooling, an activation). A convolution whose output
-    also goes elsewhere (to a sum, to a concatenation, past the normalisation) is left out with its layer.
+    Operations between the two that involve no other layer (pooling, an activation) are allowed. A convolution whose
+    output is also used elsewhere (in a sum, a concatenation, or besides the normalisation) is omitted.
     """
 
     def mark(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -48,36 +54,38 @@ def norm_kernels(model: Model) -> dict[str, str]:
         name = "/".join(context.module.path)
         kind = "norm" if isinstance(context.module, nn.BatchNorm) else "conv"
         kind = "dense" if isinstance(context.module, nn.Dense) else kind
-        given = call(checkpoint_name(args[0], f"{_TAKES}{kind} {name}"), *args[1:], **kwargs)
-        return checkpoint_name(given, f"{_GIVES}{kind} {name}")
+        output = call(checkpoint_name(args[0], f"{_INPUT}{kind} {name}"), *args[1:], **kwargs)
+        return checkpoint_name(output, f"{_OUTPUT}{kind} {name}")
 
     like = jax.eval_shape(model.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((1, *model.shape), jnp.float32)
     with nn.intercept_methods(mark):
         jaxpr = jax.make_jaxpr(lambda variables, images: model.apply(variables, images)[0])(like, images).jaxpr
-    takes = _sources(jaxpr)
-    uses = Counter(source for sources in takes.values() for source in sources)
-    found = {}
-    for layer, sources in takes.items():
+    sources_of = _sources(jaxpr)
+    uses = Counter(source for sources in sources_of.values() for source in sources)
+    kernels = {}
+    for layer, sources in sources_of.items():
         kind, _, name = layer.partition(" ")
         if kind == "norm" and len(sources) == 1:
-            made, _, maker = next(iter(sources)).partition(" ")
-            if made == "conv" and uses[f"conv {maker}"] == 1:
-                found[name] = f"{maker}/kernel"
-    return found
+            source_kind, _, source = next(iter(sources)).partition(" ")
+            if source_kind == "conv" and uses[f"conv {source}"] == 1:
+                kernels[name] = f"{source}/kernel"
+    return kernels
 
 
 def _sources(jaxpr: Any) -> dict[str, frozenset[str]]:
-    """Which layers' outputs each marked layer takes, both as "kind path"."""
-    of: dict[Any, frozenset[str]] = {}
-    takes: dict[str, frozenset[str]] = {}
+    """Return the layers whose outputs each marked layer depends on directly, all as "kind path"."""
+    of_variable: dict[Any, frozenset[str]] = {}
+    sources: dict[str, frozenset[str]] = {}
     for equation in jaxpr.eqns:
-        mixed = frozenset().union(*(of.get(v, frozenset()) for v in equation.invars if not isinstance(v, Literal)))
+        union = frozenset().union(
+            *(of_variable.get(v, frozenset()) for v in equation.invars if not isinstance(v, Literal))
+        )
         name = str(equation.params.get("name", "")) if equation.primitive.name == "name" else ""
-        if name.startswith(_TAKES):
-            takes[name.removeprefix(_TAKES)] = mixed
-        elif name.startswith(_GIVES):
-            mixed = frozenset({name.removeprefix(_GIVES)})
+        if name.startswith(_INPUT):
+            sources[name.removeprefix(_INPUT)] = union
+        elif name.startswith(_OUTPUT):
+            union = frozenset({name.removeprefix(_OUTPUT)})
         for out in equation.outvars:
-            of[out] = mixed
-    return takes
+            of_variable[out] = union
+    return sources

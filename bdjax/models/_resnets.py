@@ -1,7 +1,4 @@
-"""The frame of the residual networks (He et al., CVPR 2016) of any depth: stages of basic or bottleneck blocks.
-
-Layers are named as torchvision names its modules.
-"""
+"""Base of the residual networks (He et al., CVPR 2016) of any depth, with torchvision's layer names."""
 
 from typing import Any
 
@@ -14,8 +11,8 @@ from bdjax.models._variants import Numbers
 from bdjax.types import Images, Key
 
 SHORTCUTS = ("b", "a", "a-end")
-"""Where a block changes the shape: "b": 1x1 convolution and BN; "a": every second pixel, and zero channels on both
-sides of the image's; "a-end": the zero channels behind them all."""
+"""Shortcut of a block that changes the shape. "b": 1x1 convolution and BN; "a": every second pixel, padded with zero
+channels on both sides; "a-end": padded with zero channels at the end."""
 VARIANTS = {
     "blocks": Numbers(1, 4, 64, 128),
     "bottleneck": (False, True),
@@ -28,9 +25,12 @@ VARIANTS = {
 
 
 class ResNet(nn.Module):
-    """A stem, a stage for each entry of `blocks`, global mean, dense. A stage has twice the channels of the one before
-    and begins at stride 2, the first at stride 1. A basic block is conv-BN-ReLU-conv-BN with 3x3 convolutions, a
-    bottleneck block has 1x1, 3x3 and 1x1 and four times the channels; both add the shortcut, then ReLU."""
+    """A stem, a stage for each entry of `blocks`, pooling, and a dense layer.
+
+    Each stage after the first has twice the channels of the one before it and starts with stride 2. A basic block is
+    conv-BN-ReLU-conv-BN with 3x3 convolutions; a bottleneck block has 1x1, 3x3 and 1x1 convolutions and four times the
+    channels. Both add the shortcut and apply ReLU.
+    """
 
     classes: int
     dtype: Any = jnp.float32
@@ -38,21 +38,21 @@ class ResNet(nn.Module):
     width: int = 64
     """Channels of the first stage."""
     blocks: tuple[int, ...] = (3, 4, 6, 3)
-    """Of each stage."""
+    """Number of blocks of each stage."""
     bottleneck: bool = False
-    """Bottleneck blocks in place of basic ones."""
+    """Whether blocks are bottleneck blocks instead of basic ones."""
     inner: int = 0
     """Channels of the 3x3 convolution of the first stage's bottleneck blocks; 0: `width`."""
     groups: int = 1
-    """Of the 3x3 convolutions of bottleneck blocks."""
+    """Channel groups of the 3x3 convolutions in bottleneck blocks."""
     shortcut: str = "b"
-    """Of SHORTCUTS."""
+    """One of SHORTCUTS."""
     kernel: int = 3
     """Side of the first convolution's kernel."""
     stem: str = "plain"
-    """Of `_residual.STEMS`."""
+    """One of `_residual.STEMS`."""
     pool: int = 0
-    """Of `_residual.POOLS`."""
+    """See `_residual.POOLS`."""
     blur: bool = False
     """See `_residual.VARIANTS`."""
 
@@ -67,7 +67,7 @@ class ResNet(nn.Module):
         def strided(x: jax.Array, channels: int, name: str, number: int, stride: int, groups: int = 1) -> jax.Array:
             blur = self.blur and stride > 1
             y = nn.relu(unit(x, channels, name, number, 3, 1 if blur else stride, groups))
-            return _residual.blurred(y) if blur else y
+            return _residual.blur_pool(y) if blur else y
 
         def block(x: jax.Array, name: str, channels: int, stride: int) -> jax.Array:
             out = 4 * channels if self.bottleneck else channels

@@ -1,7 +1,7 @@
-"""The frame of the VGG networks (Simonyan & Zisserman, ICLR 2015) as torchvision has them, for images of any size.
+"""Base of the VGG networks (Simonyan & Zisserman, ICLR 2015) as in torchvision, with its layer names.
 
-Layers are named as torchvision names its modules. Between convolutions and dense layers stands a 7x7 adaptive mean,
-which enlarges what small images leave.
+Between the convolutions and the dense layers is 7x7 adaptive average pooling, which up-samples the small features of
+small images.
 """
 
 from typing import Any, ClassVar
@@ -15,18 +15,21 @@ from bdjax.types import Images, Key
 
 SMALLEST = 32
 PLANS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
-"""Convolutions of each block, by the number of weight layers."""
+"""Number of convolutions per block, by the number of weight layers."""
 _SIDE = 7
 
 
 class Vgg(nn.Module):
-    """Five blocks of 3x3 convolutions with biases, ReLU (before it BN, if NORMED) and 2x2 max-pooling, of 1, 2, 4, 8
-    and 8 times `width` channels; then two dense layers of 64 times `width` with dropout 0.5, and the last."""
+    """Five blocks of 3x3 convolutions, two dense layers of 64 `width` units with dropout 0.5, and the last layer.
+
+    A block has convolutions with biases, each followed by BN (if NORMED) and ReLU, and 2x2 max-pooling; the blocks have
+    1, 2, 4, 8 and 8 times `width` channels.
+    """
 
     LAYERS: ClassVar[int]
-    """Of PLANS."""
+    """Key of PLANS."""
     NORMED: ClassVar[bool]
-    """With batch normalisation."""
+    """Whether convolutions have batch normalisation."""
 
     classes: int
     dtype: Any = jnp.float32
@@ -38,14 +41,14 @@ class Vgg(nn.Module):
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
         """Images [N, H, W, C] -> logits [N, classes], {"block1" .. "block5", "pool", "dense1", "dense2", "flat"}."""
         features: dict[str, jax.Array] = {}
-        x, place = x.astype(self.dtype), 0
+        x, layer = x.astype(self.dtype), 0
         for block, (count, times) in enumerate(zip(PLANS[self.LAYERS], (1, 2, 4, 8, 8), strict=True), 1):
             for _ in range(count):
-                x = _layers.conv(self.width * times, self.dtype, bias=True, name=f"features.{place}")(x)
+                x = _layers.conv(self.width * times, self.dtype, bias=True, name=f"features.{layer}")(x)
                 if self.NORMED:
-                    x = _layers.norm(train, self.dtype, self.axis_name, name=f"features.{place + 1}")(x)
-                x, place = nn.relu(x), place + (3 if self.NORMED else 2)
-            x, place = _layers.max_pool(x), place + 1
+                    x = _layers.norm(train, self.dtype, self.axis_name, name=f"features.{layer + 1}")(x)
+                x, layer = nn.relu(x), layer + (3 if self.NORMED else 2)
+            x, layer = _layers.max_pool(x), layer + 1
             features[f"block{block}"] = x
         x = features["pool"] = _layers.adaptive_mean(x, _SIDE)
         x = x.reshape(x.shape[0], -1)

@@ -1,6 +1,6 @@
-"""The frame of the vision transformers (Dosovitskiy et al., ICLR 2021), base size, as torchvision has them.
+"""Base of the vision transformers (Dosovitskiy et al., ICLR 2021) as in torchvision, with its layer names.
 
-Layers are named as torchvision names its modules. The position embedding belongs to one size of images.
+The position embedding is for one size of images.
 """
 
 from typing import Any, ClassVar
@@ -18,8 +18,11 @@ VARIANTS = {"depth": range(1, 65), "heads": range(1, 65)}
 
 
 class Vit(nn.Module):
-    """Patches of PATCH x PATCH pixels become vectors of `width`; a class token comes first; `depth` blocks of attention
-    with `heads` heads and of a perceptron four times as wide (GELU), each normalised before and added."""
+    """Vision transformer with a class token.
+
+    Patches of PATCH x PATCH pixels are embedded in `width` dimensions. Each of `depth` blocks has multi-head attention
+    and a perceptron of 4 `width` units (GELU), with layer normalisation before and a residual connection around each.
+    """
 
     PATCH: ClassVar[int]
     """Side of a patch in pixels."""
@@ -28,11 +31,11 @@ class Vit(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
     width: int = 768
-    """Of a token; a multiple of the heads."""
+    """Dimension of a token, a multiple of `heads`."""
     depth: int = 12
-    """Blocks."""
+    """Number of blocks."""
     heads: int = 12
-    """Of each attention."""
+    """Number of attention heads."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -49,8 +52,8 @@ class Vit(nn.Module):
         x = x.reshape(len(x), -1, self.width)
         token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
         x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, self.width)), x], 1)
-        place = self.param("encoder.pos_embedding", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
-        x = features["patches"] = x + place.astype(x.dtype)
+        position = self.param("encoder.pos_embedding", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
+        x = features["patches"] = x + position.astype(x.dtype)
         for block in range(self.depth):
             name = f"encoder.layers.encoder_layer_{block}"
             x = x + _attention(norm(x, f"{name}.ln_1"), f"{name}.self_attention", self)
@@ -62,9 +65,9 @@ class Vit(nn.Module):
 
 
 def _attention(x: jax.Array, name: str, net: Any) -> jax.Array:
-    """softmax(Q Kᵀ / sqrt(d)) V of each head, side by side, through a dense layer."""
+    """Multi-head attention softmax(Q Kᵀ / sqrt(d)) V with a dense output layer."""
     parts = nn.Dense(3 * net.width, dtype=net.dtype, name=f"{name}.in_proj")(x)
     query, key, value = jnp.moveaxis(parts.reshape(*x.shape[:2], 3, net.heads, net.width // net.heads), 2, 0)
     score = jnp.einsum("nqhd,nkhd->nhqk", query, key) / (net.width // net.heads) ** 0.5
-    found = jnp.einsum("nhqk,nkhd->nqhd", nn.softmax(score), value)
-    return nn.Dense(net.width, dtype=net.dtype, name=f"{name}.out_proj")(found.reshape(x.shape))
+    heads = jnp.einsum("nhqk,nkhd->nqhd", nn.softmax(score), value)
+    return nn.Dense(net.width, dtype=net.dtype, name=f"{name}.out_proj")(heads.reshape(x.shape))

@@ -12,7 +12,7 @@ SMALLEST = 8
 
 
 class Net(nn.Module):
-    """33,658 parameters on 32x32x1 with 10 classes. Pooling comes first, for a CPU is slow at BN and ELU."""
+    """33,658 parameters on 32x32x1 with 10 classes. Pooling precedes BN and ELU, which are slow on a CPU."""
 
     classes: int
     dtype: Any = jnp.float32

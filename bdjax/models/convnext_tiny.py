@@ -1,6 +1,8 @@
-"""ConvNeXt-Tiny (Liu et al., CVPR 2022), as torchvision has it; layers are named as its modules.
+"""ConvNeXt-Tiny (Liu et al., CVPR 2022), as in torchvision, with its layer names.
 
-**Deviation** from torchvision in training alone: no block is left out at random.
+Deviations from torchvision, in training only:
+
+- No stochastic depth.
 """
 
 from typing import Any
@@ -13,13 +15,16 @@ from bdjax.models import _layers
 from bdjax.types import Images, Key
 
 SMALLEST = 32
-_STAGES = ((1, 3), (2, 3), (4, 9), (8, 3))  # channels in the stem's, blocks
+_STAGES = ((1, 3), (2, 3), (4, 9), (8, 3))  # (channels as a multiple of the stem's, blocks)
 _EPSILON, _SCALE = 1e-6, 1e-6
 
 
 class Net(nn.Module):
-    """28.6 million parameters with 1,000 classes. A stem of 4x4 patches; blocks of a 7x7 convolution by channel, layer
-    normalisation and a perceptron four times as wide, scaled by channel and added; 2x2 convolutions between stages."""
+    """28.6 million parameters with 1,000 classes.
+
+    A stem of 4x4 patches; blocks of a 7x7 depthwise convolution, layer normalisation and a perceptron four times as
+    wide, scaled per channel, with a residual connection; 2x2 convolutions of stride 2 between stages.
+    """
 
     classes: int
     dtype: Any = jnp.float32

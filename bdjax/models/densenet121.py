@@ -1,4 +1,4 @@
-"""DenseNet-121 (Huang et al., CVPR 2017), as torchvision has it; layers are named as its modules."""
+"""DenseNet-121 (Huang et al., CVPR 2017), as in torchvision, with its layer names."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _BLOCKS = (6, 12, 24, 16)
 
 
 class Net(nn.Module):
-    """8.0 million parameters with 1,000 classes; each of 58 layers adds `width` / 2 channels to all before it."""
+    """8.0 million parameters with 1,000 classes; each of 58 dense layers appends `width` / 2 channels."""
 
     classes: int
     dtype: Any = jnp.float32

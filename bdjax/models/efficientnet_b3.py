@@ -1,4 +1,4 @@
-"""EfficientNet-B3 (Tan & Le, ICML 2019), as torchvision has it."""
+"""EfficientNet-B3 (Tan & Le, ICML 2019), as in torchvision."""
 
 from bdjax.models import _efficientnet, _mobile
 

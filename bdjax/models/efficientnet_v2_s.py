@@ -1,4 +1,4 @@
-"""EfficientNetV2-S (Tan & Le, ICML 2021), as torchvision has it."""
+"""EfficientNetV2-S (Tan & Le, ICML 2021), as in torchvision."""
 
 from bdjax.models import _efficientnet, _mobile
 
@@ -15,7 +15,7 @@ _STAGES = (  # fused, kernel, expansion, stride, channels, blocks
 
 
 class Net(_efficientnet.EfficientNet):
-    """21.5 million parameters with 1,000 classes; 40 blocks, the first ten with one 3x3 convolution for two."""
+    """21.5 million parameters with 1,000 classes; 40 blocks, the first ten of them fused."""
 
     STAGES, STEM, LAST, DROPOUT = _STAGES, 24, 1280, 0.2
 

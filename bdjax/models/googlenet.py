@@ -1,8 +1,12 @@
-"""GoogLeNet (Szegedy et al., CVPR 2015) as torchvision has it: with batch normalisation; layers are named as its own.
+"""GoogLeNet (Szegedy et al., CVPR 2015) as in torchvision, with batch normalisation and torchvision's layer names.
 
-**Deviations** of torchvision from the paper, kept: the third branch of a module has a 3x3 convolution, not 5x5. Its two
-auxiliary classifiers, which serve training alone, are left out here. Its pretrained weights take (x - 0.5) / 0.5: with
-`transform_input` the network makes that of three channels normalised by ImageNet's mean and std.
+torchvision's pretrained weights expect (x - 0.5) / 0.5; with `transform_input` the network converts images that are
+normalised by ImageNet's mean and std to that.
+
+Deviations:
+
+- As in torchvision, the third branch of a module has a 3x3 convolution instead of the paper's 5x5.
+- The two auxiliary classifiers, used only in training, are omitted.
 """
 
 from typing import Any
@@ -19,7 +23,7 @@ SMALLEST = 15
 VARIANTS = {"transform_input": (False, True)}
 _EPSILON = 1e-3
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std by channel
-_MODULES = {  # channels: 1x1; before and of the two 3x3; after pooling
+_MODULES = {  # channels of: 1x1; reduction and 3x3 (twice); projection after pooling
     "inception3a": (64, 96, 128, 16, 32, 32),
     "inception3b": (128, 128, 192, 32, 96, 64),
     "inception4a": (192, 96, 208, 16, 48, 64),
@@ -41,7 +45,7 @@ class Net(nn.Module):
     width: int = 64
     """Channels of the first convolution."""
     transform_input: bool = False
-    """Bring three channels normalised as ImageNet's to those of mean and std 0.5, as torchvision's pretrained does."""
+    """Whether to convert ImageNet's normalisation to mean and std 0.5, as torchvision's pretrained network does."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -54,16 +58,16 @@ class Net(nn.Module):
 
         features: dict[str, jax.Array] = {}
         if self.transform_input:
-            x = _transformed(x)
+            x = _transform_input(x)
         x = unit(x.astype(self.dtype), 64, "conv1", kernel=7, stride=2)
         x = unit(_layers.window_max(x, 3, 2, ceil=True), 64, "conv2")
         x = features["stem"] = _layers.window_max(unit(x, 192, "conv3", kernel=3), 3, 2, ceil=True)
-        for name, (one, before, three, before_other, other, pooled) in _MODULES.items():
+        for name, (c1, reduce2, c2, reduce3, c3, c4) in _MODULES.items():
             branches = (
-                unit(x, one, f"{name}.branch1"),
-                unit(unit(x, before, f"{name}.branch2.0"), three, f"{name}.branch2.1", kernel=3),
-                unit(unit(x, before_other, f"{name}.branch3.0"), other, f"{name}.branch3.1", kernel=3),
-                unit(_layers.window_max(x, 3, 1, padding=1), pooled, f"{name}.branch4.1"),
+                unit(x, c1, f"{name}.branch1"),
+                unit(unit(x, reduce2, f"{name}.branch2.0"), c2, f"{name}.branch2.1", kernel=3),
+                unit(unit(x, reduce3, f"{name}.branch3.0"), c3, f"{name}.branch3.1", kernel=3),
+                unit(_layers.window_max(x, 3, 1, padding=1), c4, f"{name}.branch4.1"),
             )
             x = features[name] = jnp.concatenate(branches, -1)
             if name in ("inception3b", "inception4e"):
@@ -72,7 +76,8 @@ class Net(nn.Module):
         return _layers.head(x, self.classes), features
 
 
-def _transformed(x: Images) -> Images:
+def _transform_input(x: Images) -> Images:
+    """Convert images normalised by ImageNet's mean and std to mean and std 0.5."""
     if x.shape[-1] != 3:
         raise InputError(f"--transform-input is for images of 3 channels, got {x.shape[-1]}.")
     mean, std = (jnp.asarray(values, x.dtype) for values in _IMAGENET)

@@ -1,7 +1,7 @@
 """The network of BadNets (Gu et al., 2017) for MNIST: two 5x5 convolutions with pooling, then two dense layers.
 
-Its PyTorch versions (verazuo's badnets-pytorch, BackdoorBox) pool by the mean. Some end in a softmax: it is left out
-here, for logits are what losses and defenses take, and softmax(logits) is what such a network gives.
+Its PyTorch implementations (verazuo's badnets-pytorch, BackdoorBox) use mean-pooling. Some end in a softmax, which is
+omitted here because losses and defenses expect logits; softmax(logits) is the output of such a network.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ VARIANTS = {"units": Numbers(2, 2, 16384), "kernel": (3, 5, 7), "pool": ("mean",
 
 
 class Net(nn.Module):
-    """281,034 parameters on 28x28x1 with 10 classes. Each convolution is unpadded, with ReLU and 2x2 pooling."""
+    """281,034 parameters on 28x28x1 with 10 classes. Convolutions are unpadded, with ReLU and 2x2 pooling."""
 
     classes: int
     dtype: Any = jnp.float32
@@ -31,7 +31,7 @@ class Net(nn.Module):
     kernel: int = 5
     """Side of both convolutions' kernels."""
     pool: str = "mean"
-    """Or "max"."""
+    """Pooling, "mean" or "max"."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):

@@ -1,14 +1,14 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018), as torchvision has it or in one of its forms for CIFAR.
+"""MobileNetV2 (Sandler et al., CVPR 2018), as in torchvision or in one of its forms for CIFAR.
 
-By default torchvision's, with a stem of stride 2; `stem` "plain" is the form for CIFAR that chenyaofo's has under the
-same names (strides 1 in the first convolution and the second stage). `form` says whose blocks they are:
+The default is torchvision's, with a stem of stride 2; `stem` "plain" is chenyaofo's form for CIFAR with the same names
+(stride 1 in the first convolution and the second stage). `form` selects the implementation of the blocks:
 
-    torchvision   the first block expands nothing, ReLU6
-    kuangliu      it has its own 1x1 convolution, ReLU, and 1x1 convolutions in the shortcuts that change the channels
-    weiaicunzai   it has its own 1x1 convolution, ReLU6, biases, a first convolution of 1x1 that pads the image by one,
-                  and strides 2, 2, 2, 1, 1 (backdoor-toolbox's, too)
+    torchvision   the first block has no expansion, ReLU6
+    kuangliu      the first block has a 1x1 expansion, ReLU, and 1x1 convolutions in shortcuts that change the channels
+    weiaicunzai   the first block has a 1x1 expansion, ReLU6, biases, a 1x1 first convolution that pads the image by 1,
+                  and strides 2, 2, 2, 1, 1 (also in backdoor-toolbox)
 
-Layers are named as torchvision names its modules, those that it lacks as kuangliu's.
+Layers have torchvision's names, or kuangliu's where torchvision has no such layer.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ USUAL = (32, *(stage[1] for stage in _STAGES), 1280)
 
 
 def scaled(width: int) -> tuple[int, ...]:
-    """USUAL channels in the ratio of a first convolution of `width`."""
+    """Return the USUAL channels scaled to a first convolution of `width` channels."""
     return tuple(max(1, channels * width // USUAL[0]) for channels in USUAL)
 
 
@@ -46,13 +46,13 @@ class Net(nn.Module):
     width: int = 32
     """Channels of the first convolution."""
     form: str = "torchvision"
-    """See above."""
+    """Implementation of the blocks, see above."""
     stem: str = "stride2"
-    """Or "plain": strides for CIFAR."""
+    """"stride2", or "plain" with the strides for CIFAR."""
     channels: tuple[int, ...] = ()
-    """As USUAL, where they do not keep its ratio (width multipliers round to eights); (): as `width` has it."""
+    """Channels in the order of USUAL, for other ratios (width multipliers round to multiples of 8); (): by `width`."""
     pool: int = 0
-    """Of `_residual.POOLS`."""
+    """See `_residual.POOLS`."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -68,12 +68,12 @@ class Net(nn.Module):
             return _layers.norm(train, self.dtype, self.axis_name, name=norm)(x)
 
         def block(x: jax.Array, name: str, expansion: int, out: int, stride: int) -> jax.Array:
-            inside, y, place = x.shape[-1] * expansion, x, 0
+            inside, y, layer = x.shape[-1] * expansion, x, 0
             if expansion > 1 or foreign:
-                y, place = active(unit(y, inside, 1, f"{name}.conv.0.0", f"{name}.conv.0.1")), 1
-            at = f"{name}.conv.{place}"
-            y = active(unit(y, inside, 3, f"{at}.0", f"{at}.1", stride, inside))
-            y = unit(y, out, 1, f"{name}.conv.{place + 1}", f"{name}.conv.{place + 2}")
+                y, layer = active(unit(y, inside, 1, f"{name}.conv.0.0", f"{name}.conv.0.1")), 1
+            depthwise = f"{name}.conv.{layer}"
+            y = active(unit(y, inside, 3, f"{depthwise}.0", f"{depthwise}.1", stride, inside))
+            y = unit(y, out, 1, f"{name}.conv.{layer + 1}", f"{name}.conv.{layer + 2}")
             if stride != 1:
                 return y
             if x.shape[-1] == out:
@@ -93,12 +93,12 @@ class Net(nn.Module):
             x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         stride = 1 if biased or self.stem == "plain" else 2
         x = active(unit(x, channels[0], 1 if biased else 3, "features.0.0", "features.0.1", stride))
-        features["stem"], place = x, 0
+        features["stem"], number = x, 0
         for stage, (expansion, _, count, usual) in enumerate(_STAGES):
             for index in range(count):
-                place += 1
+                number += 1
                 stride = stride_of(stage, usual) if index == 0 else 1
-                x = block(x, f"features.{place}", expansion, channels[stage + 1], stride)
+                x = block(x, f"features.{number}", expansion, channels[stage + 1], stride)
             features[f"stage{stage + 1}"] = x
         x = features["last"] = active(unit(x, channels[-1], 1, "features.18.0", "features.18.1"))
         if not foreign and not self.pool:

@@ -1,10 +1,10 @@
-"""MobileNetV3-Large (Howard et al., ICCV 2019), as torchvision has it."""
+"""MobileNetV3-Large (Howard et al., ICCV 2019), as in torchvision."""
 
 from bdjax.models import _mobile, _mobilenet_v3
 
 SMALLEST = 8
 VARIANTS = _mobile.VARIANTS
-_BLOCKS = (  # kernel, expanded channels, of the squeeze (0: none), channels, hard swish, stride
+_BLOCKS = (  # kernel, expanded channels, squeeze channels (0: none), channels, hard swish, stride
     (3, 16, 0, 16, False, 1),
     (3, 64, 0, 24, False, 2),
     (3, 72, 0, 24, False, 1),

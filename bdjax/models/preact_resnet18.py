@@ -1,6 +1,8 @@
-"""Pre-activation ResNet-18 (He et al., ECCV 2016) with the CIFAR stem, as BackdoorBench trains it.
+"""Pre-activation ResNet-18 (He et al., ECCV 2016) with the CIFAR stem, as in BackdoorBench.
 
-**Deviation** from the paper, shared with the public CIFAR versions: no BN-ReLU after the last stage.
+Deviations from the paper, shared with the public CIFAR implementations:
+
+- No BN-ReLU after the last stage.
 """
 
 from typing import Any
@@ -25,7 +27,7 @@ class Net(nn.Module):
     width: int = 64
     """Channels of the first stage."""
     pool: int = 0
-    """Of `_residual.POOLS`."""
+    """See `_residual.POOLS`."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):

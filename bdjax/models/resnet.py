@@ -1,8 +1,8 @@
 """Residual networks of 10 to 152 layers and more (He et al., CVPR 2016), with the CIFAR stem or torchvision's.
 
-By default a ResNet-34 for CIFAR. `blocks` and `bottleneck` make the others: (3, 4, 6, 3) with bottlenecks is ResNet-50;
-`inner` and `groups` make ResNeXt and torchvision's wide ones. `resnet18` and `resnet18_imagenet` are models by
-themselves.
+The default is a ResNet-34 for CIFAR. `blocks` and `bottleneck` select the depth: (3, 4, 6, 3) with bottlenecks is
+ResNet-50; `inner` and `groups` give ResNeXt and torchvision's wide networks. `resnet18` and `resnet18_imagenet` are
+separate models.
 """
 
 from bdjax.models import _resnets

@@ -22,9 +22,9 @@ class Net(nn.Module):
     width: int = 64
     """Channels of the first stage."""
     stem: str = "plain"
-    """Of `_residual.STEMS`."""
+    """One of `_residual.STEMS`."""
     pool: int = 0
-    """Of `_residual.POOLS`."""
+    """See `_residual.POOLS`."""
     blur: bool = False
     """See `_residual.VARIANTS`."""
 

@@ -1,6 +1,6 @@
-"""ResNet-18 (He et al., CVPR 2016) as torchvision has it: 7x7 first convolution at stride 2, then 3x3 max-pooling.
+"""ResNet-18 (He et al., CVPR 2016) as in torchvision: 7x7 first convolution of stride 2, then 3x3 max-pooling.
 
-BackdoorBench's `resnet18` is this one, on small images too. `resnet18` is the form for CIFAR.
+BackdoorBench's `resnet18` is this model, also for small images. bdjax's `resnet18` is the form for CIFAR.
 """
 
 from typing import Any
@@ -25,9 +25,9 @@ class Net(nn.Module):
     width: int = 64
     """Channels of the first stage."""
     stem: str = "stride2-max"
-    """Of `_residual.STEMS`."""
+    """One of `_residual.STEMS`."""
     pool: int = 0
-    """Of `_residual.POOLS`."""
+    """See `_residual.POOLS`."""
     blur: bool = False
     """See `_residual.VARIANTS`."""
 

@@ -1,7 +1,7 @@
-"""The residual networks of He et al. (CVPR 2016) for CIFAR: three stages of 16, 32 and 64 channels, 6n+2 layers.
+"""Residual networks for CIFAR (He et al., CVPR 2016): three stages of 16, 32 and 64 channels, 6n+2 layers.
 
-`blocks` (n, n, n): 20 layers are (3, 3, 3), the default; 32, 44, 56 and 110 have n = 5, 7, 9 and 18. Shortcuts of
-option A have no weights, those of option B are 1x1 convolutions; the paper's networks on CIFAR have A.
+`blocks` is (n, n, n): 20 layers have n = 3, the default; 32, 44, 56 and 110 have n = 5, 7, 9 and 18. Shortcuts of
+option A, as in the paper, have no weights; those of option B are 1x1 convolutions.
 """
 
 from bdjax.models import _resnets

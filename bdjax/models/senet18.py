@@ -1,6 +1,6 @@
-"""SENet-18 (Hu et al., CVPR 2018) with the CIFAR stem, as kuangliu's: residual blocks whose channels are weighted.
+"""SENet-18 (Hu et al., CVPR 2018) with the CIFAR stem, as in kuangliu's implementation, with its layer names.
 
-Layers are named as its modules. Its blocks are pre-activated; `preact` False gives its basic blocks.
+Blocks are pre-activation blocks; `preact` False selects basic blocks.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ VARIANTS = {"preact": (True, False), "reduction": range(1, 65), "pool": _residua
 
 
 class Net(nn.Module):
-    """11.3 million parameters. Two blocks in each of four stages; their outputs are weighted by channel, then added."""
+    """11.3 million parameters. Four stages of two residual blocks with squeeze-and-excitation."""
 
     classes: int
     dtype: Any = jnp.float32
@@ -25,11 +25,11 @@ class Net(nn.Module):
     width: int = 64
     """Channels of the first stage."""
     preact: bool = True
-    """Blocks BN-ReLU-conv-BN-ReLU-conv; else conv-BN-ReLU-conv-BN, with BN in the shortcut and ReLU at the end."""
+    """Whether blocks are BN-ReLU-conv-BN-ReLU-conv; else conv-BN-ReLU-conv-BN with BN in the shortcut, then ReLU."""
     reduction: int = 16
-    """How many times fewer channels the inner layer of the weighting has."""
+    """Channel reduction of the hidden layer in squeeze-and-excitation."""
     pool: int = 0
-    """Of `_residual.POOLS`."""
+    """See `_residual.POOLS`."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
@@ -51,7 +51,7 @@ class Net(nn.Module):
             y = conv(nn.relu(norm(y, f"{name}.bn2" if self.preact else f"{name}.bn1")), channels, f"{name}.conv2")
             y = y if self.preact else norm(y, f"{name}.bn2")
             inner = max(1, channels // self.reduction)
-            y = _mobile.squeezed(y, inner, name, self.dtype, nn.relu, nn.sigmoid) + short
+            y = _mobile.squeeze_excite(y, inner, name, self.dtype, nn.relu, nn.sigmoid) + short
             return y if self.preact else nn.relu(y)
 
         features: dict[str, jax.Array] = {}

@@ -1,4 +1,4 @@
-"""The simplified VGG of I-BAU (Zeng et al., ICLR 2022, Table 9): 6 convolutions, BN, ELU, dropout.
+"""Simplified VGG of I-BAU (Zeng et al., ICLR 2022, Table 9): 6 convolutions, BN, ELU, dropout.
 
 Three blocks of 32, 64 and 128 channels, each of two 3x3 convolutions (padding 1, conv-BN-ELU), a 2x2
 max-pool and dropout 0.3, 0.4, 0.4; then flatten (2,048 values at 32x32) and one dense layer.
@@ -16,7 +16,7 @@ SMALLEST = 8
 
 
 class Net(nn.Module):
-    """308,394 parameters on 32x32x3 with 10 classes (the convolutions carry biases)."""
+    """308,394 parameters on 32x32x3 with 10 classes (the convolutions have biases)."""
 
     classes: int
     dtype: Any = jnp.float32

@@ -1,4 +1,4 @@
-"""VGG-16 with batch normalisation (Simonyan & Zisserman, ICLR 2015), as torchvision has it."""
+"""VGG-16 with batch normalisation (Simonyan & Zisserman, ICLR 2015), as in torchvision."""
 
 from bdjax.models import _vgg
 

@@ -1,4 +1,4 @@
-"""ViT-B/16 (Dosovitskiy et al., ICLR 2021): base size, patches of 16 pixels, as torchvision has it."""
+"""ViT-B/16 (Dosovitskiy et al., ICLR 2021): base size, patches of 16 pixels, as in torchvision."""
 
 from bdjax.models import _vit
 

@@ -1,4 +1,4 @@
-"""ViT-B/32 (Dosovitskiy et al., ICLR 2021): base size, patches of 32 pixels, as torchvision has it."""
+"""ViT-B/32 (Dosovitskiy et al., ICLR 2021): base size, patches of 32 pixels, as in torchvision."""
 
 from bdjax.models import _vit
 

@@ -1,11 +1,11 @@
 """Wide residual networks (Zagoruyko & Komodakis, BMVC 2016) of any depth 6n+4 and widening factor k.
 
-By default WRN-16-1, the network of NAD and ABL. Layers are named as in xternalz's PyTorch version, which those two use.
-The versions in use differ, and `form` says which one it is:
+The default is WRN-16-1, the network of NAD and ABL. Layers have the names of xternalz's PyTorch implementation, which
+these two use. `form` selects the implementation:
 
-    activated   convolutions without biases, stride in the first one of a block, and a shortcut from the activation
-    late        biases, stride in the second convolution, a shortcut from the block's input (meliketoy)
-    plain       biases, stride in the first, such a shortcut, and no ReLU after the last BN (weiaicunzai)
+    activated   no biases, stride in the first convolution of a block, shortcut from the activation (xternalz)
+    late        biases, stride in the second convolution, shortcut from the block's input (meliketoy)
+    plain       biases, stride in the first, shortcut from the block's input, no ReLU after the last BN (weiaicunzai)
 """
 
 from typing import Any
@@ -32,13 +32,13 @@ class Net(nn.Module):
     width: int = 16
     """Channels of the first convolution."""
     blocks: int = 2
-    """Of each of the three stages: n."""
+    """Number of blocks n of each of the three stages."""
     widen: int = 1
-    """The stages have `width` times this channels, twice and four times as many: k."""
+    """Widening factor k: the stages have 1, 2 and 4 times k `width` channels."""
     form: str = "activated"
-    """See above."""
+    """Implementation, see above."""
     pool: int = 0
-    """Of `_residual.POOLS`."""
+    """See `_residual.POOLS`."""
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False, keys: Key | None = None):
