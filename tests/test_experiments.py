@@ -13,7 +13,7 @@ FILES = sorted(PAPERS.parent.glob("*.py"))
 
 @pytest.fixture(scope="module")
 def tables():
-    return papers.read(PAPERS)
+    return papers.read_tables(PAPERS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -26,7 +26,7 @@ def test_a_file_of_experiments_loads_and_its_filters_find_the_papers_numbers(pat
     assert f"bdjax sweep experiments/{path.name}" in module.__doc__
     for cell in module.CELLS:
         if cell.paper:
-            found = papers.printed(cell.paper, tables)
+            found = papers.published_values(cell.paper, tables)
             assert any(found[name][0] for name in ("acc_after", "asr_after", "score")), cell.label
 
 

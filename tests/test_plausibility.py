@@ -154,7 +154,7 @@ def test_without_a_trigger_nothing_is_an_attack_success_rate(blobs, blobs_npz):
     rates = found.rates(found.labels, found.labels)
     assert rates == {"acc": 1.0, "asr": None, "asr_with_target": None, "ctca": None}
     assert not found.eligible.any() and found.targets == [] and len(found.pictures()["clean"]) == 6
-    assert table._asr(None, None, 0).endswith("not measured: no trigger given") and "0.00" not in table._asr(
+    assert table._asr_line(None, None, 0).endswith("not measured: no trigger given") and "0.00" not in table._asr_line(
         None, None, 0
     )
     planted = Evaluation(perceptron(), datasets.load(blobs_npz), Experiment("badnets", dataset=blobs_npz), {})

@@ -63,7 +63,7 @@ def test_a_copied_result_counts_once(tmp_path):
     write(tmp_path / "copy", 0)
     write(tmp_path / "b", 1)
     assert parsed(tmp_path)[0]["runs"] == "2"
-    assert "1 result.json of a run that is here already" in table.report(tmp_path, "text", None)
+    assert "Not counted: 1 result.json" in table.report(tmp_path, "text", None)
 
 
 def test_planned_cells_without_a_result_are_missing(tmp_path):

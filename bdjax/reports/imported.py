@@ -1,30 +1,34 @@
-"""What was found in a weight file beside the weights, for a terminal."""
+"""What a weight file holds beside the weights, as lines for a terminal."""
 
 from collections.abc import Mapping
 from typing import Any
 
-_SHOWN = 10
+_MAX_NAMES = 10
 
 
 def notes(manifest: Mapping[str, Any]) -> list[str]:
-    """What was found beside the weights and what became of it, a line each."""
+    """Say, a line each, what was found beside the weights and what was done with it."""
     source: Mapping[str, Any] = manifest["source"]
-    found: list[str] = []
+    lines: list[str] = []
     if source.get("classes"):
-        found.append(f"classes: {_some(manifest['classes'])}, in the file under {source['classes']!r}")
+        lines.append(f"classes: {_shortened(manifest['classes'])}, from {source['classes']!r} in the file")
     if source.get("unnamed"):
-        found.append(f"classes: numbered; the names in the file are not used, {source['unnamed']}")
+        lines.append(f"classes: numbered; the names in the file are not used, {source['unnamed']}")
     if source.get("normalised"):
-        found.append(f"normalisation layer: {_some(source['normalised'])}, done to images as said above")
+        lines.append(f"normalisation layer: {_shortened(source['normalised'])}, applied to images as said above")
     if source.get("ignored"):
-        found.append(f"ignored: {_some(source['ignored'])}; what the owner's network does with them is not done here")
+        lines.append(
+            f"ignored: {_shortened(source['ignored'])}; what the original network computes with them is left out"
+        )
     if source.get("accuracy"):
-        found.append(f"accuracy that the file tells: {source['accuracy']:.4f}")
+        lines.append(f"accuracy recorded in the file: {source['accuracy']:.4f}")
     if source.get("skipped"):
-        held = [f"{ascii(place)[1:-1]} ({ascii(name)[1:-1]})" for place, name in source["skipped"].items()]
-        found.append(f"skipped, for it is no tensor, and not built: {_some(held)}")
-    return found
+        objects = [f"{ascii(key)[1:-1]} ({ascii(type_name)[1:-1]})" for key, type_name in source["skipped"].items()]
+        lines.append(f"skipped: objects that are no tensors, which were not built: {_shortened(objects)}")
+    return lines
 
 
-def _some(values: list[Any]) -> str:
-    return ", ".join(map(str, values[:_SHOWN])) + (f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else "")
+def _shortened(values: list[Any]) -> str:
+    """The first values with commas between them, and how many more there are."""
+    more = f" and {len(values) - _MAX_NAMES} more" if len(values) > _MAX_NAMES else ""
+    return ", ".join(map(str, values[:_MAX_NAMES])) + more

@@ -1,24 +1,26 @@
-"""The published numbers beside ours: rows of experiments/papers/*.csv, picked by their column values."""
+"""The published numbers: rows of experiments/papers/*.csv, selected by the values of their columns."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bdjax.errors import InputError
 
 PRINTED = ("acc_before", "asr_before", "acc_after", "asr_after", "ctca_after", "score", "seconds")
+"""Columns of our tables that a paper may print a value for."""
 _METRICS = {"ACC": "acc_after", "ASR": "asr_after", "CTCA": "ctca_after", "SCORE": "score", "TIME_S": "seconds"}
-_SETTING = ("paper", "table", "dataset", "model", "attack", "attack_setting")  # columns of the papers' tables
+_SETTING = ("paper", "table", "dataset", "model", "attack", "attack_setting")
 _COLUMNS = (*_SETTING, "defense", "defense_setting", "metric", "value", "std", "note")
 _DEFAULT = "experiments/papers"
 
 
-def read(papers: Path | None) -> list[dict[str, str]]:
-    """All rows of the papers' tables, from `papers` or experiments/papers. Raises InputError when there are none."""
-    places = [Path(papers)] if papers else [Path(__file__).parents[2] / _DEFAULT, Path.cwd() / _DEFAULT]
-    for place in places:
+def read_tables(papers: Path | None) -> list[dict[str, str]]:
+    """All rows of the tables in `papers`, or in experiments/papers. Raises InputError when there are none."""
+    folders = [Path(papers)] if papers else [Path(__file__).parents[2] / _DEFAULT, Path.cwd() / _DEFAULT]
+    for folder in folders:
         rows: list[dict[str, str]] = []
-        for path in sorted(place.glob("*.csv")):
+        for path in sorted(folder.glob("*.csv")):
             with open(path, newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 if missing := set(_COLUMNS) - set(reader.fieldnames or ()):
@@ -26,34 +28,47 @@ def read(papers: Path | None) -> list[dict[str, str]]:
                 rows += reader
         if rows:
             return rows
-    raise InputError(f"no CSV tables of papers in {' or '.join(map(str, places))}. Say where they are with --papers.")
+    raise InputError(f"no CSV tables of papers in {' or '.join(map(str, folders))}. Say where they are with --papers.")
 
 
-def printed(query: dict[str, Any], tables: list[dict[str, str]]) -> dict[str, tuple[str, str]]:
-    """What the paper prints for the rows that `query` filters, and for the undefended model beside them."""
+def published_values(query: Mapping[str, Any], tables: list[dict[str, str]]) -> dict[str, tuple[str, str]]:
+    """Look up the values that a paper prints for one setting, and those of the undefended model in the same setting.
+
+    Args:
+      query: values by column, which select the rows.
+      tables: rows from :func:`read_tables`.
+
+    Returns:
+      For each of `PRINTED` the value and its deviation as printed, "" where there is none.
+
+    Raises:
+      InputError: when the query names no column, selects no rows, or several of one metric.
+    """
     if unknown := set(query) - set(_COLUMNS):
-        raise InputError(f"paper filter {query} names no column: {', '.join(unknown)}. Use {', '.join(_COLUMNS)}.")
-    found: dict[str, dict[str, str]] = {}
-    for metric, name in _METRICS.items():
-        match = [r for r in tables if r["metric"] == metric and all(r[k] == str(v) for k, v in query.items())]
-        if len(match) > 1:
-            values = {name: sorted({r[name] for r in match}) for name in _COLUMNS[:8]}
-            text = "; ".join(
-                f"{column}: {' | '.join(map(repr, some))}" for column, some in values.items() if len(some) > 1
-            )
-            raise InputError(f"paper filter {query} finds {len(match)} {metric} values. Narrow it by {text}.")
-        if match:
-            found[name] = match[0]
-    if not found:
         raise InputError(
-            f"paper filter {query} finds no ACC or ASR (nor CTCA, SCORE, TIME_S) in the papers' tables. "
+            f"paper filter {dict(query)} names no column: {', '.join(unknown)}. Use {', '.join(_COLUMNS)}."
+        )
+    rows: dict[str, dict[str, str]] = {}
+    for metric, name in _METRICS.items():
+        matches = [r for r in tables if r["metric"] == metric and all(r[k] == str(v) for k, v in query.items())]
+        if len(matches) > 1:
+            values = {column: sorted({r[column] for r in matches}) for column in _COLUMNS[:8]}
+            text = "; ".join(
+                f"{column}: {' | '.join(map(repr, choices))}" for column, choices in values.items() if len(choices) > 1
+            )
+            raise InputError(f"paper filter {dict(query)} finds {len(matches)} {metric} values. Narrow it by {text}.")
+        if matches:
+            rows[name] = matches[0]
+    if not rows:
+        raise InputError(
+            f"paper filter {dict(query)} finds no ACC or ASR (nor CTCA, SCORE, TIME_S) in the papers' tables. "
             "Compare it with their columns."
         )
     for metric in ("acc", "asr"):
-        own = found.get(f"{metric}_after") or next(iter(found.values()))
-        same = {name: own[name] for name in _SETTING} | {"defense": "none", "metric": metric.upper()}
-        match = [r for r in tables if all(r[name] == value for name, value in same.items())]
-        settings = {r["defense_setting"]: r for r in match}  # I-BAU Table 5 repeats the undefended row for each setting
-        if before := settings.get("") or settings.get(own["defense_setting"]):
-            found[f"{metric}_before"] = before
-    return {name: (found[name]["value"], found[name]["std"]) if name in found else ("", "") for name in PRINTED}
+        defended = rows.get(f"{metric}_after") or next(iter(rows.values()))
+        setting = {name: defended[name] for name in _SETTING} | {"defense": "none", "metric": metric.upper()}
+        matches = [r for r in tables if all(r[name] == value for name, value in setting.items())]
+        by_setting = {r["defense_setting"]: r for r in matches}  # I-BAU Table 5 repeats the undefended row for each
+        if undefended := by_setting.get("") or by_setting.get(defended["defense_setting"]):
+            rows[f"{metric}_before"] = undefended
+    return {name: (rows[name]["value"], rows[name]["std"]) if name in rows else ("", "") for name in PRINTED}

@@ -1,4 +1,4 @@
-"""A progress bar with the time left, on stderr; silent when that is not a terminal."""
+"""A progress bar with the remaining time on stderr; silent when stderr is not a terminal."""
 
 import contextlib
 import sys
@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 
 Tick = Callable[[str, int, int], None]
-_PATIENCE = 1.0  # seconds before a bar is worth showing
+"""Called with (stage, steps done, steps in total)."""
+_DELAY = 1.0  # seconds that a stage lasts before its bar appears
 
 
 @contextlib.contextmanager
 def bar() -> Iterator[Tick]:
-    """A function `tick(stage, done, total)` that draws one line a stage while the block runs."""
+    """Provide a function `tick(stage, done, total)` that draws one bar per stage while the block runs."""
     if not sys.stderr.isatty():
         yield lambda stage, done, total: None
         return
@@ -24,13 +25,13 @@ def bar() -> Iterator[Tick]:
     )  # fmt: skip
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
     tasks: dict[str, int] = {}
-    began: dict[str, float] = {}
+    start_times: dict[str, float] = {}
 
     def tick(stage: str, done: int, total: int) -> None:
-        started = began.setdefault(stage, time.monotonic())
-        if stage not in tasks and time.monotonic() - started > _PATIENCE:
-            for old in list(tasks.values()):
-                progress.remove_task(old)  # type: ignore[arg-type]
+        start_time = start_times.setdefault(stage, time.monotonic())
+        if stage not in tasks and time.monotonic() - start_time > _DELAY:
+            for task in list(tasks.values()):
+                progress.remove_task(task)  # type: ignore[arg-type]
             tasks.clear()
             tasks[stage] = progress.add_task(stage, total=total)
         if stage in tasks:
