@@ -1,1 +1,1 @@
-"""What a person looks at: tables, the figure of a run, the progress bar."""
+"""Results for people: tables, figures, the HTML page of a purification, and the progress bar."""
