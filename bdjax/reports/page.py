@@ -127,7 +127,9 @@ def _evidence(result: Mapping[str, Any], method: str, folder: Path) -> dict[str,
             ("norm, in units of the distance between classes", *(_number(scores.get("norm")) for scores in both))
         )
     for rank, ordinal in list(_ORDINALS.items())[: len(result["classes"]) - 1]:
-        rows.append((f"{ordinal} highest score", *(_ranked(result, scores["classes"], rank) for scores in both)))
+        rows.append(
+            (f"{ordinal} highest, as class: score", *(_ranked(result, scores["classes"], rank) for scores in both))
+        )
     rows.append(("seconds, with compilation", *(f"{scores['seconds'] + scores['compile']:.1f}" for scores in both)))
     phases = []
     for phase in _PHASES:
