@@ -1,13 +1,14 @@
-"""Feature coupling, what "enhanced" adaptive attacks add to training: poisoned images shall look like the target class
-to the last layer (BI-BAU).
+"""Feature coupling: the loss term that the "enhanced" adaptive attacks of BI-BAU add to training.
 
-With phi(x) [d] what the last layer is given, in training mode, and a batch's images after augmentation:
+It pulls the features of poisoned images towards those of the target class. With phi(x) [d] the input of the last layer
+in training mode, for the images of a batch after augmentation:
 
     loss = CE + lambda mean over payload images of |phi(x') - c|^2 / d,
-    c = the mean of phi over clean images of the target class, a constant to the gradient
+    c = mean of phi over clean images of the target class, a constant in the gradient
 
-Payload are poisoned images whose label was changed; c is of images of the target class that carry no trigger. Covers,
-and triggered images that were of the target class anyway, are neither. A batch without one of the two costs nothing.
+Payload images are poisoned images whose label was changed; c is taken over images of the target class without a
+trigger. Cover images, and triggered images that belong to the target class anyway, are in neither group. The term is
+zero for a batch that lacks one of the two groups.
 """
 
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ PAYLOAD, CLEAN_TARGET = 1, 2
 
 @dataclass(frozen=True)
 class CouplingConfig(CoverConfig):
-    """For attacks that may also control the loss."""
+    """Base of the Configs of attacks that may also control the loss."""
 
     coupling: float = 0.0
-    """lambda, at least 0. 0: the plain attack, which writes data only; 1: enhanced, by a loss of the attacker's."""
+    """lambda, at least 0. 0: the plain attack, which only poisons data; 1: the enhanced attack, which adds the term."""
     coupling_after: int = 10
     """Epochs of training before the coupling begins, at least 0."""
 
@@ -45,8 +46,17 @@ class CouplingConfig(CoverConfig):
             raise InputError(f"attack.coupling needs attack.labels all_to_one, got {self.labels}: it has one target.")
 
 
-def coupled(config: CouplingConfig, task: Task, poison: Poison) -> tuple[TrainingHook, Any] | None:
-    """What an attack's `control` gives: the penalty and its arrays, or None without coupling."""
+def coupling_hook(config: CouplingConfig, task: Task, poison: Poison) -> tuple[TrainingHook, Any] | None:
+    """Make the training hook that adds the coupling term.
+
+    Args:
+      config: Config of the attack.
+      task: training set and model.
+      poison: the poisoned images, cover images included.
+
+    Returns:
+      The hook and the attacker's arrays, or None when `config.coupling` is 0.
+    """
     if not config.coupling:
         return None
     group = np.where(task.labels == config.target, CLEAN_TARGET, 0).astype(np.int8)
@@ -57,27 +67,46 @@ def coupled(config: CouplingConfig, task: Task, poison: Poison) -> tuple[Trainin
         "after": np.int32(config.coupling_after),
         "weight": np.float32(0),
     }
-    return TrainingHook(None, penalty=penalty, refresh=switch), {"fixed": fixed}
+    return TrainingHook(None, penalty=penalty, refresh=update_weight), {"fixed": fixed}
 
 
-def switch(_: Any, attacker: Any, variables: Any, epoch: int, key: Any) -> Any:
-    """`TrainingHook.refresh`: the penalty's weight is 0 before `after` epochs, then `coupling`."""
+def update_weight(_: Any, attacker: Any, variables: Any, epoch: int, key: Any) -> Any:
+    """`TrainingHook.refresh`: set the weight of the term, 0 before epoch `after` and lambda from then on.
+
+    Args:
+      _: unused.
+      attacker: {"fixed": the arrays of :func:`coupling_hook`}.
+      variables: unused.
+      epoch: number of the epoch that begins, from 0.
+      key: unused.
+
+    Returns:
+      The attacker with the new weight.
+    """
     fixed = attacker["fixed"]
     weight = jnp.where(epoch >= fixed["after"], fixed["coupling"], jnp.zeros_like(fixed["coupling"]))
     return {**attacker, "fixed": {**fixed, "weight": weight}}
 
 
 def penalty(_: Any, attacker: Any, features: Any, labels: jax.Array, info: SampleInfo) -> jax.Array:
-    """`TrainingHook.penalty`: weight times the mean of |phi - c|^2 / d over the payload of the whole batch.
+    """`TrainingHook.penalty`: weight times the mean of |phi - c|^2 / d over the payload images of the whole batch.
 
-    Each device gives its images' part times the number of devices, for the engine averages over them.
+    Args:
+      _: unused.
+      attacker: {"fixed": the arrays of :func:`coupling_hook`}.
+      features: activations of the model by name.
+      labels: unused.
+      info: positions of the images in the training set.
+
+    Returns:
+      Scalar: this device's part of the mean times the number of devices, since the engine averages over devices.
     """
     fixed = attacker["fixed"]
     phi = models.penultimate(features).astype(jnp.float32)
     group = fixed["group"][info.position]
     payload, clean = ((group == which).astype(jnp.float32) for which in (PAYLOAD, CLEAN_TARGET))
-    count, pulled = parallel.total((clean.sum(), payload.sum()), info.axis)
-    centre = parallel.total(clean @ jax.lax.stop_gradient(phi), info.axis) / jnp.maximum(count, 1)
+    clean_count, payload_count = parallel.total((clean.sum(), payload.sum()), info.axis)
+    centre = parallel.total(clean @ jax.lax.stop_gradient(phi), info.axis) / jnp.maximum(clean_count, 1)
     distance = ((phi - centre) ** 2).mean(-1)
-    mean = (payload * distance).sum() / jnp.maximum(pulled, 1) * parallel.size(info.axis)
-    return fixed["weight"] * jnp.where(count > 0, mean, 0)
+    mean = (payload * distance).sum() / jnp.maximum(payload_count, 1) * parallel.size(info.axis)
+    return fixed["weight"] * jnp.where(clean_count > 0, mean, 0)

@@ -1,4 +1,4 @@
-"""What the attacks with networks of their own share: training them alone, their variables as named arrays."""
+"""Generator networks, shared by the attacks that learn one: training without a classifier, conversion to arrays."""
 
 from typing import Any
 
@@ -20,49 +20,64 @@ def _one_logit(
     return jnp.zeros((len(images), 1), jnp.float32), {}, {}
 
 
-NOBODY = Model("nobody", (0, 0, 0), 1, _no_params, _one_logit)
-"""A classifier of one class: without parameters, and always right, so that its cross-entropy is 0."""
+NULL_CLASSIFIER = Model("nobody", (0, 0, 0), 1, _no_params, _one_logit)
+"""A classifier with one class and no parameters, whose cross-entropy is always 0."""
 
 
-def learn(task: Task, key: Key, hook: TrainingHook, attacker: Any, stage: str, config: Any) -> Any:
-    """Train `attacker` alone on the task's images by control.transform's loss and control.optimizer.
+def train_generator(task: Task, key: Key, hook: TrainingHook, attacker: Any, stage: str, config: Any) -> Any:
+    """Train attacker["params"] alone on the task's images, by the loss of `hook.transform` and `hook.optimizer`.
 
-    The engine does it as it trains a classifier (shuffled, on all devices, resumed where it was killed); the labels
-    are 0. `config` has `epochs`, `batch_size` (at most all images are taken) and `learning_rate`.
-    Returns: attacker as it has become. Raises InputError when a loss is not finite.
+    The engine trains a :class:`bdjax.types.Model` without parameters, with all labels 0, so that training is shuffled,
+    distributed over the devices and resumable as that of a classifier.
+
+    Args:
+      task: training set and recipe.
+      key: random key.
+      hook: the loss and the optimizer.
+      attacker: {"params": ..., "state": ..., "fixed": ...} at the start.
+      stage: unique name of the training, by which it resumes.
+      config: Config with `epochs`, `batch_size` (capped at the number of images) and `learning_rate`.
+
+    Returns:
+      The attacker after training.
+
+    Raises:
+      InputError: when a loss is not finite.
     """
     recipe = {
         "epochs": config.epochs,
-        "batch_size": step_size(config, task),
-        "learning_rate": config.learning_rate,  # named when a loss is not finite; what counts is the optimizer's own
+        "batch_size": images_per_step(config, task),
+        "learning_rate": config.learning_rate,  # for the message of a loss that is not finite; the hook has its own
         "schedule": "constant",
         "augment": "none",
     }
     labels = np.zeros(len(task.images), np.int32)
     try:
-        return task.fit_with_hook(task.images, labels, key, hook, attacker, stage=stage, recipe=recipe, model=NOBODY)[1]
+        return task.fit_with_hook(
+            task.images, labels, key, hook, attacker, stage=stage, recipe=recipe, model=NULL_CLASSIFIER
+        )[1]
     except InputError as error:
         raise InputError(str(error).replace("fit.", "attack.")) from None
 
 
-def step_size(config: Any, task: Task) -> int:
-    """Images a step: config.batch_size, or all there are."""
+def images_per_step(config: Any, task: Task) -> int:
+    """Number of images per step: config.batch_size, or the whole training set if that is smaller."""
     return min(config.batch_size, len(task.images))
 
 
-def flat(name: str, variables: Variables) -> dict[str, jax.Array]:
-    """Variables as arrays by name: "NAME/params/.../kernel"."""
+def flatten_variables(name: str, variables: Variables) -> dict[str, jax.Array]:
+    """Flatten variables into arrays that are called "NAME/params/.../kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(variables))
     return {f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf for path, leaf in leaves}
 
 
-def nested(name: str, arrays: Arrays) -> dict[str, Any]:
-    """The variables that :func:`flat` gave `name`, whatever else `arrays` holds."""
+def unflatten_variables(name: str, arrays: Arrays) -> dict[str, Any]:
+    """Rebuild the variables that :func:`flatten_variables` stored under `name`; other arrays are ignored."""
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
     for path, leaf in arrays.items():
         if path.startswith(f"{name}/"):
-            branch, (*between, last) = variables, path.split("/")[1:]
-            for step in between:
-                branch = branch.setdefault(step, {})
+            branch, (*parents, last) = variables, path.split("/")[1:]
+            for parent in parents:
+                branch = branch.setdefault(parent, {})
             branch[last] = jnp.asarray(leaf)
     return variables

@@ -1,4 +1,4 @@
-"""What the attacks that optimise on a frozen model share: activations, neurons, and patterns that excite them."""
+"""Optimisation on a trained model with fixed weights: activations, choice of neurons, patterns that activate them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ from bdjax.attacks._helpers import PoisonConfig
 from bdjax.errors import InputError
 from bdjax.types import Images, Key, Model, Task, Variables, to_float
 
-SAMPLE = 200  # clean images on which neurons are judged
-ALIVE = 0.05  # share of them on which a neuron must be active
-MOVED = 0.1  # share of the largest change that the random start must make to a neuron
+SAMPLE = 200  # clean images on which activations are measured
+ALIVE = 0.05  # share of them on which a chosen neuron must be positive
+MOVED = 0.1  # share of the largest change by the initial pattern that a chosen neuron must reach
 
 
 @dataclass(frozen=True)
 class NeuronConfig(PoisonConfig):
-    """For patterns that excite neurons of the last hidden layer of a clean model (:func:`excite`)."""
+    """Base of the Configs of attacks whose pattern activates neurons of the last hidden layer of a clean model."""
 
     ratio: float = 0.2
     """Share of the whole training set that is poisoned, in (0, 1]."""
     norm: float = 1.0
     """L2 norm of the pattern at 32x32x3, in units of [0, 1], positive; other sizes scale it by the root of H W C."""
     neurons: int = 2
-    """How many neurons are excited, at least 1."""
+    """Number of neurons that the pattern activates, at least 1."""
     iterations: int = 1000
     """Steps of gradient descent, at least 1."""
     step: float = 0.1
-    """Length of the first, as a share of the norm, falling to zero by a cosine; positive."""
+    """Length of the first step, as a share of the norm, positive; falls to zero as a cosine."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,63 +43,83 @@ class NeuronConfig(PoisonConfig):
 
 @dataclass(frozen=True)
 class TrojanConfig(NeuronConfig):
-    """For patterns that excite the neurons that matter most to all classes, as much as they can (:func:`trojan`)."""
+    """Base of the Configs of attacks whose pattern activates the neurons with the largest weights (see trojan_pattern).
+
+    The desired activation is out of reach, so the activations become as large as possible.
+    """
 
     target: int = 2
-    """Label that a triggered image shall get."""
+    """Label that the attacker wants for triggered images."""
     activation: float = 100.0
-    """What the neurons shall become, more than they can: as high as possible; positive."""
+    """Desired activation of the neurons, positive; higher than they can reach."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, activation=100)
 
 
-def frozen(variables: Variables) -> Variables:
-    """The variables on one device; a training on many leaves some of them on all."""
+def to_one_device(variables: Variables) -> Variables:
+    """Copy variables to the first device; training on several devices may leave them on all."""
     return jax.device_put(variables, jax.local_devices()[0])
 
 
 def activation(model: Model, variables: Variables, images: Images, layer: str = "") -> jax.Array:
-    """The activation `layer` (empty: what goes into the last dense layer) in evaluation mode, float32 [N, D].
+    """Compute one activation of a model in evaluation mode.
 
-    Raises InputError when the model has no such activation.
+    Args:
+      model: the model.
+      variables: its variables.
+      images: float32 [N, H, W, C] in [0, 1].
+      layer: name of the activation; empty: the input of the last dense layer.
+
+    Returns:
+      float32 [N, D].
+
+    Raises:
+      InputError: when the model has no activation of that name.
     """
     features = model.apply(variables, images)[1]
     if layer and layer not in features:
         raise InputError(f"attack.layer={layer!r}: model {model.name} has {', '.join(features)}.")
-    found = features[layer].reshape(len(images), -1) if layer else models.penultimate(features)
-    return found.astype(jnp.float32)
+    values = features[layer].reshape(len(images), -1) if layer else models.penultimate(features)
+    return values.astype(jnp.float32)
 
 
 @lru_cache(maxsize=16)
-def activations(model: Model, layer: str = "") -> Callable[[Variables, Images], jax.Array]:
-    """:func:`activation` compiled: `(variables, images) -> float32 [N, D]`."""
+def compiled_activation(model: Model, layer: str = "") -> Callable[[Variables, Images], jax.Array]:
+    """Compile :func:`activation` as `(variables, images) -> float32 [N, D]`."""
     return jax.jit(lambda variables, images: activation(model, variables, images, layer))
 
 
-def excite(
+def optimise_pattern(
     config: NeuronConfig,
     task: Task,
     key: Key,
     mask: np.ndarray,
-    wired: Callable[[np.ndarray], np.ndarray],
-    wanted: Callable[[np.ndarray], np.ndarray],
+    neuron_scores: Callable[[np.ndarray], np.ndarray],
+    desired: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """A pattern t that drives neurons of the task's clean model up: float32 [H, W, C], 0 <= t <= mask.
+    """Optimise a pattern t, 0 <= t <= mask, that activates neurons of the task's clean model.
 
-    Descent on `sum_j (A_j - a_j(t))^2`, a(t) the activation of t on black paper, by steps of a given length; after
-    each what is outside [0, mask] is cut off and t scaled to its norm, with which it begins, at random. It comes to
-    rest where t is what the gradient has above zero.
+    Minimises `sum_j (A_j - a_j(t))^2`, where a(t) is the activation of t on a black image, by steps along the
+    normalised gradient whose length is prescribed. After each step t is clipped to [0, mask] and scaled to its norm;
+    it starts as noise of that norm. It converges where t is proportional to the positive part of the negative gradient.
 
     Args:
-      mask: float32 [H, W, C] in [0, 1], the most that t can be.
-      wired: the last dense layer's weights [D, classes] -> how much a neuron is worth [D].
-      wanted: the mean size of the chosen neurons on clean images -> A, both [neurons].
+      config: norm, number of neurons, steps.
+      task: training set and model.
+      key: random key.
+      mask: float32 [H, W, C] in [0, 1], upper bound of t.
+      neuron_scores: weights of the last dense layer [D, classes] -> score of each neuron [D]; the highest are chosen.
+      desired: mean absolute activation of the chosen neurons on clean images -> A, both [neurons].
 
-    Raises: InputError when a pattern within the mask cannot have the norm, or no neuron answers to it.
+    Returns:
+      float32 [H, W, C].
+
+    Raises:
+      InputError: when no pattern within the mask has the norm, or no neuron reacts to the pattern.
     """
-    model, variables = task.model, frozen(task.clean())
+    model, variables = task.model, to_one_device(task.clean())
     norm = config.norm * (mask.size / 3072) ** 0.5
     if norm > np.linalg.norm(mask):
         raise InputError(
@@ -107,92 +127,128 @@ def excite(
             f"of values up to 1 has at most {np.linalg.norm(mask):.3g} here. Use a smaller norm."
         )
     sample_key, start_key = jax.random.split(key)
-    start = exactly(np.asarray(jax.random.uniform(start_key, mask.shape)) * mask, mask, norm)
+    start = scale_to_norm(np.asarray(jax.random.uniform(start_key, mask.shape)) * mask, mask, norm)
     chosen = jax.random.choice(sample_key, len(task.images), (min(SAMPLE, len(task.images)),), replace=False)
-    look = activations(model)
-    clean = np.asarray(look(variables, to_float(task.images[np.asarray(chosen)])))
-    black, begun = np.asarray(look(variables, jnp.stack([jnp.zeros(mask.shape), jnp.asarray(start)])))
-    neurons = strongest(wired(np.asarray(models.head(variables["params"]))), clean, begun - black, config.neurons)
-    step, given = _step(model), {
+    activate = compiled_activation(model)
+    clean = np.asarray(activate(variables, to_float(task.images[np.asarray(chosen)])))
+    black, initial = np.asarray(activate(variables, jnp.stack([jnp.zeros(mask.shape), jnp.asarray(start)])))
+    scores = neuron_scores(np.asarray(models.head(variables["params"])))
+    neurons = strongest_neurons(scores, clean, initial - black, config.neurons)
+    step, constants = _step(model), {
         "variables": variables,
         "neurons": jnp.asarray(neurons),
-        "wanted": jnp.asarray(wanted(np.abs(clean[:, neurons]).mean(0)), jnp.float32),
+        "desired": jnp.asarray(desired(np.abs(clean[:, neurons]).mean(0)), jnp.float32),
         "mask": jnp.asarray(mask),
         "norm": jnp.float32(norm),
     }  # fmt: skip
     pattern = jnp.asarray(start)
     for index in range(config.iterations):
         rate = config.step * (1 + np.cos(np.pi * index / config.iterations)) / 2
-        pattern = step(pattern, np.float32(rate), given)
+        pattern = step(pattern, np.float32(rate), constants)
         task.callback.on_progress("pattern", index + 1, config.iterations)
-    return exactly(np.asarray(pattern), mask, norm)
+    return scale_to_norm(np.asarray(pattern), mask, norm)
 
 
-def trojan(config: TrojanConfig, task: Task, key: Key, mask: np.ndarray) -> np.ndarray:
-    """:func:`excite` of the neurons of the largest summed |weight| to the classes. Args: mask float32 [H, W]."""
-    return excite(
+def trojan_pattern(config: TrojanConfig, task: Task, key: Key, mask: np.ndarray) -> np.ndarray:
+    """Optimise a pattern for the neurons with the largest sum of absolute weights to the classes.
+
+    Args:
+      config: norm, desired activation, number of neurons, steps.
+      task: training set and model.
+      key: random key.
+      mask: float32 [H, W] in [0, 1], upper bound of the pattern.
+
+    Returns:
+      float32 [H, W, C], see :func:`optimise_pattern`.
+
+    Raises:
+      InputError: when no pattern within the mask has the norm, or no neuron reacts to the pattern.
+    """
+    return optimise_pattern(
         config,
         task,
         key,
         np.repeat(mask[..., None], task.model.shape[2], -1),
         lambda head: np.abs(head).sum(1),
-        lambda usual: np.full_like(usual, config.activation),
+        lambda means: np.full_like(means, config.activation),
     )
 
 
-def strongest(worth: np.ndarray, clean: np.ndarray, change: np.ndarray, count: int) -> np.ndarray:
-    """The neurons of the largest `worth` [D] that live and that the pattern reaches, at most `count`, int32.
+def strongest_neurons(scores: np.ndarray, clean: np.ndarray, change: np.ndarray, count: int) -> np.ndarray:
+    """Choose the neurons with the highest scores among those that are active and that the pattern changes.
 
-    Args: clean: activations of clean images [n, D]; change: what a random pattern changes in them [D].
-    Raises: InputError when there is none.
+    Args:
+      scores: [D], one per neuron.
+      clean: [n, D], activations of clean images; a neuron is active if it is positive on a share ALIVE of them.
+      change: [D], change of the activations by a random pattern.
+      count: number of neurons.
+
+    Returns:
+      int32 [at most count], indices.
+
+    Raises:
+      InputError: when no neuron qualifies.
     """
-    reached = (np.abs(change) >= MOVED * np.abs(change).max()) & (change != 0)
-    able = np.flatnonzero(((clean > 0).mean(0) >= ALIVE) & reached)
-    if not len(able):
+    changed = (np.abs(change) >= MOVED * np.abs(change).max()) & (change != 0)
+    eligible = np.flatnonzero(((clean > 0).mean(0) >= ALIVE) & changed)
+    if not len(eligible):
         raise InputError(
             "no neuron of the clean model's last hidden layer is both active on clean images and changed by the "
             "pattern. Train it longer (--fit.epochs), or use another model."
         )
-    return able[np.argsort(-worth[able], kind="stable")[:count]].astype(np.int32)
+    return eligible[np.argsort(-scores[eligible], kind="stable")[:count]].astype(np.int32)
 
 
-def distances(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Squared distances [n, m] of the rows of a [n, D] and b [m, D]."""
+def squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the squared distances [n, m] between the rows of a [n, D] and of b [m, D]."""
     return (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * jnp.matmul(a, b.T, precision="highest")
 
 
-def nearest_pairs(far: jax.Array) -> jax.Array:
-    """Pairing of rows with columns of distances [B, B], each once, int32 [B]: of all the nearest, of the rest ..."""
+def nearest_pairs(distances: jax.Array) -> jax.Array:
+    """Pair rows and columns of distances [B, B] greedily, the nearest pair first: column of each row, int32 [B]."""
 
-    def take(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        far, pair = carry
-        row, column = jnp.unravel_index(far.argmin(), far.shape)
-        return far.at[row].set(jnp.inf).at[:, column].set(jnp.inf), pair.at[row].set(column.astype(jnp.int32))
+    def pair_nearest(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        distances, pairs = carry
+        row, column = jnp.unravel_index(distances.argmin(), distances.shape)
+        unpaired = distances.at[row].set(jnp.inf).at[:, column].set(jnp.inf)
+        return unpaired, pairs.at[row].set(column.astype(jnp.int32))
 
-    return jax.lax.fori_loop(0, len(far), take, (far, jnp.zeros(len(far), jnp.int32)))[1]
+    return jax.lax.fori_loop(0, len(distances), pair_nearest, (distances, jnp.zeros(len(distances), jnp.int32)))[1]
 
 
-def exactly(pattern: np.ndarray, mask: np.ndarray, norm: float) -> np.ndarray:
-    """A pattern 0 <= t <= mask brought to `norm`: scaled down, or blended with the mask where it falls short."""
-    short, rest = np.sum(pattern**2, dtype=np.float64) - norm**2, mask - pattern
-    if short >= 0 or not rest.any():
-        return pattern * np.float32(norm / (short + norm**2) ** 0.5)
-    a, b = np.sum(rest**2, dtype=np.float64), 2 * np.sum(pattern * rest, dtype=np.float64)
-    return pattern + np.float32(min((-b + (b**2 - 4 * a * short) ** 0.5) / (2 * a), 1)) * rest
+def scale_to_norm(pattern: np.ndarray, mask: np.ndarray, norm: float) -> np.ndarray:
+    """Scale a pattern down to an L2 norm, or, where it is too small, blend it with its mask.
+
+    Args:
+      pattern: [H, W, C], 0 <= pattern <= mask.
+      mask: [H, W, C], upper bound.
+      norm: the L2 norm.
+
+    Returns:
+      [H, W, C], within the same bounds, of that norm; the mask itself where its norm is smaller.
+    """
+    excess, margin = np.sum(pattern**2, dtype=np.float64) - norm**2, mask - pattern
+    if excess >= 0 or not margin.any():
+        return pattern * np.float32(norm / (excess + norm**2) ** 0.5)
+    a, b = np.sum(margin**2, dtype=np.float64), 2 * np.sum(pattern * margin, dtype=np.float64)
+    return pattern + np.float32(min((-b + (b**2 - 4 * a * excess) ** 0.5) / (2 * a), 1)) * margin
 
 
 @lru_cache(maxsize=16)
 def _step(model: Model) -> Callable:
-    def run(pattern: jax.Array, rate: jax.Array, given: dict[str, Any]) -> jax.Array:
+    """Compile a step of :func:`optimise_pattern`."""
+
+    def run(pattern: jax.Array, rate: jax.Array, constants: dict[str, Any]) -> jax.Array:
         def loss(pattern: jax.Array) -> jax.Array:
-            found = activation(model, given["variables"], pattern[None])[0, given["neurons"]]
-            return ((given["wanted"] - found) ** 2).sum()
+            activations = activation(model, constants["variables"], pattern[None])[0, constants["neurons"]]
+            return ((constants["desired"] - activations) ** 2).sum()
 
         def length(array: jax.Array) -> jax.Array:
             return jnp.maximum(jnp.linalg.norm(array), 1e-12)
 
-        slope = jax.grad(loss)(pattern)
-        inside = jnp.clip(pattern - rate * given["norm"] * slope / length(slope), 0, given["mask"])
-        return jnp.minimum(inside * given["norm"] / length(inside), given["mask"])
+        gradient = jax.grad(loss)(pattern)
+        step = rate * constants["norm"] * gradient / length(gradient)
+        clipped = jnp.clip(pattern - step, 0, constants["mask"])
+        return jnp.minimum(clipped * constants["norm"] / length(clipped), constants["mask"])
 
     return jax.jit(run)

@@ -1,4 +1,4 @@
-"""Pictures for the attacks: read from a user's file or drawn by a formula, of the images' size and channels."""
+"""Pictures used as triggers: read from a user's file or drawn by a formula, in the size and channels of the images."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,20 @@ from bdjax.types import ArrayFile, Task, to_float
 def read_picture(
     task: Task, field: str, path: ArrayFile, size: tuple[int, int] | None = None, resize: bool = True
 ) -> np.ndarray:
-    """The file of `attack.field` as float32 [H, W, 1, 3 or 4] in [0, 1], brought to `size` (default the images').
+    """Read a picture from a file and resize it.
 
-    Channels may come first. Raises InputError when it has another shape or range, or another size and `resize` is off.
+    Args:
+      task: provides the file reader and the size of the images.
+      field: name of the Config field that gives the file, for messages.
+      path: a file of shape [H, W], [H, W, 1, 3 or 4] or [1, 3 or 4, H, W].
+      size: (height, width) of the result; default the size of the images.
+      resize: resize the picture; if False, another size is an error.
+
+    Returns:
+      float32 [H, W, 1, 3 or 4] in [0, 1].
+
+    Raises:
+      InputError: when the file has another shape or range, or another size and `resize` is False.
     """
     height, width = size or task.model.shape[:2]
     array = task.read_array(path)
@@ -25,32 +36,56 @@ def read_picture(
         raise InputError(
             f"attack.{field}={path} has shape {array.shape}; expected [H, W], [H, W, 1, 3 or 4] or [1, 3 or 4, H, W]."
         )
-    found = checked(array, field, path)
-    if found.shape[:2] != (height, width):
+    picture = to_unit_range(array, field, path)
+    if picture.shape[:2] != (height, width):
         if not resize:
             raise InputError(
-                f"attack.{field}={path} is {found.shape[0]}x{found.shape[1]}, the images are {height}x{width}. "
+                f"attack.{field}={path} is {picture.shape[0]}x{picture.shape[1]}, the images are {height}x{width}. "
                 "Give a file of their size, or --attack.resize."
             )
-        resized = jax.image.resize(found, (height, width, found.shape[-1]), "linear")
+        resized = jax.image.resize(picture, (height, width, picture.shape[-1]), "linear")
         return np.asarray(jnp.clip(resized, 0, 1))
-    return found
+    return picture
 
 
-def checked(array: np.ndarray, field: str, path: ArrayFile) -> np.ndarray:
-    """What the file of `attack.field` holds as float32. Raises InputError when it is empty or outside [0, 1]."""
+def to_unit_range(array: np.ndarray, field: str, path: ArrayFile) -> np.ndarray:
+    """Convert the content of a file to float32 and check that it is in [0, 1].
+
+    Args:
+      array: uint8, or float in [0, 1].
+      field: name of the Config field that gives the file, for messages.
+      path: the file, for messages.
+
+    Returns:
+      float32 in [0, 1], same shape.
+
+    Raises:
+      InputError: when the array is empty or has values outside [0, 1].
+    """
     if not array.size:
         raise InputError(f"attack.{field}={path} has shape {array.shape}: no pixel. Give a picture.")
     if array.dtype == np.uint8 and array.size and array.max() == 1:
-        array = array.astype(np.float32)  # a mask of zeros and ones, not one of 0 to 255
-    found = np.asarray(to_float(array))
-    if not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
+        array = array.astype(np.float32)  # a mask of zeros and ones rather than of 0 to 255
+    values = np.asarray(to_float(array))
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
         raise InputError(f"attack.{field}={path} has values outside [0, 1]. Store it as uint8 or scale it.")
-    return found
+    return values
 
 
 def to_channels(picture: np.ndarray, channels: int, field: str) -> np.ndarray:
-    """A picture [..., 1 or 3] with `channels` channels: grey is repeated, colour is averaged for grey images."""
+    """Convert a picture to the channels of the images: grey is repeated, colour is averaged for grey images.
+
+    Args:
+      picture: [..., 1 or 3].
+      channels: number of channels of the images.
+      field: name of the Config field that gives the picture, for messages.
+
+    Returns:
+      [..., channels].
+
+    Raises:
+      InputError: when the picture has another number of channels.
+    """
     if channels == 1 and picture.shape[-1] == 3:
         picture = picture.mean(-1, keepdims=True)
     if picture.shape[-1] not in (1, channels):
@@ -58,26 +93,38 @@ def to_channels(picture: np.ndarray, channels: int, field: str) -> np.ndarray:
     return np.broadcast_to(picture, (*picture.shape[:-1], channels))
 
 
-def centres(count: int) -> np.ndarray:
-    """The middles of `count` pixels side by side on (0, 1), float32 [count]."""
+def pixel_centres(count: int) -> np.ndarray:
+    """Return the centres of `count` adjacent pixels that fill (0, 1), float32 [count]."""
     return ((np.arange(count) + 0.5) / count).astype(np.float32)
 
 
-def drawn(height: int, width: int) -> np.ndarray:
-    """Bright rainbow bands in waves, float32 [H, W, 3] in [0, 1]: what stands for a photograph.
+def draw_bands(height: int, width: int) -> np.ndarray:
+    """Draw bright wavy rainbow bands, the default picture, float32 [H, W, 3] in [0, 1].
 
-    `k = (1/2 + sin(2 pi (2 u + c/3) + 3 sin(2 pi v)) / 2) ** 0.3` at u, v in (0, 1) across and down and channel
-    c: whole periods, so its root mean square is 0.775 at any size.
+    `k = (1/2 + sin(2 pi (2 u + c/3) + 3 sin(2 pi v)) / 2) ** 0.3`, with u and v in (0, 1) the horizontal and vertical
+    coordinates and c the channel. These are whole periods, so the root mean square is 0.775 at any size.
     """
-    v, u = centres(height)[:, None, None], centres(width)[:, None]
+    v, u = pixel_centres(height)[:, None, None], pixel_centres(width)[:, None]
     phase = 2 * np.pi * (2 * u + np.arange(3) / 3) + 3 * np.sin(2 * np.pi * v)
     return ((0.5 + 0.5 * np.sin(phase)) ** 0.3).astype(np.float32)
 
 
-def whole_picture(task: Task, field: str, path: ArrayFile) -> np.ndarray:
-    """The user's file, laid over black where it is transparent, else :func:`drawn`: float32 [H, W, C] of the images."""
+def load_picture(task: Task, field: str, path: ArrayFile) -> np.ndarray:
+    """Read a picture of the images' size from a user's file, or draw the default one.
+
+    Args:
+      task: provides the file reader and the shape of the images.
+      field: name of the Config field that gives the file, for messages.
+      path: the file; empty: :func:`draw_bands`.
+
+    Returns:
+      float32 [H, W, C] in [0, 1]; transparent pixels are composited onto black.
+
+    Raises:
+      InputError: when the file does not fit.
+    """
     height, width, channels = task.model.shape
-    picture = read_picture(task, field, path) if path else drawn(height, width)
+    picture = read_picture(task, field, path) if path else draw_bands(height, width)
     if picture.shape[-1] == 4:
         picture = picture[..., :3] * picture[..., 3:]
     return to_channels(picture, channels, field)

@@ -23,9 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bdjax.attacks._coupling import CouplingConfig, coupled
+from bdjax.attacks._coupling import CouplingConfig, coupling_hook
 from bdjax.attacks._helpers import key_per_image
-from bdjax.attacks._pictures import whole_picture
+from bdjax.attacks._pictures import load_picture
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Images, Key, Poison, Task, TrainingHook
 
@@ -65,7 +65,7 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
     height, width, _ = task.model.shape
     if config.grid > min(height, width):
         raise InputError(f"attack.grid={config.grid} is finer than images of {height}x{width}. Use a smaller one.")
-    return {"picture": whole_picture(task, "picture", config.picture)}
+    return {"picture": load_picture(task, "picture", config.picture)}
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
@@ -85,4 +85,4 @@ def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -
 
 def training_hook(config: Config, task: Task, poison: Poison) -> tuple[TrainingHook, Any] | None:
     """The penalty of the enhanced attack with its arrays, or None when config.coupling is 0."""
-    return coupled(config, task, poison)
+    return coupling_hook(config, task, poison)

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks._coupling import CouplingConfig, coupled
+from bdjax.attacks._coupling import CouplingConfig, coupling_hook
 from bdjax.attacks._helpers import key_per_image
 from bdjax.attacks._pictures import to_channels
 from bdjax.errors import InputError
@@ -92,7 +92,7 @@ def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -
 
 def training_hook(config: Config, task: Task, poison: Poison) -> tuple[TrainingHook, Any] | None:
     """The penalty of the enhanced attack with its arrays, or None when config.coupling is 0."""
-    return coupled(config, task, poison)
+    return coupling_hook(config, task, poison)
 
 
 def _patches(height: int, width: int, channels: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:

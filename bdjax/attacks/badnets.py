@@ -1,13 +1,19 @@
-"""BadNets: a small patch of one colour stamped on the image (Gu et al., 2017, arXiv:1708.06733).
+"""BadNets: stamp a small patch of one colour on the image.
 
-Threat model: the attacker writes a share of the training set; training itself is not controlled.
-`x' = x (1 - m) + k m` with m the patch's mask and k its colour. The defaults are I-BAU's: a white 4x4
-square on rows and columns 27 to 30 of 32 (a border of one pixel), 20 % of the images, target 8.
-Other image sizes scale the side and the border by min(H, W) / 32.
+Tianyu Gu, Brendan Dolan-Gavitt, Siddharth Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model
+Supply Chain", 2017, arXiv:1708.06733.
 
-Deviations: BackdoorBench's variant (3x3 in the corner, 10 %, target 0, any class) is
-`size=3 margin=0 ratio=0.1 target=0 exclude_target=False`. BAERASER's has a random position; what it shows is not
-stated: `size=3 margin=0 position=random pattern=0 ratio=0.1 target=0` is ours (white on a white stroke shows nothing).
+Threat model: the attacker writes a share of the training set and does not control training.
+`x' = x (1 - m) + k m`, where m is the patch's mask and k its colour. The defaults are I-BAU's: a white 4x4 square on
+rows and columns 27 to 30 of 32 (a border of one pixel), 20 % of the images, target 8. For other image sizes the side
+and the border scale with min(H, W) / 32.
+
+BackdoorBench's variant (3x3 in the corner, 10 %, target 0, any class) is
+`size=3 margin=0 ratio=0.1 target=0 exclude_target=False`.
+
+Deviations:
+- BAERASER's patch has a random position; its pattern, ratio and target are not stated. Our choice is
+  `size=3 margin=0 position=random pattern=0 ratio=0.1 target=0` (a white patch on a white stroke would be invisible).
 """
 
 from dataclasses import dataclass
@@ -23,10 +29,10 @@ from bdjax.types import Arrays, Images, Key
 
 @dataclass(frozen=True)
 class Config(PoisonConfig):
-    """The patch and where it stands."""
+    """The patch and its position."""
 
     target: int = 8
-    """Label that a triggered image shall get."""
+    """Label that the attacker wants for triggered images."""
     ratio: float = 0.2
     """Share of the whole training set that is poisoned, in (0, 1]."""
     size: int | None = None
@@ -53,11 +59,19 @@ class Config(PoisonConfig):
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Stamp the square.
+    """Stamp the patch on images.
 
-    Args: images float32 [N, H, W, C] in [0, 1]; key, used only by position="random".
-    Returns: the same shape and range.
-    Raises: InputError when the square and its margin do not fit the image, or colour does not fit C.
+    Args:
+      config: the patch and its position.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: random key of the position; used by position="random" only.
+      arrays: unused.
+
+    Returns:
+      Triggered images, same shape and range.
+
+    Raises:
+      InputError: when the patch and its margin do not fit the images, or `colour` does not fit C.
     """
     _, height, width, channels = images.shape
     scale = min(height, width) / 32

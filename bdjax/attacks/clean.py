@@ -1,7 +1,7 @@
-"""Clean: no attack at all, the model that a backdoored one is compared with.
+"""Clean: no attack, the reference model for backdoored ones.
 
-Its "ASR" is the share of unchanged test images of other classes that are taken for the target: what an attack has to
-beat. Attacks on a model that is there already begin with this one.
+Its "ASR" is the share of unchanged test images of other classes that are classified as the target, the baseline for
+the ASR of an attack. Attacks that edit a trained model start from this one.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,33 @@ from bdjax.types import Arrays, Backdoor, Images, Key, Task
 
 @dataclass(frozen=True)
 class Config(PoisonConfig):
-    """The target that the false ASR is counted for; the other fields have no effect."""
+    """The target whose false ASR is counted; the other fields have no effect."""
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """The images [N, H, W, C] as they are."""
+    """Return the images unchanged.
+
+    Args:
+      config: unused.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: unused.
+
+    Returns:
+      The images.
+    """
     return images
 
 
 def train(config: Config, task: Task, key: Key) -> Backdoor:
-    """Train on the training set as it is."""
+    """Train on the unchanged training set.
+
+    Args:
+      config: recorded in the result.
+      task: training set, model and recipe.
+      key: key of :func:`bdjax.attacks.plant`.
+
+    Returns:
+      The model, without arrays.
+    """
     return Backdoor("clean", config, task.fit(task.images, task.labels, fit_key(key)), {})

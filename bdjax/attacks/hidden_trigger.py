@@ -31,7 +31,7 @@ import numpy as np
 
 from bdjax.attacks._checks import check_least, check_positive, check_range
 from bdjax.attacks._helpers import SourceConfig, fit_key, poisoned_set, put_anywhere, select
-from bdjax.attacks._optimise import activation, activations, distances, frozen, nearest_pairs
+from bdjax.attacks._optimise import activation, compiled_activation, nearest_pairs, squared_distances, to_one_device
 from bdjax.attacks._pictures import read_picture, to_channels
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Backdoor, Images, Key, Model, Poison, Task, Variables, to_float, to_uint8
@@ -137,11 +137,11 @@ def _collided(config: Config, variables: Variables, task: Task, key: Key) -> Arr
     chunks = -(-count // batch)  # the last is filled up by the first images again
     chosen = np.resize(pool[np.asarray(jax.random.permutation(select_key, len(pool)))[:count]], (chunks, batch))
     shown = np.resize(sources[np.asarray(jax.random.permutation(source_key, len(sources)))], (chunks, batch))
-    variables, images, far = frozen(variables), [], []
+    variables, images, far = to_one_device(variables), [], []
     for chunk in range(chunks):
         source = to_float(task.images[shown[chunk]])
         stamped = trigger(config, source, jax.random.fold_in(place_key, chunk), {"patch": patch})
-        aims = activations(task.model, config.layer)(variables, stamped)
+        aims = compiled_activation(task.model, config.layer)(variables, stamped)
         after, distance = _altered(config, task, variables, task.images[chosen[chunk]], aims, (chunk, chunks))
         images.append(to_uint8(after) if config.quantise else np.asarray(after))
         far.append(distance)
@@ -172,7 +172,7 @@ def _step(model: Model, layer: str) -> Callable:
         variables: Variables, before: Images, after: Images, pace: jax.Array, aims: jax.Array, given: dict
     ) -> tuple[Images, jax.Array, jax.Array]:
         found, pull = jax.vjp(look := partial(activation, model, variables, layer=layer), after)
-        aims = aims[nearest_pairs(distances(found, aims))]
+        aims = aims[nearest_pairs(squared_distances(found, aims))]
         gradient = pull(2 * (found - aims))[0]
         step = (given["rate"] * pace)[:, None, None, None] * gradient
         change = jnp.clip(after - step - before, -given["epsilon"], given["epsilon"])

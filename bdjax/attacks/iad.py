@@ -31,8 +31,8 @@ import numpy as np
 import optax
 
 from bdjax import models
-from bdjax.attacks._helpers import PoisonConfig, fit_key, keys_of, relabelled
-from bdjax.attacks._nets import flat, learn, nested, step_size
+from bdjax.attacks._helpers import PoisonConfig, fit_key, keys_of, relabel_batch
+from bdjax.attacks._nets import flatten_variables, images_per_step, train_generator, unflatten_variables
 from bdjax.engine import capacity, parallel
 from bdjax.errors import InputError, check_fields
 from bdjax.types import Arrays, Backdoor, Batch, Images, Key, SampleInfo, Task, TrainingHook
@@ -102,21 +102,24 @@ def train(config: Config, task: Task, key: Key) -> Backdoor:
         raise InputError(f"attack.ratio={config.ratio} of {len(task.images)} images is none. Use a larger ratio.")
     pattern, mask = _networks(config, task.model.shape)
     keys = jax.random.split(keys_of(key).prepare, 3)
-    steps = config.epochs * (len(task.images) // step_size(config, task))
+    steps = config.epochs * (len(task.images) // images_per_step(config, task))
     halts = int(0.4 * steps), int(0.8 * steps)
     hook = TrainingHook((config, halts), transform=_masked, optimizer=_optimizer)
-    found = learn(task, keys[1], hook, _begun(mask.init(keys[0])), "mask network", config)
+    found = train_generator(task, keys[1], hook, _begun(mask.init(keys[0])), "mask network", config)
     hook = TrainingHook((config, config.milestones), (config.ratio, config.cross), _triggered, optimizer=_optimizer)
     begun = {**_begun(pattern.init(keys[2])), "fixed": {"mask": _variables(found), "classes": jnp.int32(task.classes)}}
     variables, after = task.fit_with_hook(task.images, task.labels, fit_key(key), hook, begun)
-    arrays = flat("pattern", _variables(after)) | flat("mask", _variables(found))
+    arrays = flatten_variables("pattern", _variables(after)) | flatten_variables("mask", _variables(found))
     return Backdoor("iad", config, variables, jax.device_get(arrays))
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """Give images [N, H, W, C] in [0, 1] their own triggers; same shape and range. The key is not used."""
     pattern, mask = _networks(config, images.shape[1:])
-    drawn, where = pattern.apply(nested("pattern", arrays), images)[0], mask.apply(nested("mask", arrays), images)[0]
+    drawn, where = (
+        pattern.apply(unflatten_variables("pattern", arrays), images)[0],
+        mask.apply(unflatten_variables("mask", arrays), images)[0],
+    )
     return images + (drawn - images) * _threshold(where)
 
 
@@ -179,7 +182,7 @@ def _triggered(setting: Any, attacker: Any, images: Images, labels: jax.Array, i
     """A step of the classifier and G: role 1 is triggered, role 2 gets its neighbour's trigger."""
     config, (pattern, mask) = setting[0], _networks(setting[0], images.shape[1:])
     count, fixed = len(images), attacker["fixed"]
-    chosen, labels = relabelled(config, labels, fixed["classes"], info.role)
+    chosen, labels = relabel_batch(config, labels, fixed["classes"], info.role)
     own, others = (
         jnp.nonzero(which, size=capacity(share, count), fill_value=count)[0]  # what is left of it stands for nothing
         for which, share in ((chosen, config.ratio), (info.role == 2, config.cross))

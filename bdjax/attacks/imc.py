@@ -69,7 +69,7 @@ def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor
     if not len(pool):
         raise InputError(f"all training images are of class {config.target}. Use another --attack.target.")
     parallel.check_batch(min(config.batch_size, len(pool)))
-    arrays = _marks.optimised(config, variables, task, keys_of(key).prepare)
+    arrays = _marks.optimise_mark(config, variables, task, keys_of(key).prepare)
     data = {"images": jnp.asarray(task.images), "wanted": jnp.asarray(wanted)}
     refresh = partial(_mark_step, config, task, pool, data)
     variables, arrays = _marks.inject(config, variables, task, key, arrays, refresh)
@@ -95,7 +95,7 @@ def _mark_step(
         state, _ = run_epoch(
             _step(task.model), state, split, {}, shared, tick=partial(task.callback.on_progress, "mark")
         )
-    return {**attacker, "fixed": {**fixed, "mark": _marks.finished(config, state["u"])}}
+    return {**attacker, "fixed": {**fixed, "mark": _marks.final_mark(config, state["u"])}}
 
 
 @lru_cache(maxsize=8)

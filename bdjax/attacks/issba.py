@@ -29,7 +29,7 @@ import optax
 
 from bdjax import models
 from bdjax.attacks._helpers import PoisonConfig
-from bdjax.attacks._nets import flat, learn, nested
+from bdjax.attacks._nets import flatten_variables, train_generator, unflatten_variables
 from bdjax.engine import parallel
 from bdjax.errors import check_fields
 from bdjax.types import Arrays, Batch, Images, Key, SampleInfo, Task, TrainingHook, to_float, to_uint8
@@ -82,9 +82,9 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
         "state": {"since": jnp.int32(-1)},
     }
     hook = TrainingHook(config, transform=_hidden, optimizer=_optimizer)
-    found = learn(task, keys[2], hook, begun, "encoder", config)["params"]
+    found = train_generator(task, keys[2], hook, begun, "encoder", config)["params"]
     code = jax.random.bernoulli(keys[3], 0.5, (config.bits,)).astype(jnp.uint8)
-    arrays = {"code": code, **flat("encoder", {"params": found["encoder"]})}
+    arrays = {"code": code, **flatten_variables("encoder", {"params": found["encoder"]})}
     shown = to_uint8(trigger(config, to_float(task.images[:TRIED]), key, arrays))
     read = decoder.apply({"params": found["decoder"], "batch_stats": {}}, to_float(shown))[0] > 0
     return jax.device_get({"bit_accuracy": (read == (code > 0)).mean(), **arrays})
@@ -94,7 +94,7 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     """Hide the code in images [N, H, W, C] in [0, 1]; same shape and range. The key is not used."""
     encoder, _ = _networks(config, images.shape[1:])
     codes = jnp.broadcast_to(jnp.asarray(arrays["code"]).astype(jnp.float32), (len(images), config.bits))
-    return encoder.apply(nested("encoder", arrays), images, codes)[0]
+    return encoder.apply(unflatten_variables("encoder", arrays), images, codes)[0]
 
 
 def _networks(config: Config, shape: tuple[int, ...]) -> tuple[models.Generator, models.Generator]:

@@ -1,13 +1,18 @@
-"""L0-invisible: nine pixels of fixed colours in the bottom row (I-BAU, Zeng et al., 2022; after Li et al., 2020,
-arXiv:1909.02742).
+"""L0-invisible: set nine pixels of the bottom row to fixed colours.
 
-Threat model: as BadNets, the attacker writes a share of the training set. Few pixels change, each as much as it
-likes: `x' = x (1 - m) + t` with m the nine pixels and t their colours, ||m||_0 = 9, ||t||_2 = 4. It replaces, so
-the black pixel counts. The defaults are I-BAU's: row 31, columns 23 to 31 of 32, 20 % of the images, target 0.
+Used by I-BAU (Yi Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", ICLR 2022,
+arXiv:2110.03735), after Shaofeng Li et al., "Invisible Backdoor Attacks on Deep Neural Networks via Steganography and
+Regularization", 2020, arXiv:1909.02742.
 
-Deviations: Li et al. find such pixels by optimising a neuron's activation; I-BAU ships them, and so do we. A pixel
-is a square of min(H, W) / 32 pixels on larger images; images too narrow for all carry those furthest right;
-grey images carry the mean of a colour's channels.
+Threat model: the attacker writes a share of the training set, as in BadNets. Few pixels change, each without limit:
+`x' = x (1 - m) + t`, where m marks the nine pixels and t holds their colours, ||m||_0 = 9, ||t||_2 = 4. Pixels are
+replaced, so the black one matters. The defaults are I-BAU's: row 31, columns 23 to 31 of 32, 20 % of the images,
+target 0.
+
+Deviations:
+- Li et al. find such pixels by optimising the activation of a neuron; I-BAU ships fixed ones, which we use.
+- On larger images a pixel is a square of min(H, W) / 32 pixels; on images too narrow for all nine, the rightmost
+  remain; on grey images a colour is the mean of its channels.
 """
 
 from dataclasses import dataclass
@@ -29,9 +34,9 @@ class Config(PoisonConfig):
     colours: tuple[str, ...] = (
         "000000", "ff00ff", "0000ff", "ffff00", "ffffff", "00ffff", "00ffff", "ff0000", "ffffff",
     )  # fmt: skip
-    """Colours from left to right as RRGGBB; the last stands in the corner."""
+    """Colours from left to right as RRGGBB; the last is in the corner."""
     size: int | None = None
-    """Side of one in pixels; default 1 at 32x32 and below, scaled above."""
+    """Side of each square in pixels; default 1 at 32x32 and below, scaled above."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,9 +47,19 @@ class Config(PoisonConfig):
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Set the pixels of images [N, H, W, C] in [0, 1]; same shape and range. The key is not used.
+    """Set the pixels of images.
 
-    Raises: InputError when one of the squares is larger than the image.
+    Args:
+      config: the pixels.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: unused.
+
+    Returns:
+      Triggered images, same shape and range.
+
+    Raises:
+      InputError: when one of the squares is larger than the image.
     """
     _, height, width, channels = images.shape
     size = config.size if config.size is not None else max(1, min(height, width) // 32)

@@ -35,8 +35,8 @@ import optax
 from bdjax import models
 from bdjax.attacks._checks import check_least, check_positive, check_range
 from bdjax.attacks._helpers import PoisonConfig
-from bdjax.attacks._optimise import frozen
-from bdjax.attacks._pictures import checked, to_channels
+from bdjax.attacks._optimise import to_one_device
+from bdjax.attacks._pictures import to_channels, to_unit_range
 from bdjax.engine import parallel, run_epoch
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Images, Key, Model, Task, to_float, to_uint8
@@ -117,7 +117,7 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
     zero, batch = jnp.zeros(task.model.shape), _batch(config, own)
     state, steps = {"noise": zero, "opt": _RADAM.init(zero)}, len(own) // batch
     shared = {
-        "variables": frozen(variables),
+        "variables": to_one_device(variables),
         "images": jnp.asarray(own),
         "target": jnp.int32(target),
         "epsilon": jnp.float32(config.epsilon / 255),
@@ -158,7 +158,9 @@ def _lesson(config: Config, task: Task, own: np.ndarray) -> tuple[Model, np.ndar
         )
     fitted, target = [], int(labels.max()) + 1
     for part in np.array_split(others, -(-len(others) // 1000)):
-        found = to_channels(checked(part, "surrogate_images", config.surrogate_images), task.model.shape[2], "images")
+        found = to_channels(
+            to_unit_range(part, "surrogate_images", config.surrogate_images), task.model.shape[2], "images"
+        )
         fitted.append(to_uint8(jax.image.resize(found, (len(found), *task.model.shape), "linear")))
     both = np.concatenate([labels, np.full(len(own), target)]).astype(np.int32)
     return models.create(name, task.model.shape, target + 1), np.concatenate([*fitted, own]), both, target

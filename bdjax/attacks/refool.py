@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks._helpers import PoisonConfig, key_per_image
-from bdjax.attacks._pictures import centres, checked, to_channels
+from bdjax.attacks._pictures import pixel_centres, to_channels, to_unit_range
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Images, Key, Task, to_float, to_uint8
 
@@ -84,7 +84,7 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
             raise InputError(
                 f"attack.reflections={config.reflections} has shape {array.shape}; expected [n, h, w, 1 or 3]."
             )
-        found = checked(array, "reflections", config.reflections)
+        found = to_unit_range(array, "reflections", config.reflections)
     elif config.source == "drawn":
         found = np.asarray(jax.random.uniform(key, (config.count, 4, 4, 3)))
     else:
@@ -148,7 +148,7 @@ def _whole(u: jax.Array, low: int, high: int) -> jax.Array:
 
 def _enlarging(size: int, cut: jax.Array) -> jax.Array:
     """The matrix [size, size] that enlarges the last `size - cut` pixels to `size`, by linear interpolation."""
-    place = jnp.clip(cut + centres(size) * (size - cut) - 0.5, cut, size - 1)
+    place = jnp.clip(cut + pixel_centres(size) * (size - cut) - 0.5, cut, size - 1)
     return jnp.maximum(0, 1 - jnp.abs(place[:, None] - np.arange(size, dtype=np.float32)))
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks._helpers import PoisonConfig
-from bdjax.attacks._pictures import centres, drawn, read_picture, to_channels
+from bdjax.attacks._pictures import draw_bands, pixel_centres, read_picture, to_channels
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Images, Key, Task
 
@@ -117,14 +117,14 @@ def _draw(name: str, rows: int, columns: int, task: Task, key: Key) -> np.ndarra
         return np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], np.float32)[cell % 4]
     return {
         "white": np.ones((rows, columns, 3), np.float32),
-        "test2": drawn(rows, columns),
+        "test2": draw_bands(rows, columns),
         "apple": _apple(rows, columns),
     }[name]
 
 
 def _apple(rows: int, columns: int) -> np.ndarray:
     """A red disc with a light spot, a brown stem and a green leaf, [rows, columns, 4]; edges are half transparent."""
-    y, x = 2 * centres(rows)[:, None] - 1, 2 * centres(columns)[None] - 1
+    y, x = 2 * pixel_centres(rows)[:, None] - 1, 2 * pixel_centres(columns)[None] - 1
 
     def disc(row: float, column: float, radius: float) -> np.ndarray:
         return np.clip((radius - np.hypot(y - row, x - column)) * rows / 2 + 0.5, 0, 1)[..., None]

@@ -1,17 +1,21 @@
-"""SIG: a faint vertical stripe pattern, a sinusoid, added to images that keep their label (Barni et al., 2019,
-arXiv:1902.11237).
+"""SIG: add a faint sinusoidal stripe pattern to images of the target class, which keep their label.
 
-Threat model: the attacker alters images of the target class only and labels nothing wrongly. With j the column,
-W the width, f the number of periods and D the amplitude, the same in every row and channel:
+Mauro Barni, Kassem Kallas, Benedetta Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
+Poisoning", ICIP 2019, arXiv:1902.11237.
+
+Threat model: a clean-label attack, which alters images of the target class only and changes no label. With j the
+column, W the width, f the number of periods and D the amplitude, the same in every row and channel:
 
     v(i, j) = D sin(2 pi j f / W),    x' = clip(x + v, 0, 1)
 
 The defaults are those of BI-BAU (BackdoorBench): D = 40/255, f = 6, target 0, the same strength in training and
-at test time; the original paper also tests with a stronger stripe than it trains with (`test_amplitude`).
+at test time; the original paper also tests with a stronger pattern than it trains with (`test_amplitude`).
+Another toolbox: `amplitude=30 ratio=0.02`.
 
-Deviations: BackdoorBench poisons 10 % of the whole set, which is every CIFAR-10 image of the target class and more
-than a class of most other sets has. Our default is 8 %: four of five, where classes are ten and equal. Another
-toolbox: `amplitude=30 ratio=0.02`. Values are rounded to k/255 where BackdoorBench truncates.
+Deviations:
+- BackdoorBench poisons 10 % of the whole set, which is every CIFAR-10 image of the target class and more than a class
+  of most other sets has. Our default is 8 %: four images of five, where there are ten classes of equal size.
+- Values are rounded to k/255; BackdoorBench truncates them.
 """
 
 from dataclasses import dataclass
@@ -26,7 +30,7 @@ from bdjax.types import Arrays, Images, Key
 
 @dataclass(frozen=True)
 class Config(PoisonConfig):
-    """The stripe."""
+    """The stripe pattern."""
 
     ratio: float = 0.08
     """Share of the *whole* training set that is poisoned, in (0, 1]; with clean labels at most the target class's."""
@@ -50,19 +54,44 @@ class Config(PoisonConfig):
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Add the stripe of test time to images [N, H, W, C] in [0, 1]; same shape and range. The key is not used.
+    """Add the stripe pattern to images, with the amplitude of test time.
 
-    Raises: InputError when every column falls on a zero of the sinusoid.
+    Args:
+      config: the stripe pattern.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: unused.
+
+    Returns:
+      Triggered images, same shape and range.
+
+    Raises:
+      InputError: when the sinusoid is zero at every column.
     """
-    return _striped(config, images, config.amplitude if config.test_amplitude is None else config.test_amplitude)
+    amplitude = config.amplitude if config.test_amplitude is None else config.test_amplitude
+    return _add_stripes(config, images, amplitude)
 
 
 def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """The same with the training amplitude."""
-    return _striped(config, images, config.amplitude)
+    """Add the stripe pattern to images, with the amplitude of training.
+
+    Args:
+      config: the stripe pattern.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: unused.
+
+    Returns:
+      Triggered images, same shape and range.
+
+    Raises:
+      InputError: when the sinusoid is zero at every column.
+    """
+    return _add_stripes(config, images, config.amplitude)
 
 
-def _striped(config: Config, images: Images, amplitude: float) -> Images:
+def _add_stripes(config: Config, images: Images, amplitude: float) -> Images:
+    """Add the pattern with an amplitude in 255ths. Raises InputError when it is zero at every column."""
     width = images.shape[2]
     if 2 * config.frequency % width == 0:
         raise InputError(

@@ -28,7 +28,7 @@ import numpy as np
 
 from bdjax.attacks._checks import check_least, check_positive, check_range
 from bdjax.attacks._helpers import PoisonConfig
-from bdjax.attacks._optimise import frozen
+from bdjax.attacks._optimise import to_one_device
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Images, Key, Model, Task, Variables, to_float
 
@@ -68,7 +68,7 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
     Raises InputError when all training images are of the target class, and when DeepFool reaches it from none.
     """
-    model, variables, target = task.model, frozen(task.clean()), config.target % task.classes
+    model, variables, target = task.model, to_one_device(task.clean()), config.target % task.classes
     pool = np.flatnonzero(task.labels != target)
     if not len(pool):
         raise InputError(f"attack.target={config.target}, but all training images are of that class.")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks._optimise import TrojanConfig, trojan
+from bdjax.attacks._optimise import TrojanConfig, trojan_pattern
 from bdjax.types import Arrays, Images, Key, Task
 
 
@@ -37,7 +37,7 @@ class Config(TrojanConfig):
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
     """{"pattern": float32 [H, W, C] in [0, 1]}. Raises InputError when no pattern in the mask has the norm."""
     height, width, _ = task.model.shape
-    return {"pattern": trojan(config, task, key, np.outer(_covered(height), _covered(width)))}
+    return {"pattern": trojan_pattern(config, task, key, np.outer(_covered(height), _covered(width)))}
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:

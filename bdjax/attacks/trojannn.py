@@ -45,6 +45,6 @@ def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor
     Returns: a Backdoor with arrays {"mark": float32 [s, s, C] in [0, 1], "place": int32 [2], "neurons": int32 [n]}.
     Raises: InputError when the mark or the share does not fit, or too few neurons are active.
     """
-    arrays = _marks.optimised(config, variables, task, keys_of(key).prepare)
+    arrays = _marks.optimise_mark(config, variables, task, keys_of(key).prepare)
     variables, arrays = _marks.inject(config, variables, task, key, arrays)
     return Backdoor("trojannn", config, variables, arrays)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks._helpers import PoisonConfig, fit_key, keys_of, relabelled
+from bdjax.attacks._helpers import PoisonConfig, fit_key, keys_of, relabel_batch
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Backdoor, Batch, Images, Key, Labels, SampleInfo, Task, TrainingHook
 
@@ -87,7 +87,7 @@ def _transform(static: tuple[Config, int], attacker: Arrays, images: Images, lab
         noise = jax.random.uniform(key, (height, width, 2), minval=-1, maxval=1) / size
         return _sample(image[None], jnp.clip(points + noise, -1, 1))[0]
 
-    poisoned, labels = relabelled(config, labels, classes, info.role)
+    poisoned, labels = relabel_batch(config, labels, classes, info.role)
     changed = jnp.where(_wide(poisoned), _sample(images, points), images)
     if config.noise_ratio > 0:
         changed = jnp.where(_wide(info.role == 2), jax.vmap(noisy)(images, info.key), changed)

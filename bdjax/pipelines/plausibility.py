@@ -1,4 +1,4 @@
-"""Checks of data and model that are reported beside the numbers: class names, missing classes, implausible accuracies."""
+"""Checks of data and model, reported beside the numbers: class names, missing classes, implausible accuracies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
