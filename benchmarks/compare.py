@@ -1,20 +1,20 @@
-"""bdjax beside PyTorch on the same work, in turn (A B A B), with the ratio of each pair of runs and its spread.
+"""Compare bdjax with PyTorch on the same workloads, in alternation (A B A B), by the ratio of each pair of runs.
 
     python benchmarks/compare.py --torch-python /path/to/python --out experiments/results/speed
-    python benchmarks/compare.py --victims DIR DIR DIR --only 'until/*' ...     # `bdjax train` wrote them
+    python benchmarks/compare.py --victims DIR DIR DIR --only 'until/*' ...     # directories of `bdjax train`
 
-Workloads are those of `bdjax bench` that the PyTorch side (torch_peer.py) has, `startup` (a new process, caches filled,
-until its first training step is over), and `until/DIR` for each victim directory: seconds of I-BAU until the attack
-success rate on held-out images is below --goal, both sides from the same weights (exported as `bdjax export` does) and
-with the same images; bdjax by the schedule that --ibau asks for, PyTorch by the release's. Both are measured after each
-round, outside the time.
+The workloads are those of `bdjax bench` that torch_peer.py implements; `startup`, the time from the start of a new
+process with filled caches to its first training step; and `until/DIR` for each victim directory, the seconds of I-BAU
+until the attack success rate on held-out images is below --goal. For the latter, both sides use the same weights
+(written by `bdjax export`) and images; bdjax uses the schedule in --ibau, PyTorch the release's. Both are measured
+after each round, which does not count.
 
-Each side is a process of its own, bound to the same cores, with as many threads and, unless --pages small, large pages
-of memory (bdjax/cli/_large_pages.py; `bdjax` asks for them itself). Both are started anew for every workload, prepare
-it and run it once before anything counts. A side that takes longer than --limit is stopped and the comparison goes on;
-where that is PyTorch, and it compiled its networks (on a GPU), it is started once more without compiling, and the row
-says so: --compile-limit is how long compiling may take. The results so far are written after each workload, as
-compare.json and README.md in --out.
+Each side is a separate process, bound to the same cores, with the same number of threads and, unless --pages small,
+large pages of memory (bdjax/cli/_large_pages.py; the `bdjax` command requests them itself). Both are restarted for
+every workload, and its first run does not count. A side that takes longer than --limit is stopped and the comparison
+continues with the next workload. If PyTorch takes longer than --compile-limit with compiled networks (on a GPU), it is
+restarted without compilation, which the row states. Results are written after each workload, as compare.json and
+README.md in --out.
 """
 
 import argparse
@@ -36,19 +36,19 @@ from typing import Any
 SIDES = ("bdjax", "torch")
 STARTUP = "startup"
 HERE = Path(__file__).parent
-ANSWER = "@ "  # how a worker's answers begin; anything else that it prints is passed on
+ANSWER = "@ "  # prefix of a worker's answers; its other output is passed on
 
 
 class Gone(Exception):
-    """A worker that died, took too long, or has no such workload; the message says it."""
+    """A worker ended, took too long, or does not have the workload; the message states which."""
 
 
 class Late(Gone):
-    """A worker that took too long."""
+    """A worker took too long."""
 
 
 class Worker:
-    """One side of one workload."""
+    """The process of one side for one workload."""
 
     def __init__(self, python: str, side: str, threads: int, pages: str, cache: str) -> None:
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45", "JAX_COMPILATION_CACHE_DIR": cache, **_pages(pages)}
@@ -71,7 +71,7 @@ class Worker:
         self._lines.put(None)
 
     def ask(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
-        """What the worker answers. Raises Gone."""
+        """Send a request and return the worker's answer. Raises Gone."""
         assert self._process.stdin
         with contextlib.suppress(OSError):
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -82,10 +82,10 @@ class Worker:
             raise Late(f"{self.side}: longer than {limit:g} s") from None
         if line is None:
             raise Gone(f"{self.side}: ended early (its message is above)")
-        found = json.loads(line)
-        if "refused" in found:
-            raise Gone(f"{self.side}: {found['refused']}")
-        return found
+        result = json.loads(line)
+        if "refused" in result:
+            raise Gone(f"{self.side}: {result['refused']}")
+        return result
 
     def end(self) -> None:
         """Stop the process."""
@@ -99,22 +99,22 @@ class Worker:
 
 
 def _path() -> dict[str, str]:
-    """This checkout first, so that an interpreter without an installed bdjax finds it."""
+    """Return the PYTHONPATH with this checkout first, for interpreters without an installed bdjax."""
     return {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])}
 
 
-def _pages(asked: str) -> dict[str, str]:
-    """What both sides' C library is told of transparent huge pages."""
+def _pages(size: str) -> dict[str, str]:
+    """Return the setting of the C library for transparent huge pages, for both sides."""
     from bdjax.cli import _large_pages
 
-    return {"GLIBC_TUNABLES": f"{_large_pages.TUNABLE}={int(asked == 'large')}"}
+    return {"GLIBC_TUNABLES": f"{_large_pages.TUNABLE}={int(size == 'large')}"}
 
 
-# --- what a worker does
+# --- worker processes
 
 
 def work(side: str, threads: int) -> None:
-    """Answer requests from standard input: prepare a workload, then run it once for every {"go"}."""
+    """Answer requests from standard input: prepare a workload, then run it once per {"go"}."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     version, prepare = {"bdjax": _bdjax_side, "torch": _torch_side}[side](threads)
@@ -128,19 +128,19 @@ def work(side: str, threads: int) -> None:
                 run, note = prepare(request)
             begin = time.perf_counter()
             result = run()
-            found: dict[str, Any] = {"seconds": time.perf_counter() - begin}
+            answer: dict[str, Any] = {"seconds": time.perf_counter() - begin}
             if name.startswith("until/"):
-                found |= result
+                answer |= result
             if "prepare" in request:
-                found |= {"version": version, "note": note, "check": _check(name, result)}
+                answer |= {"version": version, "note": note, "check": _check(name, result)}
         except LookupError:
-            found = {"refused": "has no such workload"}
-        sys.stdout.write(f"{ANSWER}{json.dumps(found)}\n")
+            answer = {"refused": "has no such workload"}
+        sys.stdout.write(f"{ANSWER}{json.dumps(answer)}\n")
         sys.stdout.flush()
 
 
 def _check(name: str, result: Any) -> float | None:
-    """Of triggered images, their mean: it must be the same on both sides."""
+    """Return the mean of triggered images, which must be the same on both sides; None for other workloads."""
     if not name.startswith("trigger/"):
         return None
     import numpy as np
@@ -149,6 +149,7 @@ def _check(name: str, result: Any) -> float | None:
 
 
 def _bdjax_side(threads: int) -> tuple[str, Any]:
+    """Return the version and the function that prepares a workload, for bdjax."""
     import jax
 
     from bdjax.bench import workloads
@@ -157,8 +158,8 @@ def _bdjax_side(threads: int) -> tuple[str, Any]:
     prepare_jax()
 
     def prepare(request: dict[str, Any]) -> tuple[Any, str]:
-        name, given = request["prepare"], request["sizes"]
-        sizes = workloads.Sizes(**{**given, "shape": tuple(given["shape"])})
+        name, values = request["prepare"], request["sizes"]
+        sizes = workloads.Sizes(**{**values, "shape": tuple(values["shape"])})
         if name.startswith("until/"):
             return _bdjax_until(request), f"schedule {request['ibau']}"
         job = workloads.job(name, sizes)
@@ -170,7 +171,7 @@ def _bdjax_side(threads: int) -> tuple[str, Any]:
 
 
 def _bdjax_until(request: dict[str, Any]) -> Any:
-    """I-BAU on a victim directory; the first call also writes down for the other side what it needs."""
+    """Return a function that runs I-BAU on a victim, and write the weights and images for the PyTorch side."""
     import jax
     import numpy as np
 
@@ -178,7 +179,7 @@ def _bdjax_until(request: dict[str, Any]) -> Any:
     from bdjax.config import SplitConfig, stage_key
     from bdjax.defenses import ibau
     from bdjax.engine.clock import Clock
-    from bdjax.pipelines.artifact import open_artifact
+    from bdjax.pipelines.opening import EvaluationSource, open_artifact
     from bdjax.types import Callback
 
     directory, goal = Path(request["victim"]), request["goal"]
@@ -186,43 +187,42 @@ def _bdjax_until(request: dict[str, Any]) -> Any:
         **{"schedule": "release", "rounds": request["rounds"], "batch_size": 100, "norm_bound": 10.0, **request["ibau"]}
     )
     split = SplitConfig(size=request["clean"], validation=0.0)
-    artifact = open_artifact(directory, "ibau", config, split=split, dataset=request["dataset"] or None)
-    own = artifact.evaluation
+    source = EvaluationSource(request["dataset"] or None)
+    artifact = open_artifact(directory, "ibau", config, split=split, source=source)
+    evaluation = artifact.evaluation
     if request["test"]:
-        own.shorten(request["test"])
+        evaluation.shorten(request["test"])
     problem = Path(request["problem"])
     interop.export_model(directory, "safetensors", problem.with_suffix(".safetensors"))
     np.savez(
         problem, model=artifact.victim.model.name, shape=artifact.victim.model.shape,
-        classes=artifact.victim.model.classes, images=own.images,
-        labels=own.labels, triggered=own.triggered, wanted=own.wanted, eligible=own.eligible,
-        clean_images=own.clean_images, clean_labels=own.clean_labels,
+        classes=artifact.victim.model.classes, images=evaluation.images,
+        labels=evaluation.labels, triggered=evaluation.triggered, goals=evaluation.goals, eligible=evaluation.eligible,
+        clean_images=evaluation.clean_images, clean_labels=evaluation.clean_labels,
     )  # fmt: skip
-    before = own.measure(artifact.victim.variables)
+    before = evaluation.measure(artifact.victim.variables)
 
-    class Until(Callback):
+    class StopAtGoal(Callback):
         def __init__(self) -> None:
             self.clock, self.rounds, self.after = Clock(), 0, before
 
         def on_round_end(self, step: int, variables: Any, **arrays: Any) -> None:
             jax.block_until_ready(variables)
             with self.clock:
-                self.after, self.rounds = own.measure(variables), step
+                self.after, self.rounds = evaluation.measure(variables), step
             if self.after["asr"] < goal:
                 raise _Reached
 
     def run() -> dict[str, Any]:
-        callback = Until()
+        callback = StopAtGoal()
         with contextlib.suppress(_Reached):
             ibau.purify(
                 config, artifact.victim, artifact.view(callback), stage_key(artifact.experiment.seed, "defense")
             )
-        found = {
+        return {
             "seconds": callback.clock.read()[0],
             "rounds": callback.rounds,
             "reached": callback.after["asr"] < goal,
-        }
-        return found | {
             "before": (before["acc"], before["asr"]),
             "after": (callback.after["acc"], callback.after["asr"]),
         }
@@ -231,10 +231,11 @@ def _bdjax_until(request: dict[str, Any]) -> Any:
 
 
 class _Reached(Exception):
-    """The goal is met."""
+    """The goal has been reached."""
 
 
 def _torch_side(threads: int) -> tuple[str, Any]:
+    """Return the version and the function that prepares a workload, for PyTorch."""
     import torch_peer
 
     version = torch_peer.begin(threads)
@@ -252,7 +253,7 @@ def _torch_side(threads: int) -> tuple[str, Any]:
 
 
 def main() -> None:
-    """Go through the workloads; write what is known after each."""
+    """Compare all workloads, and write the results after each."""
     options = _options()
     if options.worker:
         return work(options.worker, options.threads)
@@ -269,9 +270,9 @@ def main() -> None:
         request |= {name: getattr(options, name) for name in ("rounds", "goal", "dataset", "clean", "test")}
         request["ibau"] = _fields(options.ibau)
         for name in names:
-            own = {**request, "prepare": name, "victim": victims.get(name, "")}
+            of_name = {**request, "prepare": name, "victim": victims.get(name, "")}
             try:
-                row = _startup(options, folder) if name == STARTUP else _compared(own, options, folder)
+                row = _startup(options, folder) if name == STARTUP else _compared(of_name, options, folder)
             except Gone as error:
                 row = {"failed": str(error)}
             rows.append({"name": name, **row})
@@ -291,21 +292,21 @@ def main() -> None:
 
 
 def _compared(request: dict[str, Any], options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Both sides of one workload, in turn; which one begins changes from pair to pair."""
+    """Run both sides of one workload in alternation; the first side changes from pair to pair."""
     answers: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     ready: dict[str, dict[str, Any]] = {}
     if request["prepare"] == "trigger/blended":
         request["picture"] = _picture(request["sizes"], folder)
     with contextlib.ExitStack() as ended:
         workers = {}
-        for side in SIDES:  # one after the other: neither disturbs the other
+        for side in SIDES:  # one after the other, so that neither disturbs the other
             workers[side], ready[side] = _ready(side, request, options, folder, ended)
         for turn in range(options.repeats):
             for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
                 answers[side].append(workers[side].ask({"go": True}, options.limit))
-    own, other = (ready[side]["check"] for side in SIDES)
-    if own is not None and abs(own - other) > 0.5:
-        raise Gone(f"the two sides do not compute the same: {own} and {other}")
+    ours, theirs = (ready[side]["check"] for side in SIDES)
+    if ours is not None and abs(ours - theirs) > 0.5:
+        raise Gone(f"the two sides do not compute the same: {ours} and {theirs}")
     row: dict[str, Any] = {side: [answer["seconds"] for answer in answers[side]] for side in SIDES}
     row |= {f"{side}_{fact}": ready[side][fact] for side in SIDES for fact in ("version", "note")}
     row |= {f"{side}_first": ready[side]["seconds"] for side in SIDES}
@@ -313,37 +314,38 @@ def _compared(request: dict[str, Any], options: argparse.Namespace, folder: str)
         if "reached" in answers[side][-1]:
             row[f"{side}_found"] = answers[side]
     if "bdjax_found" in row:
-        mine, theirs = (row[f"{side}_found"][0]["before"] for side in SIDES)
-        if max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) > 0.01:
-            raise Gone(f"the two sides do not begin with the same model: {mine} and {theirs} (ACC, ASR)")
+        ours, theirs = (row[f"{side}_found"][0]["before"] for side in SIDES)
+        if max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > 0.01:
+            raise Gone(f"the two sides do not begin with the same model: {ours} and {theirs} (ACC, ASR)")
     return row | _ratios(row)
 
 
 def _ready(
     side: str, request: dict[str, Any], options: argparse.Namespace, folder: str, ended: contextlib.ExitStack
 ) -> tuple[Worker, dict[str, Any]]:
-    """A worker that has prepared the workload, and its answer; PyTorch without compiling, if that takes too long."""
+    """Start a worker and prepare the workload; PyTorch without compilation if that takes too long."""
     python = {"bdjax": options.jax_python, "torch": options.torch_python}[side]
     cache = str(options.cache.absolute() if options.cache else Path(folder, "cache"))
 
-    def started(compiled: bool, limit: float) -> tuple[Worker, dict[str, Any]]:
+    def start(compiled: bool, limit: float) -> tuple[Worker, dict[str, Any]]:
         worker = Worker(python, side, options.threads, options.pages, cache)
         ended.callback(worker.end)
         try:
             return worker, worker.ask({**request, "compiled": compiled}, limit)
         except Late:
-            worker.end()  # its memory on the device is needed
+            worker.end()  # frees its memory on the device
             raise
 
     if side == "bdjax" or not options.compile_limit:
-        return started(True, options.limit)
+        return start(True, options.limit)
     try:
-        return started(True, options.compile_limit)
+        return start(True, options.compile_limit)
     except Late:
-        return started(False, options.limit)
+        return start(False, options.limit)
 
 
 def _startup(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Time the start of a process of each side up to its first training step."""
     commands = {
         "bdjax": [options.jax_python, "-m", "bdjax", "_bench", "first-step"],
         "torch": [options.torch_python, str(HERE / "torch_peer.py"), "first-step"],
@@ -351,7 +353,7 @@ def _startup(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(folder, "startup"))}
     env = {**os.environ, **_path(), **_pages(options.pages), **cache}
     row: dict[str, Any] = {side: [] for side in SIDES}
-    for turn in range(options.repeats + 1):  # the first fills caches
+    for turn in range(options.repeats + 1):  # the first turn fills caches
         for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
             begin = time.perf_counter()
             try:
@@ -377,13 +379,13 @@ def _sizes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _picture(sizes: dict[str, Any], folder: str) -> str:
-    """The picture that `blended` mixes in, for the other side."""
-    command = [sys.executable, "-c", _DRAW, json.dumps(sizes["shape"]), str(Path(folder, "picture.npy"))]
+    """Save the picture of the blended trigger for the PyTorch side, and return its path."""
+    command = [sys.executable, "-c", _SAVE_PICTURE, json.dumps(sizes["shape"]), str(Path(folder, "picture.npy"))]
     subprocess.run(command, check=True, env={**os.environ, **_path()})
     return command[-1]
 
 
-_DRAW = """
+_SAVE_PICTURE = """
 import json, sys
 import numpy as np
 from bdjax.attacks import blended
@@ -394,21 +396,21 @@ np.save(sys.argv[2], np.asarray(blended.prepare(blended.Config(), task, None)["p
 """
 
 
-def _fields(given: list[str]) -> dict[str, Any]:
-    """["schedule=release", "rounds=3"] as a dictionary; values are JSON where they can be."""
-    found: dict[str, Any] = {}
-    for text in given:
+def _fields(flags: list[str]) -> dict[str, Any]:
+    """Parse ["schedule=release", "rounds=3"] to a dictionary; values that are valid JSON are decoded."""
+    fields: dict[str, Any] = {}
+    for text in flags:
         name, equals, value = text.partition("=")
         if not equals:
             raise SystemExit(f"--ibau takes FIELD=VALUE, such as schedule=release; got {text!r}.")
         with contextlib.suppress(ValueError):
-            found[name] = json.loads(value)
-        found.setdefault(name, value)
-    return found
+            fields[name] = json.loads(value)
+        fields.setdefault(name, value)
+    return fields
 
 
 def _command() -> str:
-    """The command as it was given, without the paths of this machine."""
+    """Return the command line without absolute paths."""
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
     return " ".join(["python benchmarks/compare.py", *words])
 
@@ -417,22 +419,22 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter with PyTorch and numpy")
     parser.add_argument("--jax-python", default=sys.executable, help="an interpreter with what bdjax needs")
-    parser.add_argument("--only", default="", help="names or patterns with commas between; default all")
+    parser.add_argument("--only", default="", help="comma-separated names or patterns; default all")
     parser.add_argument("--repeats", type=int, default=9, help="pairs of runs of each workload")
     parser.add_argument("--suite", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to test that everything runs")
     parser.add_argument("--threads", type=int, default=2, help="threads and cores of each side")
-    parser.add_argument("--pages", choices=("large", "small"), default="large", help="of memory, for both sides")
+    parser.add_argument("--pages", choices=("large", "small"), default="large", help="memory pages of both sides")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one answer of a side")
     parser.add_argument("--compile-limit", type=float, default=0, help="seconds for torch.compile; 0: no second start")
-    parser.add_argument("--cache", type=Path, help="of bdjax's compiled programs; default an empty one")
+    parser.add_argument("--cache", type=Path, help="directory of bdjax's compilation cache; default an empty one")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="directory of compare.json and README.md")
     parser.add_argument("--victims", nargs="*", default=[], help="victim directories of bdjax, for until/NAME")
-    parser.add_argument("--dataset", default="", help="where the victims' data set lies now, if it has moved")
-    parser.add_argument("--rounds", type=int, default=5, help="until: rounds of I-BAU at most, on each side")
-    parser.add_argument("--goal", type=float, default=0.2, help="until: the attack success rate to come below")
+    parser.add_argument("--dataset", default="", help="data set of the victims, if it has moved")
+    parser.add_argument("--rounds", type=int, default=5, help="until: largest number of rounds of I-BAU")
+    parser.add_argument("--goal", type=float, default=0.2, help="until: attack success rate to reach")
     parser.add_argument("--clean", type=int, default=5000, help="until: the defender's images")
-    parser.add_argument("--test", type=int, default=0, help="until: held-out images that are measured; 0: all")
+    parser.add_argument("--test", type=int, default=0, help="until: held-out images for measuring; 0: all")
     parser.add_argument(
         "--ibau", nargs="*", default=["schedule=release"], help="until: fields of bdjax's I-BAU, FIELD=VALUE"
     )
@@ -444,11 +446,11 @@ def _options() -> argparse.Namespace:
     return options
 
 
-# --- how it is told
+# --- report
 
 
 def line(row: dict[str, Any]) -> str:
-    """One workload as text."""
+    """Format one workload as a line of text."""
     if "failed" in row:
         return f"{row['name']:36s}not compared: {row['failed']}"
     cells = "   ".join(f"{side} {spread(row[side])} s" for side in SIDES)
@@ -456,12 +458,12 @@ def line(row: dict[str, Any]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Median (least to most)."""
+    """Format values as median (minimum to maximum)."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The comparison as a page."""
+    """Format the comparison as a page of Markdown."""
     compared = [row for row in result["rows"] if "ratio" in row]
     versions = sorted({row[f"{side}_version"] for row in compared for side in SIDES if f"{side}_version" in row})
     lines = [
@@ -472,8 +474,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"{'; '.join(versions)}; {result['cores']} cores, each side bound to the same {result['threads']}; "
         f"{result['pages']} pages of memory; "
         f"{'XLA_FLAGS ' + result['xla_flags'] if result['xla_flags'] else 'no XLA_FLAGS'}; {result['date']}.",
-        "Both sides in turn, the one that begins changing from pair to pair, after a run that does not count. Seconds "
-        "of one run: median (least to most). Ratio: bdjax / PyTorch of each pair, below 1 where bdjax is faster.",
+        "Both sides alternate, after a first run that does not count; the side that starts changes from pair to pair. "
+        "Seconds of one run: median (minimum to maximum). Ratio: bdjax / PyTorch of each pair, below 1 where bdjax is "
+        "faster.",
         "",
         "| workload | ratio | bdjax, s | PyTorch, s | n | PyTorch ran |",
         "|---|--:|--:|--:|--:|---|",
@@ -485,8 +488,8 @@ def markdown(result: dict[str, Any]) -> str:
     if until:
         lines += [
             "",
-            "`until`: I-BAU until the ASR is below the goal, measured after each round, outside the time; ACC and ASR "
-            "in % of the last run.",
+            "`until`: I-BAU until the ASR is below the goal, measured after each round (not timed); ACC and ASR in % "
+            "of the last run.",
             "",
             "| victim | side | seconds | rounds | reached | ACC before → after | ASR before → after |",
             "|---|---|--:|--:|---|--:|--:|",
@@ -505,8 +508,8 @@ def markdown(result: dict[str, Any]) -> str:
                 *rates,
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    left = [row for row in result["rows"] if "failed" in row]
-    lines += ["", *(f"- {row['name']}: not compared ({row['failed']})" for row in left)]
+    failed = [row for row in result["rows"] if "failed" in row]
+    lines += ["", *(f"- {row['name']}: not compared ({row['failed']})" for row in failed)]
     if result["small"]:
         lines += ["", "**Tiny sizes: these numbers mean nothing.**"]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""A disk that fills up and bits that flip: the parts of benchmarks/reliability.py that do it to files."""
+"""Full disks and flipped bits: the parts of benchmarks/reliability.py that damage files."""
 
 import contextlib
 import random
@@ -19,30 +19,30 @@ from bdjax.io import checkpoint, files
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int, mount: bool) -> Iterator[tuple[Path, str]]:
-    """A disk of `size` bytes, and what it is: a tmpfs, or (without the right to mount one) a limit for each file."""
-    place = folder / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    """Yield a disk of `size` bytes and its kind: a tmpfs, or without permission to mount one, a file-size limit."""
+    disk = folder / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
     if mount and shutil.which("mount") and subprocess.run(command, capture_output=True, check=False).returncode == 0:
         try:
-            yield place, "tmpfs"
+            yield disk, "tmpfs"
         finally:
-            subprocess.run(["umount", str(place)], check=True)
+            subprocess.run(["umount", str(disk)], check=True)
         return
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        yield place, "RLIMIT_FSIZE"
+        yield disk, "RLIMIT_FSIZE"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
 
 
 def full_disk(folder: Path, fills: int, dice: random.Random, mount: bool = True) -> dict[str, Any]:
-    """An epoch and a model, then a second of each on a disk that is full before they are written to the end."""
+    """Write an epoch and a model, then write others on a disk that becomes full, and check that the first remain."""
     rng = np.random.default_rng(0)
     first, second = ({"w": rng.normal(size=300_000).astype(np.float32)} for _ in range(2))
-    need, bad, refused = 900_000, [], Counter[str]()  # of 1.2 MB, which an epoch compresses by 7 %
+    need, bad, refused = 900_000, [], Counter[str]()  # a file has 1.2 MB, which an epoch compresses by 7 %
     with small_disk(folder, 8 << 20, mount) as (disk, kind):
         saver = checkpoint.EpochSaver(disk / "epochs")
         saver.save(1, first)
@@ -59,7 +59,7 @@ def full_disk(folder: Path, fills: int, dice: random.Random, mount: bool = True)
                         bad.append(f"fill {fill}: the {name} was written to a full disk")
                     except (OSError, InputError) as error:
                         refused[f"{name}: {getattr(error, 'strerror', None) or type(error).__name__}"] += 1
-            bad += [f"fill {fill}: {what}" for what in _harmed(disk, saver, first)]
+            bad += [f"fill {fill}: {problem}" for problem in _problems(disk, saver, first)]
         saver.save(2, second)
         checkpoint.write_model(disk / "second", {"kind": "test"}, second, {})
         restored = saver.restore(second)
@@ -68,24 +68,25 @@ def full_disk(folder: Path, fills: int, dice: random.Random, mount: bool = True)
     return {"kind": "full disk", "disk": kind, "fills": fills, "refused": dict(refused), "bad": bad}
 
 
-def _harmed(disk: Path, saver: checkpoint.EpochSaver, first: Any) -> list[str]:
-    found = []
+def _problems(disk: Path, saver: checkpoint.EpochSaver, first: Any) -> list[str]:
+    """Return what is wrong with the first epoch and model, and which partial files remain."""
+    problems = []
     restored = saver.restore(first)
     if restored is None or restored[0] != 1 or not np.array_equal(restored[1]["w"], first["w"]):
-        found.append("the epoch before is not readable")
+        problems.append("the epoch before is not readable")
     checkpoint.read_manifest(disk / "first")
     if not np.array_equal(checkpoint.read_variables(disk / "first", first)["w"], first["w"]):
-        found.append("the model before is not readable")
-    there = {"disk": {"epochs", "first"}, "epochs": {"epoch-000001"}}
+        problems.append("the model before is not readable")
+    expected = {"disk": {"epochs", "first"}, "epochs": {"epoch-000001"}}
     for folder in (disk, disk / "epochs"):
-        found += [f"{left.name} is left over" for left in folder.iterdir() if left.name not in there[folder.name]]
-    return found
+        problems += [f"{path.name} is left over" for path in folder.iterdir() if path.name not in expected[folder.name]]
+    return problems
 
 
 @contextlib.contextmanager
 def filled(disk: Path, kind: str, free: int) -> Iterator[None]:
-    """Leave `free` bytes, after the room was looked for: someone else takes it while a checkpoint is written."""
-    looked = files.check_space
+    """Fill the disk up to `free` bytes, without the check for free space, as if another process had filled it."""
+    check_space = files.check_space
     checkpoint.check_space = lambda *_: None
     try:
         if kind == "tmpfs":
@@ -95,29 +96,29 @@ def filled(disk: Path, kind: str, free: int) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (free // 4, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         yield
     finally:
-        checkpoint.check_space = looked
+        checkpoint.check_space = check_space
         (disk / "fill").unlink(missing_ok=True)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def flipped(directory: Path, read: Callable[[], Any], offsets: int, dice: random.Random) -> dict[str, Any]:
-    """Turn a bit in every file of a directory, one after the other, and `read` it: what was and was not detected."""
+    """Flip single bits in every file of a directory and report which are not detected by `read`."""
     flips, missed, unclear = 0, [], []
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.stat().st_size]
     read()
     for path in paths:
-        whole = path.read_bytes()
+        content = path.read_bytes()
         for _ in range(offsets):
-            at, bit = dice.randrange(len(whole)), dice.randrange(8)
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :])
-            flips, where = flips + 1, f"{path.relative_to(directory)}: byte {at}, bit {bit}"
+            offset, bit = dice.randrange(len(content)), dice.randrange(8)
+            path.write_bytes(content[:offset] + bytes([content[offset] ^ (1 << bit)]) + content[offset + 1 :])
+            flips, where = flips + 1, f"{path.relative_to(directory)}: byte {offset}, bit {bit}"
             try:
                 read()
                 missed.append(where)
             except InputError as error:
                 if str(path) not in str(error):
                     unclear.append(f"{where}: {error}")
-        path.write_bytes(whole)
+        path.write_bytes(content)
     read()
     return {"files": len(paths), "flips": flips, "missed": missed, "unclear": unclear}

@@ -1,13 +1,13 @@
-"""What a kill, a second process, a full disk and a flipped bit do to runs and checkpoints.
+"""Test runs and checkpoints against kills, concurrent processes, full disks and flipped bits.
 
     python benchmarks/reliability.py [grid] [together] [disk] [flips] [--out DIR] [--kills 50] [--cells 4] [--pairs 10]
         [--fills 40] [--offsets 200] [--seed 0]
 
-About 20 minutes on 2 CPU cores that do nothing else; grids of tiny networks on 8x8 images. `grid` kills sweeps by
-SIGKILL at random moments until they are finished and compares what they leave with an undisturbed one; `together`
-starts the same run twice at once; `disk` writes checkpoints to a disk that is filled meanwhile (a tmpfs where it may be
-mounted, else a limit on the size of files); `flips` turns one bit in every file of checkpoints (the last two are in
-damage.py). tests/test_reliability.py does a little of each. Results go to OUT/NAME.json.
+Takes about 20 minutes on 2 idle CPU cores; tiny networks on 8x8 images. `grid` kills sweeps by SIGKILL at random
+moments until they are finished and compares their results with those of an undisturbed sweep; `together` starts the
+same run twice at the same time; `disk` writes checkpoints to a disk that becomes full (a tmpfs where mounting is
+permitted, else a limit on file sizes); `flips` flips single bits in every file of checkpoints (the last two are in
+damage.py). tests/test_reliability.py runs a small part of each. Results are written to OUT/NAME.json.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import numpy as np
 
 from bdjax import datasets, registry
 from bdjax.io import checkpoint
-from bdjax.pipelines import victim
+from bdjax.pipelines.artifact import load_model
 from bdjax.pipelines.environment import environment
 
 damage = registry.load_file(Path(__file__).with_name("damage.py"))
@@ -45,70 +45,72 @@ from bdjax.pipelines.sweep import Cell
 TITLE, SEEDS = "reliability", (0,)
 CELLS = tuple(
     Cell(f"{{attack}} {{defense}}", Experiment(
-        attack, defense, {data!r}, attack_config=config, defense_config=own,
+        attack, defense, {data!r}, attack_config=config, defense_config=defense_config,
         fit=FitConfig(epochs={epochs}, batch_size=40)))
     for attack, config in (("badnets", badnets.Config(target=1)), ("blended", blended.Config(target=1)))
-    for defense, own in (("ibau", ibau.Config("release", 2, batch_size=10)), ("finetune", finetune.Config(epochs=2)))
+    for defense, defense_config in (
+        ("ibau", ibau.Config("release", 2, batch_size=10)), ("finetune", finetune.Config(epochs=2)))
 )[:{cells}]
 """
 TIMES = {"seconds", "compile", "peak_memory_bytes", "peak_memory_of", "env", "files", "seal"}
-"""Entries of results and manifests that are not the same from one time to the next."""
+"""Entries of results and manifests that differ between identical runs."""
 
 
 def main() -> None:
-    """Run what is asked for, and write it down."""
+    """Run the selected parts and write their results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("parts", nargs="*", help="grid, together, disk, flips; default all")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/reliability"))
     for name, value in (("kills", 50), ("cells", 4), ("pairs", 10), ("fills", 40), ("offsets", 200), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    given = parser.parse_args()
-    dice = random.Random(given.seed)
+    options = parser.parse_args()
+    dice = random.Random(options.seed)
     parts = {
-        "grid": lambda folder: killed_grids(folder, given.kills, dice, given.cells),
-        "together": lambda folder: together(folder, given.pairs),
-        "disk": lambda folder: damage.full_disk(folder, given.fills, dice),
-        "flips": lambda folder: flipped_bits(folder, given.offsets, dice),
+        "grid": lambda folder: killed_grids(folder, options.kills, dice, options.cells),
+        "together": lambda folder: together(folder, options.pairs),
+        "disk": lambda folder: damage.full_disk(folder, options.fills, dice),
+        "flips": lambda folder: flipped_bits(folder, options.offsets, dice),
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name in given.parts or parts:
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.parts or parts:
         with tempfile.TemporaryDirectory() as folder:
             began = time.monotonic()
-            found = {**parts[name](Path(folder)), "seed": given.seed}
-        found |= {"minutes": round((time.monotonic() - began) / 60, 1), "env": environment(1)}
-        (given.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        sys.stdout.write(json.dumps({k: v for k, v in found.items() if k != "env"}) + "\n")
+            result = {**parts[name](Path(folder)), "seed": options.seed}
+        result |= {"minutes": round((time.monotonic() - began) / 60, 1), "env": environment(1)}
+        (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        sys.stdout.write(json.dumps({k: v for k, v in result.items() if k != "env"}) + "\n")
 
 
 # --- kills
 
 
 def killed_grids(folder: Path, kills: int, dice: random.Random, cells: int = 4, epochs: int = 30) -> dict[str, Any]:
-    """Grids killed until so many kills have hit, each finished afterwards and compared with an undisturbed one."""
+    """Kill grids `kills` times in total, finish each, and compare the results with those of an undisturbed grid."""
     file = write_grid(folder, cells, epochs)
     began = time.monotonic()
-    finish(sweeping(file, folder / "undisturbed"))
+    finish(start_sweep(file, folder / "undisturbed"))
     horizon = (time.monotonic() - began) / cells
     expected = contents(folder / "undisturbed")
-    whom, when = Counter[str](), Counter[str]()
+    targets, moments = Counter[str](), Counter[str]()
     grids, different = 0, []
-    while whom.total() < kills:
+    while targets.total() < kills:
         out, grids = folder / f"grid-{grids}", grids + 1
-        while hit := kill(sweeping(file, out), out, dice, horizon):
-            whom[hit] += 1
-            when[moment(out)] += 1
-            if whom.total() == kills:
+        while target := kill(start_sweep(file, out), out, dice, horizon):
+            targets[target] += 1
+            moments[moment(out)] += 1
+            if targets.total() == kills:
                 break
-        finish(sweeping(file, out))
-        different += [f"grid {grids - 1}: {name}" for name in differing(expected, contents(out))]
+        finish(start_sweep(file, out))
+        different += [f"grid {grids - 1}: {name}" for name in differences(expected, contents(out))]
         shutil.rmtree(out)
-    return {"kind": "killed grids", "kills": whom.total(), "killed": dict(whom), "moments": dict(when), "grids": grids,
-            "cells": cells * grids, "epochs": epochs, "compared": len(expected), "different": different}  # fmt: skip
+    counts = {"kills": targets.total(), "killed": dict(targets), "moments": dict(moments), "grids": grids}
+    counts |= {"cells": cells * grids, "epochs": epochs, "compared": len(expected)}
+    return {"kind": "killed grids", **counts, "different": different}
 
 
 def moment(out: Path) -> str:
-    """What a kill has interrupted, by what it left."""
-    names = listed(out)
+    """Return the stage that a kill interrupted, from the files that exist."""
+    names = files_below(out)
     if any(".training-" in name for name in names):
         return "training, with an epoch kept"
     runs = [Path(name) for name in names if name.endswith("config.json")]
@@ -118,40 +120,41 @@ def moment(out: Path) -> str:
 
 
 def kill(process: "subprocess.Popen[bytes]", out: Path, dice: random.Random, horizon: float) -> str | None:
-    """Kill a sweep and its worker, the worker alone, or the sweep alone; what was hit, or None where it was too late.
+    """Kill a sweep and its worker, only the worker, or only the sweep.
 
-    Half of the moments are spread over the time that a cell takes, half begin when the next file appears.
+    Half of the moments are uniform over the duration of a cell, half follow the creation of the next file. Returns what
+    was killed, or None when the sweep had already ended.
     """
     if dice.random() < 0.5:
         time.sleep(dice.uniform(0, horizon))
     else:
-        before, deadline = listed(out), time.monotonic() + 3 * horizon
-        while process.poll() is None and listed(out) == before and time.monotonic() < deadline:
+        before, deadline = files_below(out), time.monotonic() + 3 * horizon
+        while process.poll() is None and files_below(out) == before and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(dice.uniform(0, horizon / 3))
-    whom = dice.choice(("everything", "the worker", "the sweep"))
+    target = dice.choice(("everything", "the worker", "the sweep"))
     workers = children(process.pid)
-    if process.poll() is not None or (whom == "the worker" and not workers):
+    if process.poll() is not None or (target == "the worker" and not workers):
         process.communicate()
         return None
-    if whom == "the worker":
+    if target == "the worker":
         with contextlib.suppress(ProcessLookupError):
             os.kill(workers[0], signal.SIGKILL)
-    elif whom == "the sweep":  # the worker goes on, and meets the next sweep's
+    elif target == "the sweep":  # the worker continues beside the worker of the next sweep
         process.kill()
     else:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    return whom
+    return target
 
 
-def sweeping(file: Path, out: Path) -> "subprocess.Popen[bytes]":
-    """A sweep in a process group of its own."""
-    return started("sweep", str(file), "--out", str(out), "--devices", "1")
+def start_sweep(file: Path, out: Path) -> "subprocess.Popen[bytes]":
+    """Start a sweep in a new process group."""
+    return start("sweep", str(file), "--out", str(out), "--devices", "1")
 
 
-def started(*argv: str) -> "subprocess.Popen[bytes]":
-    """A command of bdjax."""
+def start(*argv: str) -> "subprocess.Popen[bytes]":
+    """Start a command of bdjax."""
     command = [sys.executable, "-m", "bdjax", *argv]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, env={**os.environ}
@@ -159,27 +162,27 @@ def started(*argv: str) -> "subprocess.Popen[bytes]":
 
 
 def finish(process: "subprocess.Popen[bytes]") -> None:
-    """Wait; a failure here is a mistake of this file, or of bdjax without any disturbance."""
+    """Wait for an undisturbed command; exit when it fails."""
     _, err = process.communicate()
     if process.returncode:
         raise SystemExit(f"an undisturbed command failed ({process.returncode}):\n{err.decode()[-2000:]}")
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process started (Linux)."""
+    """Return the child processes of a process (Linux)."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
 
 
-def listed(folder: Path) -> set[str]:
-    """Every path below a folder that is there now."""
-    return {at + name for at, _, names in os.walk(folder) for name in names}
+def files_below(folder: Path) -> set[str]:
+    """Return the paths of all files below a folder."""
+    return {parent + name for parent, _, names in os.walk(folder) for name in names}
 
 
 def write_grid(folder: Path, cells: int, epochs: int) -> Path:
-    """A file of experiments and its data: 8x8 images whose bright quarter tells the class."""
+    """Write a file of experiments and its data: 8x8 images whose bright quarter determines the class."""
     rng, labels = np.random.default_rng(0), np.tile(np.arange(4, dtype=np.int32), 50)
     images = rng.integers(0, 80, (200, 8, 8, 1)).astype(np.uint8)
     for image, label in zip(images, labels, strict=True):
@@ -191,73 +194,73 @@ def write_grid(folder: Path, cells: int, epochs: int) -> Path:
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """Everything below a folder that must be the same each time: results without times, arrays and weights as bytes."""
-    found: dict[str, Any] = {}
+    """Return everything below a folder that must be reproducible: results without times, arrays and weights."""
+    content: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
         if path.name in ("result.json", "manifest.json", "config.json"):
-            found[name] = timeless(json.loads(path.read_text()))
+            content[name] = without_times(json.loads(path.read_text()))
         if path.suffix == ".npz":
             with np.load(path) as arrays:
-                found |= {f"{name}/{key}": (arrays[key].shape, arrays[key].tobytes()) for key in arrays.files}
+                content |= {f"{name}/{key}": (arrays[key].shape, arrays[key].tobytes()) for key in arrays.files}
         if path.name == "manifest.json":
-            manifest = checkpoint.read_manifest(path.parent)  # every file against its hash
+            manifest = checkpoint.read_manifest(path.parent)  # verifies the hash of every file
             data = datasets.load(manifest["dataset"]["spec"])
-            leaves = jax.tree_util.tree_leaves_with_path(victim.load_model(manifest, path.parent, data)[1])
-            found |= {f"{name}{jax.tree_util.keystr(at)}": np.asarray(leaf).tobytes() for at, leaf in leaves}
-    return found
+            leaves = jax.tree_util.tree_leaves_with_path(load_model(manifest, path.parent, data)[1])
+            content |= {f"{name}{jax.tree_util.keystr(path)}": np.asarray(leaf).tobytes() for path, leaf in leaves}
+    return content
 
 
-def timeless(value: Any) -> Any:
-    """JSON without what differs from one time to the next."""
+def without_times(value: Any) -> Any:
+    """Remove the entries in TIMES from a JSON value."""
     if isinstance(value, dict):
-        return {key: timeless(held) for key, held in value.items() if key not in TIMES}
-    return [timeless(held) for held in value] if isinstance(value, list) else value
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
-def differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Names that are missing, new, or not the same."""
-    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
+    """Return the names that are missing, new, or different."""
+    return sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
 
 
-# --- two at once
+# --- two runs at once
 
 
 def together(folder: Path, pairs: int, epochs: int = 10) -> dict[str, Any]:
-    """The same run twice at once, in pairs; in every other pair one of the two is killed while both are at it."""
+    """Start the same run twice at the same time; in every other pair, kill one of the two."""
     file = write_grid(folder, 1, epochs)
     argv = ["run", "badnets", "ibau", "--dataset", f"npz:{folder / 'b.npz'}", "--attack.target", "1", "--fit.epochs",
             str(epochs), "--fit.batch-size", "40", "--defense.rounds", "2", "--defense.batch-size", "10",
             "--devices", "1", "--out"]  # fmt: skip
-    finish(started(*argv, str(folder / "alone")))
+    finish(start(*argv, str(folder / "alone")))
     expected, bad, killed = contents(folder / "alone"), [], 0
     for pair in range(pairs):
         out = folder / f"pair-{pair}"
-        one, other = started(*argv, str(out)), started(*argv, str(out))
+        first, second = start(*argv, str(out)), start(*argv, str(out))
         if pair % 2:
-            while not out.exists() and one.poll() is None:
+            while not out.exists() and first.poll() is None:
                 time.sleep(0.01)
             time.sleep(0.3)
-            killed += one.poll() is None
-            one.kill()
-        said = [process.communicate()[1].decode() for process in (one, other)]
-        if other.returncode or (one.returncode and not pair % 2):
-            bad.append(f"pair {pair}: exit codes {one.returncode}, {other.returncode}: {''.join(said)[-500:]}")
-        bad += [f"pair {pair}: {name}" for name in differing(expected, contents(out))]
+            killed += first.poll() is None
+            first.kill()
+        errors = [process.communicate()[1].decode() for process in (first, second)]
+        if second.returncode or (first.returncode and not pair % 2):
+            bad.append(f"pair {pair}: exit codes {first.returncode}, {second.returncode}: {''.join(errors)[-500:]}")
+        bad += [f"pair {pair}: {name}" for name in differences(expected, contents(out))]
         shutil.rmtree(out)
     return {"kind": "two at once", "pairs": pairs, "one_killed": killed, "compared": len(expected), "different": bad,
             "grid": file.name}  # fmt: skip
 
 
-# --- a flipped bit
+# --- flipped bits
 
 
 def flipped_bits(folder: Path, offsets: int, dice: random.Random, epochs: int = 3) -> dict[str, Any]:
-    """One bit turned in every file of a victim, of a purified model and of an unfinished epoch, at so many places."""
+    """Flip `offsets` single bits in every file of a victim, a purified model and a saved epoch."""
     write_grid(folder, 1, epochs)
     argv = ["run", "badnets", "ibau", "--dataset", f"npz:{folder / 'b.npz'}", "--attack.target", "1", "--fit.epochs",
             str(epochs), "--defense.rounds", "1", "--devices", "1", "--out", str(folder / "run")]  # fmt: skip
-    finish(started(*argv))
+    finish(start(*argv))
     state = {"params": {"w": np.arange(1000, dtype=np.float32)}, "opt": {"count": np.int32(3)}}
     saver = checkpoint.EpochSaver(folder / "epochs")
     saver.save(3, state)
@@ -266,8 +269,8 @@ def flipped_bits(folder: Path, offsets: int, dice: random.Random, epochs: int = 
         folder / "run" / "purified": lambda: checkpoint.read_manifest(folder / "run" / "purified"),
         folder / "epochs" / "epoch-000003": lambda: saver.restore(state),
     }
-    found = {directory.name: damage.flipped(directory, read, offsets, dice) for directory, read in reads.items()}
-    return {"kind": "flipped bits", "flips": sum(one["flips"] for one in found.values()), **found}
+    results = {directory.name: damage.flipped(directory, read, offsets, dice) for directory, read in reads.items()}
+    return {"kind": "flipped bits", "flips": sum(result["flips"] for result in results.values()), **results}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""The PyTorch side of compare.py: what `bdjax bench` measures, as fast as PyTorch allows. Needs torch and numpy.
+"""PyTorch side of compare.py: the workloads of `bdjax bench`, as fast as PyTorch allows. Needs torch and numpy.
 
-On a GPU: channels-last, torch.compile, TF32 products, autocast where the work is in bfloat16, fused Adam. On a CPU:
-oneDNN, autocast likewise, fused Adam, and whichever memory format a few trial runs show to be the faster one. Networks
-have the names that `bdjax export` writes. Nothing that PyTorch need not compute is computed: gradients are taken of
-what is used alone, predictions run in inference mode with batch normalisation folded into the convolutions, and
-triggers that are a patch are written into the stored bytes.
+On a GPU: channels-last, torch.compile, TF32 products, autocast for bfloat16 workloads, fused Adam. On a CPU: oneDNN,
+autocast likewise, fused Adam, and the memory format that is faster in a few trial runs. The networks have the parameter
+names that `bdjax export` writes. Unnecessary work is avoided: gradients only of what is used, predictions in inference
+mode with batch normalisation folded into the convolutions, and patch triggers written into the stored bytes.
 
-    python benchmarks/torch_peer.py first-step       # what compare.py times as `startup`
+    python benchmarks/torch_peer.py first-step       # timed by compare.py as `startup`
 """
 
 import copy
@@ -32,23 +31,23 @@ CLASSES = 10
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
 compiling = GPU
-"""Whether networks are compiled; compare.py clears it where that takes too long."""
+"""Whether networks are compiled; compare.py clears it when compilation takes too long."""
 
 
 class Job(NamedTuple):
-    """One workload, ready to run."""
+    """A prepared workload."""
 
     run: Callable[[], Any]
-    """Once, until the device has done it; returns the result, or what was found out, by name."""
+    """Execute the workload once and wait for the device; returns the result."""
     note: str = ""
-    """What was chosen by trial."""
+    """The memory format chosen by trial."""
 
 
 # --- networks
 
 
 class SmallVGG(nn.Module):
-    """I-BAU's: three blocks of two convolutions with batch normalisation and ELU, pooling, dropout; one dense layer."""
+    """I-BAU's network: three blocks of two conv-BN-ELU, pooling and dropout; one dense layer."""
 
     def __init__(self, shape: tuple[int, int, int], width: int, classes: int) -> None:
         super().__init__()
@@ -64,12 +63,12 @@ class SmallVGG(nn.Module):
         self.classifier = nn.Linear(before * (shape[0] // 8) * (shape[1] // 8), classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [N, C, H, W] to logits."""
+        """Compute logits of images [N, C, H, W]."""
         return self.classifier(self.features(x).flatten(1))
 
 
 class SmallCNN(nn.Sequential):
-    """Three convolutions without biases, each pooled, normalised and through an ELU; one dense layer."""
+    """Three blocks of convolution without bias, pooling, BN and ELU; one dense layer."""
 
     def __init__(self, shape: tuple[int, int, int], width: int, classes: int) -> None:
         layers: list[nn.Module] = []
@@ -86,7 +85,7 @@ class SmallCNN(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut."""
+    """Residual block of two convolutions."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -99,13 +98,13 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Features [N, C, H, W] to features."""
+        """Compute the block's output from features [N, C, H, W]."""
         y = self.bn2(self.conv2(f.relu(self.bn1(self.conv1(x)))))
         return f.relu(y + self.shortcut(x))
 
 
 class ResNet18(nn.Module):
-    """With the stem for CIFAR: one 3x3 convolution, no pooling."""
+    """ResNet-18 with the CIFAR stem: one 3x3 convolution, no pooling."""
 
     def __init__(self, shape: tuple[int, int, int], width: int, classes: int) -> None:
         super().__init__()
@@ -119,7 +118,7 @@ class ResNet18(nn.Module):
         self.linear = nn.Linear(before, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [N, C, H, W] to logits."""
+        """Compute logits of images [N, C, H, W]."""
         x = f.relu(self.bn1(self.conv1(x)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
@@ -127,7 +126,7 @@ class ResNet18(nn.Module):
 
 
 def network(name: str, sizes: Any, classes: int = CLASSES) -> nn.Module:
-    """A network of that name on the device, in training mode."""
+    """Create a network on the device, in training mode."""
     torch.manual_seed(0)
     kinds: dict[str, tuple[Any, int]] = {"small_vgg": (SmallVGG, 32), "resnet18": (ResNet18, 64), "cnn": (SmallCNN, 16)}
     kind, width = kinds[name]
@@ -135,7 +134,7 @@ def network(name: str, sizes: Any, classes: int = CLASSES) -> nn.Module:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode with every batch normalisation inside the convolution before it."""
+    """Return a copy in evaluation mode with every batch normalisation folded into the convolution before it."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for parent in list(model.modules()):
         before = ""
@@ -147,40 +146,40 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-# --- what the workloads share
+# --- shared by the workloads
 
 
 def random_images(count: int, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Noise, uint8 [N, H, W, C], and labels: the same as on the other side."""
+    """Draw the same random images, uint8 [N, H, W, C], and labels as bdjax's side."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (count, *shape), dtype=np.uint8), rng.integers(0, CLASSES, count)
 
 
 def stored(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images as uint8 [N, C, H, W], their memory as NHWC, and labels, on the device."""
+    """Return images as uint8 [N, C, H, W] with NHWC memory, and labels, on the device."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).to(DEVICE), torch.from_numpy(labels).long().to(DEVICE)
 
 
 def floats(images: torch.Tensor, form: torch.memory_format) -> torch.Tensor:
-    """Stored images as floats in [0, 1]."""
+    """Convert stored images to floats in [0, 1]."""
     return images.to(torch.float32, memory_format=form).div_(255)
 
 
 def finished(value: Any = None) -> Any:
-    """`value`, once the device has done everything."""
+    """Return `value` after the device has finished."""
     if GPU:
         torch.cuda.synchronize()
     return value
 
 
 def prepared(model: nn.Module, form: torch.memory_format) -> nn.Module:
-    """In a memory format, and compiled on a GPU."""
+    """Return the network in a memory format, compiled on a GPU."""
     model = model.to(memory_format=form)
     return torch.compile(model) if GPU and compiling else model
 
 
 def best_form(trial: Callable[[torch.memory_format], Callable[[], Any]]) -> tuple[torch.memory_format, str]:
-    """The memory format in which `trial(format)()` is faster; channels-last on a GPU, without a trial."""
+    """Return the memory format in which `trial(format)()` is faster; channels-last on a GPU, without trial."""
     if GPU:
         return torch.channels_last, f"channels-last, {'compiled' if compiling else 'not compiled: it took too long'}"
     seconds = {}
@@ -200,7 +199,7 @@ def best_form(trial: Callable[[torch.memory_format], Callable[[], Any]]) -> tupl
 
 
 def train(name: str, attack: str, dtype: str, sizes: Any) -> Job:
-    """One epoch, the set on the device and shuffled there, Adam."""
+    """One epoch of training with Adam, with the data set on the device."""
     steps = sizes.steps if name == "small_vgg" else max(1, sizes.steps // 3)
     images, labels = random_images(steps * sizes.batch, tuple(sizes.shape))
     if attack == "badnets":
@@ -215,11 +214,11 @@ def train(name: str, attack: str, dtype: str, sizes: Any) -> Job:
 def trainer(
     name: str, dtype: str, sizes: Any, data: Any, form: torch.memory_format, transform: Any, batch: int, steps: int
 ) -> Callable[[], None]:
-    """A function that trains `steps` steps on."""
+    """Return a function that trains for `steps` further steps."""
     images, labels = data
     model = prepared(network(name, sizes).train(), form)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-    shortened = dtype == "bfloat16"
+    bfloat16 = dtype == "bfloat16"
 
     def run() -> None:
         order = torch.randperm(len(images), device=DEVICE)
@@ -228,7 +227,7 @@ def trainer(
             x, y = floats(images[index], form), labels[index]
             if transform:
                 x, y = transform(x, y)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=shortened):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bfloat16):
                 logits = model(x)
             loss = f.cross_entropy(logits.float(), y)
             optimizer.zero_grad(set_to_none=True)
@@ -240,7 +239,7 @@ def trainer(
 
 
 def warp(sizes: Any) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """WaNet's batch: a tenth warped and called the target, two tenths warped with noise; only these are sampled."""
+    """Return WaNet's batch transformation: 10 % warped with the target label, 20 % warped with noise."""
     height, width, _ = sizes.shape
     generator = torch.Generator().manual_seed(0)
     vectors = torch.rand(1, 2, 4, 4, generator=generator) * 2 - 1
@@ -250,27 +249,27 @@ def warp(sizes: Any) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tenso
     points = (identity + 0.5 * field.permute(0, 2, 3, 1) / height).clamp(-1, 1).to(DEVICE)
 
     def transform(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        bent, noisy = len(x) // 10, len(x) // 5
-        both = points.repeat(bent + noisy, 1, 1, 1)
-        both[bent:] += (torch.rand_like(both[bent:]) * 2 - 1) / height
-        x[: bent + noisy] = f.grid_sample(x[: bent + noisy], both.clamp_(-1, 1), align_corners=True)
-        y[:bent] = 0
+        warped, noisy = len(x) // 10, len(x) // 5
+        grid = points.repeat(warped + noisy, 1, 1, 1)
+        grid[warped:] += (torch.rand_like(grid[warped:]) * 2 - 1) / height
+        x[: warped + noisy] = f.grid_sample(x[: warped + noisy], grid.clamp_(-1, 1), align_corners=True)
+        y[:warped] = 0
         return x, y
 
     return transform
 
 
 def many(how: str, sizes: Any) -> Job:
-    """Several victims one after the other."""
+    """Train several victims one after the other."""
     if how != "loop":
         raise LookupError(how)
-    small = SimpleNamespace(**{**vars(sizes), "steps": max(1, sizes.steps // 3)})
-    one = train("small_vgg", "clean", "float32", small)
-    return Job(lambda: [one.run() for _ in range(sizes.victims)][-1], one.note)
+    of_one = SimpleNamespace(**{**vars(sizes), "steps": max(1, sizes.steps // 3)})
+    single = train("small_vgg", "clean", "float32", of_one)
+    return Job(lambda: [single.run() for _ in range(sizes.victims)][-1], single.note)
 
 
 def evaluate(name: str, sizes: Any) -> Job:
-    """Predicted classes of stored images, batches of 500."""
+    """Predict the classes of stored images in batches of 500."""
     images = stored(*random_images(sizes.test, tuple(sizes.shape)))[0]
     model = network(name, sizes)
 
@@ -284,16 +283,16 @@ def evaluate(name: str, sizes: Any) -> Job:
 
 @torch.inference_mode()
 def predictions(model: nn.Module, images: torch.Tensor, form: torch.memory_format) -> torch.Tensor:
-    """Classes of stored images [N, C, H, W], on the host."""
-    found = [model(floats(images[i : i + 500], form)).argmax(1) for i in range(0, len(images), 500)]
-    return torch.cat(found).cpu()
+    """Predict the classes of stored images [N, C, H, W]; the result is on the host."""
+    classes = [model(floats(images[i : i + 500], form)).argmax(1) for i in range(0, len(images), 500)]
+    return torch.cat(classes).cpu()
 
 
 # --- defenses
 
 
 def ibau(schedule: str, sizes: Any) -> Job:
-    """One round of the release."""
+    """One round of I-BAU as in the release."""
     if schedule != "release":
         raise LookupError(schedule)
     data = stored(*random_images(sizes.clean, tuple(sizes.shape)))
@@ -301,8 +300,7 @@ def ibau(schedule: str, sizes: Any) -> Job:
 
     def trial(form: torch.memory_format) -> Callable[[], Any]:
         part = data[0][: 3 * batch], data[1][: 3 * batch]
-        own = Unlearning(network("small_vgg", sizes), part, batch, form)
-        return own.round
+        return Unlearning(network("small_vgg", sizes), part, batch, form).round
 
     form, note = best_form(trial)
     model = network("small_vgg", sizes)
@@ -310,16 +308,16 @@ def ibau(schedule: str, sizes: Any) -> Job:
 
 
 class Unlearning:
-    """I-BAU as the authors' code runs it: evaluation mode, δ by SGD on predicted labels, projected once to norm 10;
-    then an Adam step a batch along the hypergradient of five fixed-point iterations through one retained graph of the
-    first batch's inner gradient.
+    """I-BAU as in the authors' release.
+
+    In evaluation mode: δ by SGD on predicted labels, projected once to norm 10; then one Adam step per batch along the
+    hypergradient, by five fixed-point iterations through one retained graph of the first batch's inner gradient.
     """
 
     def __init__(self, model: nn.Module, data: Any, batch: int, form: torch.memory_format) -> None:
         self.model = model.to(memory_format=form).eval()
-        self.forward = (
-            torch.compile(self.model) if GPU and compiling else self.model
-        )  # of single gradients: it has no second ones
+        # a compiled network has first derivatives only
+        self.forward = torch.compile(self.model) if GPU and compiling else self.model
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, 1e-3, fused=True)
         images, labels = data
@@ -327,7 +325,7 @@ class Unlearning:
         self.batches = [(floats(images[i : i + batch], form), labels[i : i + batch]) for i in starts]
 
     def round(self) -> None:
-        """One pass of ascent and one of unlearning."""
+        """Run one pass of ascent and one of unlearning."""
         delta = self.ascend()
         for images, labels in self.batches:
             for parameter, gradient in zip(self.parameters, self.hypergradient(delta, images, labels), strict=True):
@@ -336,7 +334,7 @@ class Unlearning:
         finished()
 
     def ascend(self) -> torch.Tensor:
-        """δ [1, C, H, W] after a pass over the batches."""
+        """Return δ [1, C, H, W] after a pass of ascent over the batches."""
         delta = torch.zeros_like(self.batches[0][0][:1])
         for images, _ in self.batches:
             with torch.no_grad():
@@ -347,38 +345,39 @@ class Unlearning:
         return delta * (10 / delta.norm().clamp_min(1e-12)).clamp(max=1)
 
     def hypergradient(self, delta: torch.Tensor, images: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
-        """One of the batch, a hundredth of which (at least one image) carries δ; of all parameters."""
+        """Return the hypergradient on a batch, of which 1 % (at least one image) has δ added."""
         delta = delta.clone().requires_grad_(True)
         patched = torch.randperm(len(images), device=DEVICE)[: max(1, len(images) // 100)]
-        shown = images.index_add(0, patched, delta.expand(len(patched), -1, -1, -1))
-        right, *direct = torch.autograd.grad(f.cross_entropy(self.forward(shown), labels), [delta, *self.parameters])
-        first, called = self.batches[0]
-        inner = 0.001 * delta.square().sum() - f.cross_entropy(self.model(first + delta), called)
+        perturbed = images.index_add(0, patched, delta.expand(len(patched), -1, -1, -1))
+        loss = f.cross_entropy(self.forward(perturbed), labels)
+        right, *direct = torch.autograd.grad(loss, [delta, *self.parameters])
+        first_images, first_labels = self.batches[0]
+        inner = 0.001 * delta.square().sum() - f.cross_entropy(self.model(first_images + delta), first_labels)
         stepped = delta - 0.1 * torch.autograd.grad(inner, delta, create_graph=True)[0]
         v = right
-        for _ in range(4):  # the first of five multiplies zero
+        for _ in range(4):  # four, because the first of five iterations multiplies zero
             v = torch.autograd.grad(stepped, delta, v, retain_graph=True)[0] + right
         indirect = torch.autograd.grad(stepped, self.parameters, v, allow_unused=True)
         return [a if b is None else a + b for a, b in zip(direct, indirect, strict=True)]
 
 
 def until(problem: str, rounds: int, goal: float) -> Job:
-    """Rounds of the release on an exported victim until the ASR is below `goal`; measuring is not timed."""
-    given = np.load(problem)
-    sizes = SimpleNamespace(shape=tuple(int(n) for n in given["shape"]), width=None)
-    model = network(str(given["model"]), sizes, int(given["classes"]))
-    left = model.load_state_dict(weights(problem.replace(".npz", ".safetensors")), strict=False)
-    wrong = [name for name in (*left.missing_keys, *left.unexpected_keys) if "num_batches_tracked" not in name]
-    if wrong:
-        raise SystemExit(f"the victim's weights have other names than this network's: {', '.join(wrong)}")
-    data = stored(given["clean_images"], given["clean_labels"])
-    clean, triggered = (stored(given[name], given["labels"])[0] for name in ("images", "triggered"))
+    """Run rounds of the release on an exported victim until the ASR is below `goal`; measuring is not timed."""
+    arrays = np.load(problem)
+    sizes = SimpleNamespace(shape=tuple(int(n) for n in arrays["shape"]), width=None)
+    model = network(str(arrays["model"]), sizes, int(arrays["classes"]))
+    mismatch = model.load_state_dict(weights(problem.replace(".npz", ".safetensors")), strict=False)
+    names = [name for name in (*mismatch.missing_keys, *mismatch.unexpected_keys) if "num_batches_tracked" not in name]
+    if names:
+        raise SystemExit(f"the victim's weights have other names than this network's: {', '.join(names)}")
+    data = stored(arrays["clean_images"], arrays["clean_labels"])
+    clean, triggered = (stored(arrays[name], arrays["labels"])[0] for name in ("images", "triggered"))
 
     def rates(form: torch.memory_format, model: nn.Module) -> tuple[float, float]:
-        ready = folded(model)
-        hits = predictions(ready, clean, form).numpy() == given["labels"]
-        fooled = predictions(ready, triggered, form).numpy() == given["wanted"]
-        return float(hits.mean()), float(fooled[given["eligible"]].mean())
+        network = folded(model)
+        hits = predictions(network, clean, form).numpy() == arrays["labels"]
+        fooled = predictions(network, triggered, form).numpy() == arrays["goals"]
+        return float(hits.mean()), float(fooled[arrays["eligible"]].mean())
 
     def trial(form: torch.memory_format) -> Callable[[], Any]:
         return Unlearning(copy.deepcopy(model), (data[0][:300], data[1][:300]), 100, form).round
@@ -386,48 +385,48 @@ def until(problem: str, rounds: int, goal: float) -> Job:
     form, note = best_form(trial)
 
     def run() -> dict[str, Any]:
-        own = Unlearning(copy.deepcopy(model), data, 100, form)
-        before, seconds, done = rates(form, own.model), 0.0, 0
+        unlearning = Unlearning(copy.deepcopy(model), data, 100, form)
+        before, seconds, done = rates(form, unlearning.model), 0.0, 0
         after = before
         while done < rounds and (done == 0 or after[1] >= goal):
             begin = time.perf_counter()
-            own.round()
+            unlearning.round()
             seconds += time.perf_counter() - begin
-            after, done = rates(form, own.model), done + 1
-        found = {"seconds": seconds, "rounds": done, "reached": after[1] < goal}
-        return found | {"before": before, "after": after}
+            after, done = rates(form, unlearning.model), done + 1
+        answer = {"seconds": seconds, "rounds": done, "reached": after[1] < goal}
+        return answer | {"before": before, "after": after}
 
     return Job(run, note)
 
 
 def weights(path: str) -> dict[str, torch.Tensor]:
-    """Of a safetensors file."""
+    """Read the tensors of a safetensors file."""
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
 def age(sizes: Any) -> Job:
-    """Activation-guided editing of the later half of ResNet-18, without the trigger: one pass in training mode."""
+    """Activation-guided editing of the second half of ResNet-18 without the trigger: one pass in training mode."""
     images = stored(*random_images(sizes.edited, tuple(sizes.shape)))[0]
     number = -(-sizes.edited // min(128, sizes.edited))
     model = network("resnet18", sizes)
 
     def edit(form: torch.memory_format) -> Callable[[], Any]:
-        own = model.to(memory_format=form).train()
-        layers = [module for module in own.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        network = model.to(memory_format=form).train()
+        layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
         layers = layers[len(layers) // 2 :]
 
         @torch.inference_mode()
         def run() -> None:
             means = [torch.zeros((), device=DEVICE) for _ in layers]
 
-            def add(place: int) -> Callable:
-                return lambda module, given, out: means.__setitem__(place, means[place] + out.mean(0) / number)
+            def add(index: int) -> Callable:
+                return lambda module, inputs, out: means.__setitem__(index, means[index] + out.mean(0) / number)
 
-            hooks = [layer.register_forward_hook(add(place)) for place, layer in enumerate(layers)]
+            hooks = [layer.register_forward_hook(add(index)) for index, layer in enumerate(layers)]
             for part in images[torch.randperm(len(images), device=DEVICE)].chunk(number):
-                own(floats(part, form))
+                network(floats(part, form))
             for hook in hooks:
                 hook.remove()
             for layer, mean in zip(layers, means, strict=True):
@@ -445,14 +444,14 @@ def age(sizes: Any) -> Job:
 
 
 def inversion(sizes: Any) -> Job:
-    """One epoch of Neural Cleanse's search, all classes in one batch; weights folded, patches' gradients alone."""
+    """One epoch of Neural Cleanse's search for all classes in one batch, with folded weights."""
     images = stored(*random_images(sizes.searched, tuple(sizes.shape)))[0]
     size = max(1, min(256, sizes.searched // 8))
     model = network("small_vgg", sizes)
     height, width, channels = sizes.shape
 
     def search(form: torch.memory_format) -> Callable[[], Any]:
-        ready = prepared(folded(model), form)
+        network = prepared(folded(model), form)
 
         def run() -> None:
             mask = torch.ones(CLASSES, 1, height, width, device=DEVICE, requires_grad=True)
@@ -464,7 +463,7 @@ def inversion(sizes: Any) -> Job:
                 x = floats(images[order[start : start + size]], form)
                 m, p = (u.tanh() / (2 + 1e-7) + 0.5 for u in (mask, pattern))
                 stamped = torch.lerp(x[None], p[:, None], m[:, None]).flatten(0, 1).contiguous(memory_format=form)
-                loss = CLASSES * f.cross_entropy(ready(stamped), goals) + 1e-3 * m.sum()
+                loss = CLASSES * f.cross_entropy(network(stamped), goals) + 1e-3 * m.sum()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -480,7 +479,7 @@ def inversion(sizes: Any) -> Job:
 
 
 def patch(images: Any, sizes: Any) -> None:
-    """BadNets' white square, in place, in stored images [N, H, W, C]."""
+    """Write BadNets' white square into stored images [N, H, W, C], in place."""
     scale = min(images.shape[1:3]) / 32
     side, margin = max(1, round(4 * scale)), round(scale)
     rows, columns = (slice(n - margin - side, n - margin) for n in images.shape[1:3])
@@ -488,7 +487,7 @@ def patch(images: Any, sizes: Any) -> None:
 
 
 def trigger(attack: str, sizes: Any) -> Job:
-    """Stored images to stored images. A picture is added in floats, rounded and clipped, a piece at a time."""
+    """Apply a trigger to stored images; pictures are added in float32, clipped and rounded, in parts."""
     images = torch.from_numpy(random_images(sizes.stamped, tuple(sizes.shape))[0]).to(DEVICE)
     height, width, channels = sizes.shape
     if attack == "badnets":
@@ -522,7 +521,7 @@ KINDS: dict[str, Callable[..., Job]] = {
 
 
 def job(name: str, sizes: Any) -> Job:
-    """The workload of that name. Raises LookupError where there is none on this side."""
+    """Prepare a workload. Raises LookupError when this side does not have it."""
     kind, *arguments = name.split("/")
     if kind not in KINDS or "iad" in arguments:
         raise LookupError(name)
@@ -530,17 +529,17 @@ def job(name: str, sizes: Any) -> Job:
 
 
 def begin(threads: int) -> str:
-    """Set the threads; the version and the device in words."""
+    """Set the number of threads; return version and device in words."""
     if threads:
         torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA takes it; a CPU knows no such thing
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA uses; no effect on a CPU
     torch.backends.cudnn.benchmark = True
     device = torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads"
     return f"torch {torch.__version__}, {device}"
 
 
 def first_step() -> None:
-    """A small network on images of 32x32x1 until its first step of training is over."""
+    """Train a small network on images of 32x32x1 until the first step is finished."""
     sizes = SimpleNamespace(shape=(32, 32, 1), width=None, batch=128, steps=1)
     images, labels = random_images(sizes.batch, sizes.shape)
     data = stored(images, labels)
@@ -554,4 +553,4 @@ if __name__ == "__main__":
         raise SystemExit(f"usage: {os.path.basename(__file__)} first-step; the rest is compare.py's.")
     begin(0)
     first_step()
-    os._exit(0)  # tearing down is no part of a start
+    os._exit(0)  # skip the teardown, which is not part of a start

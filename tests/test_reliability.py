@@ -17,6 +17,8 @@ from bdjax import registry
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
 from bdjax.pipelines import sweep
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.defend import DefenseRequest, defend
 
 bench = registry.load_file(Path(__file__).parent.parent / "benchmarks" / "reliability.py")
 
@@ -32,7 +34,7 @@ def undisturbed(tmp_path_factory):
 
 
 def finished(file, out):
-    bench.finish(bench.sweeping(file, out))
+    bench.finish(bench.start_sweep(file, out))
     found = bench.contents(out)
     return {name: value for name, value in found.items() if name != "cells.json"}
 
@@ -41,13 +43,13 @@ def finished(file, out):
 def test_a_killed_sweep_loses_nothing_and_ends_with_the_same_bits(undisturbed, tmp_path):
     file, expected = undisturbed
     assert len(expected) > 20
-    process = bench.sweeping(file, tmp_path / "out")
+    process = bench.start_sweep(file, tmp_path / "out")
     while not (kept := list((tmp_path / "out").glob("victims/.*/*/epoch-*"))) and process.poll() is None:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert kept
-    assert bench.differing(expected, finished(file, tmp_path / "out")) == []
+    assert bench.differences(expected, finished(file, tmp_path / "out")) == []
     assert not [path for path in (tmp_path / "out").rglob(".*") if path.name != ".lock"]
 
 
@@ -90,8 +92,8 @@ def test_what_is_compared_can_differ(undisturbed):
     _, expected = undisturbed
     name = next(name for name in expected if "kernel" in name)
     changed = {**expected, name: expected[name][:-1] + b"\0"}
-    assert bench.differing(expected, changed) == [name]
-    assert bench.differing(expected, {k: v for k, v in expected.items() if k != name}) == [name]
+    assert bench.differences(expected, changed) == [name]
+    assert bench.differences(expected, {k: v for k, v in expected.items() if k != name}) == [name]
 
 
 @pytest.mark.slow
@@ -101,12 +103,10 @@ def test_two_processes_that_make_the_same_run_leave_one(undisturbed, tmp_path):
     both = [subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     told = f"bdjax: {file} is code of your own and is executed.\n"
     assert [(process.communicate()[1], process.returncode) for process in both] == [(told, 0)] * 2
-    assert bench.differing(expected, bench.contents(tmp_path / "out")) == []
+    assert bench.differences(expected, bench.contents(tmp_path / "out")) == []
 
 
 def test_a_run_that_another_process_makes_is_waited_for(finished_run, monkeypatch):
-    from bdjax.pipelines import run
-    from bdjax.pipelines.victim import Context
 
     directory, result = finished_run
     told = []
@@ -120,7 +120,7 @@ def test_a_run_that_another_process_makes_is_waited_for(finished_run, monkeypatc
     held = checkpoint.locked(directory)
     held.__enter__()
     config = registry.load("defenses", "ibau").Config(schedule="release", rounds=2, batch_size=10)
-    again = run.defend(directory / "victim", "ibau", config, directory, context=Waiting(1))
+    again = defend(DefenseRequest(directory / "victim", "ibau", config), directory, Waiting(1))
     assert told == ["waiting"] and again["after"] == result["after"]
 
 
