@@ -102,18 +102,10 @@ def factor(activation: jax.Array, shape: tuple[int, ...], scale: Any, shift: Any
     if not spatial:
         pooled = pooled.reshape(-1, pooled.shape[-1]).mean(0)
     for axis, size in enumerate(spatial):
-        pooled = jnp.moveaxis(jnp.tensordot(_pooling_matrix(pooled.shape[axis], size), pooled, (1, axis)), 0, axis)
+        matrix = models.pooling_matrix(pooled.shape[axis], size)
+        pooled = jnp.moveaxis(jnp.tensordot(matrix, pooled, (1, axis)), 0, axis)
     centred = pooled - pooled.mean()
     return jnp.expand_dims(scale * centred / jnp.sqrt((centred**2).mean() + epsilon) + shift, -2)
-
-
-def _pooling_matrix(length: int, bins: int) -> np.ndarray:
-    """Return adaptive average pooling along one axis as a matrix, float32 [bins, length]."""
-    matrix = np.zeros((bins, length), np.float32)
-    for i in range(bins):
-        start, end = i * length // bins, -(-(i + 1) * length // bins)
-        matrix[i, start:end] = 1 / (end - start)
-    return matrix
 
 
 class _Static(NamedTuple):
