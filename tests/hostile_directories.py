@@ -3,6 +3,9 @@
 import hashlib
 import json
 
+from bdjax.pipelines.artifact import experiment_of
+from bdjax.pipelines.training import training_record, trigger_previews
+
 EVIL = "evil.py"
 """A file of code beside the directory; it leaves a mark when it is run (`code`)."""
 WRONG = {
@@ -80,14 +83,14 @@ def relist(directory):
 def manifests(data, spec):
     """What the manifests of every kind hold before they are written: {kind: fields}."""
     from bdjax.config import Experiment, SplitConfig, config_of, to_json
-    from bdjax.pipelines.victim import describe
+
 
     def method(kind, name):
         return {"name": name, "config": to_json(config_of(kind, name)()), "seed": 0}
 
     experiment = Experiment("badnets", None, spec, "cnn", 0, config_of("attacks", "badnets")(target=1, size=2))
     victim = {
-        "kind": "victim", "hash": "0" * 64, **json.loads(json.dumps(describe(experiment, data))),
+        "kind": "victim", "hash": "0" * 64, **json.loads(json.dumps(training_record(experiment, data))),
         "poison": {"n": 3, "copies": 1, "sha256": "0" * 64}, "seconds": {"attack": 1.0, "compile": 1.0},
         "curve": [{"step": 1, "train_loss": 1.0}], "env": {"device": "cpu", "jax": "0"},
     }  # fmt: skip
@@ -118,7 +121,7 @@ def make(folder, spec):
 
     from bdjax import datasets, interop, models
     from bdjax.io import checkpoint
-    from bdjax.pipelines.victim import experiment_of, trigger_previews
+
 
     data = datasets.load(spec)
     found = manifests(data, spec)

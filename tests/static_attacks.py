@@ -11,7 +11,7 @@ KEY = jax.random.key(7)
 
 
 def config_of(name, **fields):
-    return registry.load("attacks", name).Config(**fields)
+    return registry.load_module("attacks", name).Config(**fields)
 
 
 def task_of(shape=(32, 32, 3), count=40, classes=4, file=None):
@@ -27,7 +27,7 @@ def planted(name, task, **fields):
 
 def stamped(name, images, task=None, training=False, **fields):
     """Float images with the trigger of test time (or of training) on them."""
-    config, module, images = config_of(name, **fields), registry.load("attacks", name), np.asarray(images, np.float32)
+    config, module, images = config_of(name, **fields), registry.load_module("attacks", name), np.asarray(images, np.float32)
     arrays = {}
     if hasattr(module, "prepare"):
         arrays = module.prepare(config, task or task_of(images.shape[1:]), KEY)

@@ -36,9 +36,9 @@ def test_a_trained_model_is_callable(victim, blobs_npz):
 
 
 def test_defend_evaluate_and_print(victim, tmp_path):
-    how = {"config": {"epochs": 1}, "split": {"size": 40}, "estimate": False, "devices": 1}
+    how = {"config": {"epochs": 1}, "split": {"size": 20}, "estimate": False, "devices": 1}
     cleaned = bdjax.defend(victim, "finetune", root=tmp_path, **how)
-    assert cleaned.directory.parent == tmp_path and cleaned.result["n_defender"] == 40
+    assert cleaned.directory.parent == tmp_path and cleaned.result["n_defender"] == 20
     measured = bdjax.evaluate(cleaned)
     assert (measured["acc"], measured["asr"]) == (cleaned.after["acc"], cleaned.after["asr"])
     assert bdjax.evaluate(victim)["kind"] == "victim" and cleaned.before["asr"] is not None

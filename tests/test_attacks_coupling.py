@@ -34,7 +34,7 @@ def coupled(coupling=1.0, after=0, epoch=0, **changes):
     """(control, attacker as it is in `epoch`) for LABELS and POISON."""
     config = config_of(coupling=coupling, coupling_after=after)
     task = SimpleNamespace(labels=LABELS)
-    hook, attacker = _coupling.coupled(config, task, dataclasses.replace(POISON, **changes))
+    hook, attacker = _coupling.coupling_hook(config, task, dataclasses.replace(POISON, **changes))
     attacker = jax.tree.map(jnp.asarray, attacker)
     return hook, hook.refresh(hook.config, attacker, None, epoch, KEY)
 

@@ -15,7 +15,10 @@ from bdjax.attacks import wanet
 from bdjax.config import Experiment
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.pipelines import run, victim
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.evaluate import evaluate
+from bdjax.pipelines.poisoned_set import poisoned_set
+from bdjax.pipelines.training import train
 from bdjax.types import Backdoor, NeedsTraining, SampleInfo, Task
 
 FIT = {"epochs": 1, "batch_size": 40}
@@ -114,13 +117,13 @@ def test_settings_out_of_range_are_refused(changes, match):
 def experiment(attack, blobs_npz, **changes):
     from bdjax.engine import FitConfig
 
-    config = dataclasses.replace(registry.load("attacks", attack).Config(), **changes)
+    config = dataclasses.replace(registry.load_module("attacks", attack).Config(), **changes)
     return Experiment(attack, None, blobs_npz, "cnn", attack_config=config, fit=FitConfig(**FIT))
 
 
 def test_a_victim_gives_its_poisoned_set_again_bit_for_bit(blobs_npz, tmp_path):
-    directory = victim.train(experiment("badnets", blobs_npz, target=1, ratio=0.25), tmp_path / "victim")
-    data, images, labels, positions = victim.poisoned_set(directory)
+    directory = train(experiment("badnets", blobs_npz, target=1, ratio=0.25), tmp_path / "victim")
+    data, images, labels, positions = poisoned_set(directory)
     recorded = checkpoint.read_arrays(directory, "poison")
     assert_array_equal(positions, recorded["indices"])
     assert_array_equal(labels[positions], 1)
@@ -131,38 +134,38 @@ def test_a_victim_gives_its_poisoned_set_again_bit_for_bit(blobs_npz, tmp_path):
 
 
 def test_a_poisoned_set_that_comes_out_otherwise_is_refused(blobs_npz, tmp_path, monkeypatch):
-    directory = victim.train(experiment("badnets", blobs_npz, target=1, ratio=0.25), tmp_path / "victim")
+    directory = train(experiment("badnets", blobs_npz, target=1, ratio=0.25), tmp_path / "victim")
     made = attacks.poison
     monkeypatch.setattr(attacks, "poison", lambda *a: dataclasses.replace(p := made(*a), images=p.images ^ 1))
     with pytest.raises(InputError, match="sha256 differs"):
-        victim.poisoned_set(directory)
+        poisoned_set(directory)
 
 
 @pytest.mark.parametrize("attack", ["wanet", "clean"])
 def test_an_attack_without_a_poisoned_set_says_so(attack, blobs_npz, tmp_path):
-    directory = victim.train(experiment(attack, blobs_npz), tmp_path / "victim")
+    directory = train(experiment(attack, blobs_npz), tmp_path / "victim")
     with pytest.raises(InputError, match=f"{attack} changes images in every training step"):
-        victim.poisoned_set(directory)
-    asr = run.evaluate(directory)["asr"]
+        poisoned_set(directory)
+    asr = evaluate(directory)["asr"]
     assert asr is None if attack == "clean" else 0 <= asr <= 1  # its trigger was stored, or there is none
 
 
 def test_a_clean_model_is_kept_in_the_store_and_found_again(blobs_npz, tmp_path, monkeypatch):
     asked = []
-    module = registry.load("attacks", "badnets")
+    module = registry.load_module("attacks", "badnets")
 
     def edit(config, variables, task, key):
         asked.append(variables)
         return Backdoor("badnets", config, variables, {})
 
     monkeypatch.setattr(module, "edit", edit, raising=False)
-    context = victim.Context(1, store=tmp_path / "store")
-    first = victim.train(experiment("badnets", blobs_npz, target=1), tmp_path / "a", context)
+    context = Context(1, store=tmp_path / "store")
+    first = train(experiment("badnets", blobs_npz, target=1), tmp_path / "a", context)
     (kept,) = [p for p in (tmp_path / "store").iterdir() if not p.name.startswith(".")]
     assert checkpoint.read_manifest(kept)["attack"]["name"] == "clean"
     before = (kept / "manifest.json").stat().st_mtime_ns
-    victim.train(experiment("badnets", blobs_npz, target=2), tmp_path / "b", context)
-    alone = victim.train(experiment("badnets", blobs_npz, target=3), tmp_path / "c", victim.Context(1))
+    train(experiment("badnets", blobs_npz, target=2), tmp_path / "b", context)
+    alone = train(experiment("badnets", blobs_npz, target=3), tmp_path / "c", Context(1))
     assert (kept / "manifest.json").stat().st_mtime_ns == before and first.exists() and alone.exists()
     jax.tree.map(assert_array_equal, asked[0], asked[1])
     jax.tree.map(assert_array_equal, asked[0], asked[2])  # trained on the spot: the same model
@@ -178,6 +181,6 @@ def test_a_task_that_cannot_train_says_so():
 
 def test_clean_leaves_everything_as_it_is(blobs):
     task = untrained_task(*blobs, perceptron())
-    planted = attacks.plant("clean", registry.load("attacks", "clean").Config(), task, jax.random.key(0))
+    planted = attacks.plant("clean", registry.load_module("attacks", "clean").Config(), task, jax.random.key(0))
     jax.tree.map(assert_array_equal, planted.variables, perceptron().init(attacks.fit_key(jax.random.key(0))))
     assert planted.poison is None

@@ -14,7 +14,9 @@ from bdjax.config import Experiment
 from bdjax.engine import FitConfig, parallel
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.pipelines import victim
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.poisoned_set import poisoned_set
+from bdjax.pipelines.training import train
 from bdjax.types import Callback, SampleInfo
 
 KEY = jax.random.key(7)
@@ -140,15 +142,15 @@ def test_a_killed_training_resumes_and_the_stored_arrays_make_the_same_trigger(
     experiment = Experiment(name, dataset=blobs_npz, model="cnn", attack_config=config, fit=FitConfig(2, 40))
     kept, plant = {}, attacks.plant
     monkeypatch.setattr(attacks, "plant", lambda *args: kept.setdefault("planted", plant(*args)))
-    victim.train(experiment, tmp_path / "whole", victim.Context(devices=1))
+    train(experiment, tmp_path / "whole", Context(devices=1))
 
     def tick(now, done, total):
         if (now, done) == (stage, 6):  # in the second epoch of 4 steps
             raise Killed
 
     with pytest.raises(Killed):
-        victim.train(experiment, tmp_path / "cut", victim.Context(devices=1, tick=tick))
-    victim.train(experiment, tmp_path / "cut", victim.Context(devices=1))
+        train(experiment, tmp_path / "cut", Context(devices=1, tick=tick))
+    train(experiment, tmp_path / "cut", Context(devices=1))
     stored, again = (checkpoint.read_arrays(tmp_path / where, "trigger") for where in ("whole", "cut"))
     jax.tree.map(np.testing.assert_array_equal, stored, again)
     images = jnp.asarray(blobs[0][160:], jnp.float32) / 255
@@ -156,14 +158,14 @@ def test_a_killed_training_resumes_and_the_stored_arrays_make_the_same_trigger(
     triggers = [attacks.trigger_of(name, config, arrays) for arrays in (kept["planted"].arrays, own)]
     np.testing.assert_array_equal(*(trigger(images, KEY) for trigger in triggers))
     if name == "issba":
-        _, x, y, indices = victim.poisoned_set(tmp_path / "cut")
+        _, x, y, indices = poisoned_set(tmp_path / "cut")
         assert len(indices) == 40 and len(x) == 160 and (y[indices] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (9, 11, 3), (32, 32, 3), (64, 48, 1)])
 @pytest.mark.parametrize("name", ["iad", "issba"])
 def test_images_of_any_size(name, shape):
-    module = registry.load("attacks", name)
+    module = registry.load_module("attacks", name)
     net, _ = module._networks(module.Config(), shape)
     codes = [jnp.ones((2, 100))] if name == "issba" else []
 
@@ -192,7 +194,7 @@ def test_images_of_any_size(name, shape):
 )
 def test_a_value_out_of_range_is_refused(name, fields, words):
     with pytest.raises(InputError, match=words):
-        registry.load("attacks", name).Config(**fields)
+        registry.load_module("attacks", name).Config(**fields)
 
 
 @pytest.mark.slow

@@ -19,11 +19,11 @@ from bdjax.types import Callback, Task, to_float
 NAMES = ("hidden_trigger", "l2_inv", "narcissus", "smooth", "trojan_sq", "trojan_wm")
 QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1, "images": 4}
 KEY = jax.random.key(7)
-hidden = registry.load("attacks", "hidden_trigger")
+hidden = registry.load_module("attacks", "hidden_trigger")
 
 
 def config_of(name, **fields):
-    kind = registry.load("attacks", name).Config
+    kind = registry.load_module("attacks", name).Config
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(**{**{k: v for k, v in QUICK.items() if k in known}, **fields})
 
@@ -44,7 +44,7 @@ def ticks(task):
     done = []
 
     class Count(Callback):
-        def tick(self, *what):
+        def on_progress(self, *what):
             done.append(what)
 
     return done, dataclasses.replace(task, callback=Count())
@@ -57,7 +57,7 @@ def features(task, images):
 def test_pairs_are_the_nearest_then_the_nearest_of_the_rest():
     a, b = np.random.default_rng(0).normal(size=(2, 9, 5)).astype(np.float32)
     far = ((a[:, None] - b) ** 2).sum(-1)
-    np.testing.assert_allclose(_optimise.distances(jnp.asarray(a), jnp.asarray(b)), far, rtol=1e-4)
+    np.testing.assert_allclose(_optimise.squared_distances(jnp.asarray(a), jnp.asarray(b)), far, rtol=1e-4)
     expected, left = np.zeros(9, int), far.copy()
     for _ in range(9):
         row, column = np.unravel_index(left.argmin(), left.shape)
@@ -231,7 +231,7 @@ def test_what_does_not_fit_the_task_is_refused(name, fields, words):
 
 def test_a_ratio_is_refused_before_a_surrogate_is_trained(monkeypatch):
     config = config_of("narcissus", target=1, ratio=0.3)
-    monkeypatch.setattr(registry.load("attacks", "narcissus"), "prepare", lambda *_: pytest.fail("it was prepared"))
+    monkeypatch.setattr(registry.load_module("attacks", "narcissus"), "prepare", lambda *_: pytest.fail("it was prepared"))
     with pytest.raises(InputError, match="The largest ratio here is 0.25"):
         attacks.plant("narcissus", config, task_of(), KEY)
 
@@ -244,7 +244,7 @@ def test_an_empty_class_is_named(name):
         fields, gone = {**fields, "source": 2}, 2
     task = dataclasses.replace(task, labels=np.where(task.labels == gone, 0, task.labels))
     with pytest.raises(InputError, match="no image of that class|has 0 images of that class"):
-        registry.load("attacks", name).prepare(config_of(name, **fields), task, KEY)
+        registry.load_module("attacks", name).prepare(config_of(name, **fields), task, KEY)
 
 
 @pytest.mark.parametrize("name", NAMES)

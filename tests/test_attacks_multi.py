@@ -15,8 +15,10 @@ from bdjax.attacks import multi_target
 from bdjax.config import Experiment, attack_record, from_json, to_json
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.pipelines import run, victim
+from bdjax.pipelines import training
+from bdjax.pipelines.evaluate import evaluate
 from bdjax.pipelines.evaluation import Evaluation
+from bdjax.pipelines.poisoned_set import poisoned_set
 from bdjax.reports import figure, table
 from bdjax.types import Data, Model
 
@@ -173,12 +175,12 @@ def test_a_run_ends_as_any_other(blobs_npz, tmp_path, capsys):
     arrays = checkpoint.read_arrays(out / "victim", "trigger")
     assert set(arrays) == {"blended/picture", *(f"on_{c}_{name}" for c in ("black", "white") for name in names)}
     assert (arrays["on_black_badnets"] > 0).sum() == 1 and arrays["on_black_blended"].min() >= 0
-    before = run.evaluate(out / "victim")
+    before = evaluate(out / "victim")
     assert before["n_asr"] == 90 and list(before["asr_by_trigger"]) == names
     cli.main(["evaluate", str(out)])
     assert f"asr l0_inv       {result['after']['asr_by_trigger']['l0_inv']:.4f}" in capsys.readouterr().out
 
-    data, images, labels, indices = victim.poisoned_set(out / "victim")  # compares sha256 with the manifest's
+    data, images, labels, indices = poisoned_set(out / "victim")  # compares sha256 with the manifest's
     assert len(images) == len(labels) == 480 and len(indices) == 32 + 32 + 16
     stored = checkpoint.read_arrays(out / "victim", "poison")
     np.testing.assert_array_equal(stored["indices"], indices)
@@ -237,8 +239,8 @@ def test_parts_have_stages_arrays_and_files_of_their_own(blobs, blobs_npz, tmp_p
 def test_a_clean_model_is_trained_once_for_all_parts(blobs_npz, tmp_path, monkeypatch):
     seen, trains = [], 'task.fit(task.images, task.labels, key, stage="surrogate")["params"]["body"]'
     (tmp_path / "own.py").write_text(OWN.replace(trains, 'task.clean()["params"]["head"]["kernel"]'))
-    real = victim.fit_with_hook
-    monkeypatch.setattr(victim, "fit_with_hook", lambda *a, **k: (seen.append(k["stage"]), real(*a, **k))[1])
+    real = training.fit_with_hook
+    monkeypatch.setattr(training, "fit_with_hook", lambda *a, **k: (seen.append(k["stage"]), real(*a, **k))[1])
     own = f"{tmp_path}/own.py"
     cli.main(["train", "multi_target", "--dataset", blobs_npz, *FLAGS, "--attack.parts", f"{own}:0", f"{own}:1",
               "--out", str(tmp_path / "v")])  # fmt: skip
@@ -280,4 +282,4 @@ def test_labels_and_emptiness_are_refused():
     with pytest.raises(InputError, match="attack.parts must name at least one"):
         multi_target.Config(parts=())
     assert multi_target.parts(config_of("sig:3:labels=clean"))[0].config.labels == "clean"
-    assert registry.load("attacks", "multi_target") is multi_target
+    assert registry.load_module("attacks", "multi_target") is multi_target

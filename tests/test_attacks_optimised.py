@@ -22,7 +22,7 @@ KEY = jax.random.key(7)
 
 
 def module_of(name):
-    return registry.load("attacks", name)
+    return registry.load_module("attacks", name)
 
 
 def config_of(name, **fields):
@@ -47,7 +47,7 @@ class Ticks(Callback):
     def __init__(self):
         self.done = {}
 
-    def tick(self, stage, done, total):
+    def on_progress(self, stage, done, total):
         self.done[stage] = done
 
 
@@ -123,19 +123,19 @@ def test_a_mask_filled_to_the_brim_shows_its_pixels(name, pixels, most):
 
 def test_a_pattern_is_scaled_down_to_its_norm_or_blended_with_the_mask():
     mask = np.ones(2, np.float32)
-    np.testing.assert_allclose(_optimise.exactly(np.float32([0.6, 0.8]), mask, 0.5), [0.3, 0.4], rtol=1e-6)
-    np.testing.assert_allclose(_optimise.exactly(np.float32([0, 1]), mask, 1.25**0.5), [0.5, 1], rtol=1e-6)
-    np.testing.assert_allclose(_optimise.exactly(mask, mask, 2**0.5), mask, rtol=1e-6)
+    np.testing.assert_allclose(_optimise.scale_to_norm(np.float32([0.6, 0.8]), mask, 0.5), [0.3, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(_optimise.scale_to_norm(np.float32([0, 1]), mask, 1.25**0.5), [0.5, 1], rtol=1e-6)
+    np.testing.assert_allclose(_optimise.scale_to_norm(mask, mask, 2**0.5), mask, rtol=1e-6)
 
 
 def test_dead_and_unreached_neurons_are_not_chosen():
     worth, clean = np.array([5.0, 4, 3, 2, 1]), np.full((10, 5), -1.0)
     clean[:, 1:] = 1
     change = np.array([1, 0.05, -0.5, 1, 1])
-    np.testing.assert_array_equal(_optimise.strongest(worth, clean, change, 2), [2, 3])
-    np.testing.assert_array_equal(_optimise.strongest(worth, clean, change, 9), [2, 3, 4])
+    np.testing.assert_array_equal(_optimise.strongest_neurons(worth, clean, change, 2), [2, 3])
+    np.testing.assert_array_equal(_optimise.strongest_neurons(worth, clean, change, 9), [2, 3, 4])
     with pytest.raises(InputError, match="no neuron"):
-        _optimise.strongest(worth, clean, 0 * change, 2)
+        _optimise.strongest_neurons(worth, clean, 0 * change, 2)
 
 
 # smooth

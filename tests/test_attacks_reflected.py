@@ -89,7 +89,7 @@ def test_refool_kinds_come_at_their_rates(reflection):
 def test_refool_reflects_other_classes_and_keeps_labels_when_clean():
     task = task_of()
     task.images[:] = (50 * task.labels)[:, None, None, None]  # the class is the brightness
-    module = registry.load("attacks", "refool")
+    module = registry.load_module("attacks", "refool")
     bank = module.prepare(config_of("refool", target=2), task, KEY)["reflections"]
     assert len(bank) == 30 and set(np.unique(bank)) == {0, 50, 150}
     assert len(module.prepare(config_of("refool", target=2, count=7), task, KEY)["reflections"]) == 7

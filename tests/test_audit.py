@@ -14,26 +14,31 @@ from bdjax.defenses._pool import Pool
 from bdjax.engine.callbacks import Recorder
 from bdjax.errors import InputError
 from bdjax.pipelines import audit
-from bdjax.pipelines.victim import Context
+from bdjax.pipelines.audit import AuditSettings
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.opening import open_recorded
 from bdjax.reports import audit as report
 from bdjax.types import DefenderView, Scores, Victim
+
+DETECTORS = registry.names("detectors")
 
 
 @pytest.fixture(scope="module")
 def quick():
     """Configs that make the methods short."""
     short = {"neural_cleanse": {"epochs": 2}, "baeraser": {"iterations": 2, "hidden": 8, "noise_size": 8}}
-    return {name: registry.load("defenses", name).Config(**fields) for name, fields in short.items()}
+    return {name: registry.load("detectors", name).Config(**fields) for name, fields in short.items()}
 
 
 @pytest.fixture(scope="module")
 def audited(finished, quick):
-    return audit.audit(finished[0] / "victim", names=audit.methods(), configs=quick, size=20, context=Context(1))
+    settings = AuditSettings(configs=quick)
+    return audit.audit(finished[0] / "victim", DETECTORS, size=20, settings=settings, context=Context(1))
 
 
 def test_every_method_that_detects_is_asked_and_the_victim_is_known_for_one(audited):
     result, arrays = audited
-    assert list(result["methods"]) == audit.methods() and {"age", "neural_cleanse", "universal"} <= set(audit.methods())
+    assert list(result["methods"]) == DETECTORS and {"age", "neural_cleanse", "universal"} <= set(DETECTORS)
     assert result["n"] == 20 and result["truth"] == {"poisoned": True, "attack": "badnets"}
     for own in result["methods"].values():
         assert len(own["classes"]) == len(result["classes"]) and own["seconds"] > 0
@@ -49,18 +54,18 @@ def test_a_method_that_takes_long_is_asked_only_by_name(finished, monkeypatch):
         asked.append(name)
         return Scores(np.zeros(4, np.float32), 0, 0.0, False)
 
-    for name in audit.methods():
-        monkeypatch.setattr(registry.load("defenses", name), "detect", lambda *_, name=name: said(name))
+    for name in DETECTORS:
+        monkeypatch.setattr(registry.load_module("detectors", name), "detect", lambda *_, name=name: said(name))
     audit.audit(finished[0] / "victim", size=20, context=Context(1))
-    assert asked == [name for name in audit.methods() if name != "baeraser"] and "baeraser" in audit.methods()
+    assert asked == [name for name in DETECTORS if name != "baeraser"] and "baeraser" in DETECTORS
 
 
 def test_the_same_seed_gives_the_same_judgement_and_the_methods_are_those_chosen(audited, finished):
-    again, _ = audit.audit(finished[0] / "victim", names=["universal", "age"], size=20, context=Context(1))
+    again, _ = audit.audit(finished[0] / "victim", ["universal", "age"], size=20, context=Context(1))
     assert list(again["methods"]) == ["universal", "age"]
     for name, own in again["methods"].items():
         assert own["classes"] == audited[0]["methods"][name]["classes"]
-    purified, _ = audit.audit(finished[0], names=["age"], size=20, context=Context(1))
+    purified, _ = audit.audit(finished[0], ["age"], size=20, context=Context(1))
     assert purified["hash"] != again["hash"] and purified["truth"] is None
 
 
@@ -79,7 +84,7 @@ NOBODY = {"poisoned": False, "target": None, "accused_by": []}
     ],
 )
 def test_two_accusers_of_one_class_are_needed_or_the_only_one_asked(says, expected):
-    assert audit.verdict({name: {"poisoned": p, "target": t} for name, p, t in says}) == expected
+    assert audit.combine({name: {"poisoned": p, "target": t} for name, p, t in says}) == expected
 
 
 def test_the_columns_of_the_table_stand_under_their_heads():
@@ -88,7 +93,7 @@ def test_the_columns_of_the_table_stand_under_their_heads():
     result = {"directory": "d", "model": "m", "dataset": "s", "n": 3, "seed": 0, "classes": ["0", "cat"], **NOBODY}
     lines = report.table({**result, "methods": methods}).splitlines()
     rows = lines[2:6]
-    for column, values in (("says", ("poisoned", "clean", "poisoned")), ("class", ("1 (cat)",) * 3)):
+    for column, values in (("verdict", ("poisoned", "clean", "poisoned")), ("class", ("1 (cat)",) * 3)):
         ends = [row.index(word) + len(word) for row, word in zip(rows, (column, *values), strict=True)]
         assert len(set(ends)) == 1, column
     assert len({len(row) for row in rows}) == 1 and "score: of that class" in lines[-1]
@@ -99,7 +104,7 @@ def test_table_and_picture_name_the_class_and_the_accusers(audited, tmp_path):
     accused = {**result, "poisoned": True, "target": 1, "accused_by": ["universal"]}
     assert "towards class 1" in report.table(accused).splitlines()[0] and "by universal" in report.verdict(accused)
     innocent = {**result, "poisoned": False, "target": None, "accused_by": []}
-    assert "no agreed sign of a backdoor" in report.table(innocent)
+    assert "does not prove that the model is clean" in report.table(innocent)
     assert report.draw(accused, arrays, tmp_path / "a.png").stat().st_size > 5000
 
 
@@ -114,8 +119,8 @@ def test_the_command_writes_its_evidence_beside_the_model(finished, tmp_path, ca
 
 
 def test_what_cannot_be_audited_is_refused(finished, tmp_path, capsys):
-    with pytest.raises(InputError, match=r"ibau cannot audit. Choose from age, "):
-        audit.audit(finished[0], names=["ibau"])
+    with pytest.raises(InputError, match=r"ibau cannot audit. Choose from additive, age, "):
+        audit.audit(finished[0], ["ibau"])
     with pytest.raises(InputError, match=r"--size must be from 1 to 40.* got 0"):
         audit.audit(finished[0], size=0)
     with pytest.raises(InputError, match=r"no clean image of class"):
@@ -125,13 +130,13 @@ def test_what_cannot_be_audited_is_refused(finished, tmp_path, capsys):
 
 
 def test_images_are_drawn_by_the_seed_without_repetition(finished):
-    artifact = audit.read_recorded(audit.checkpoint.model_directory(finished[0]))
-    one, other = (audit._chosen(artifact, 20, seed)[0] for seed in (0, 1))
+    artifact = open_recorded(audit.checkpoint.model_directory(finished[0]))
+    one, other = (audit._draw_images(artifact, 20, seed)[0] for seed in (0, 1))
     assert (one != other).any() and len(np.unique(one.reshape(20, -1), axis=0)) == 20
 
 
 def test_baeraser_accuses_the_label_whose_triggers_survive(blobs, monkeypatch):
-    module, model = registry.load("defenses", "baeraser"), perceptron()
+    module, model = registry.load_module("detectors", "baeraser"), perceptron()
     pool = Pool(
         jnp.zeros((8, 3, 3, 1)), jnp.array([0, 0, 1, 1, 2, 2, 3, 3], jnp.int32),
         jnp.array([0.1, 0.3, 0.8, 0.95, 0.2, 0.0, 0.4, 0.5]), jnp.arange(8) == 3,
@@ -143,15 +148,15 @@ def test_baeraser_accuses_the_label_whose_triggers_survive(blobs, monkeypatch):
     np.testing.assert_allclose(found.classes, [0.3, 0.95, 0.2, 0.5], rtol=1e-6)
     assert (found.target, found.poisoned) == (1, True) and found.score == pytest.approx(0.95)
     assert seen.arrays["recovered"].shape == (1, 3, 3, 1) and seen.arrays["recovered_labels"].tolist() == [1]
-    pool = pool._replace(kept=jnp.zeros(8, bool))
+    pool = pool._replace(accepted=jnp.zeros(8, bool))
     found = module.detect(module.Config(), victim, DefenderView(*blobs), jax.random.key(0))
     assert (found.target, found.poisoned) == (1, False)
 
 
 def test_a_class_without_an_image_is_left_open_where_images_are_given(finished):
-    artifact = audit.read_recorded(audit.checkpoint.model_directory(finished[0]))
+    artifact = open_recorded(audit.checkpoint.model_directory(finished[0]))
     images, labels = artifact.evaluation.images, artifact.evaluation.labels
-    found, _ = audit.judge(artifact, images[labels != 3], labels[labels != 3], ["age"], context=Context(1))
+    found, _ = audit.run_detectors(artifact, images[labels != 3], labels[labels != 3], ["age"], context=Context(1))
     scores = found["methods"]["age"]["classes"]
     assert scores[3] is None and None not in scores[:3] and found["methods"]["age"]["target"] != 3
     assert "age" in report.table(found)

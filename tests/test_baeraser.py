@@ -1,4 +1,4 @@
-"""BAERASER's unlearning against its formula by hand, its guard, and MESA's fine-tuning with the same triggers."""
+"""BAERASER's unlearning against its formula, the check of its iterations, and MESA's fine-tuning."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ LINEAR = Model(
 )  # fmt: skip
 
 
-class Seeing(Callback):
+class Recording(Callback):
     def __init__(self):
         self.rows = []
 
@@ -44,15 +44,15 @@ class Seeing(Callback):
 
 @pytest.fixture
 def view(blobs):
-    return DefenderView(blobs[0][:40], blobs[1][:40], Seeing())
+    return DefenderView(blobs[0][:40], blobs[1][:40], Recording())
 
 
 @pytest.fixture
 def recovered(monkeypatch):
-    """One kept trigger: everything 0.1 brighter, made for label 2; those of labels 0 and 1 are not kept."""
+    """One accepted trigger, for label 2: all pixels 0.1 brighter. The triggers for labels 0 and 1 are not accepted."""
     triggers = jnp.stack([jnp.full((8, 8, 1), value) for value in (0.1, -0.5, 0.3)])
-    kept = jnp.array([True, False, False])
-    pool = Pool(triggers, jnp.array([2, 1, 0], jnp.int32), jnp.array([1.0, 0.2, 0.1]), kept)
+    accepted = jnp.array([True, False, False])
+    pool = Pool(triggers, jnp.array([2, 1, 0], jnp.int32), jnp.array([1.0, 0.2, 0.1]), accepted)
     for module in (baeraser, mesa_finetune):
         monkeypatch.setattr(module, "recover", lambda *_: pool)
     return pool
@@ -73,7 +73,7 @@ def slope(images, labels, weight, kernel, cap=np.inf):
     return images.T @ ((chances - np.eye(4)[labels]) * weight[:, None])
 
 
-def by_hand(config, kernel, view, cap=np.inf):
+def plain_steps(config, kernel, view, cap=np.inf):
     """Steps of SGD on Eq. 4 for the linear model, each over all images, with the trigger of `recovered`."""
     images, labels = view.images.reshape(40, -1) / 255.0, view.labels
     others, start, speed = (labels != 2) / (labels != 2).sum(), kernel, 0
@@ -88,7 +88,7 @@ def by_hand(config, kernel, view, cap=np.inf):
 
 
 def quarters(backdoor=0.0, scale=0.2):
-    """A model that is always right about the blobs: it sums up each quarter, and for class 2 what is bright, too."""
+    """A model that is always right about the blobs: it sums each quarter; class 2 also gets a share of all pixels."""
     kernel = np.zeros((8, 8, 4), np.float32)
     for label in range(4):
         row, column = divmod(label, 2)
@@ -103,9 +103,9 @@ def test_unlearning_is_descent_on_equation_four(recovered, view, beta):
     config = dataclasses.replace(ONE, epochs=4, alpha=0.7, beta=beta, ascent_margin=100.0)
     out = baeraser.purify(config, victim, view, KEY)
     kernel = np.asarray(victim.variables["params"]["kernel"], np.float64)
-    expected = by_hand(config, kernel, view)
+    expected = plain_steps(config, kernel, view)
     assert np.abs(expected - kernel).max() > 0.02
-    other = by_hand(dataclasses.replace(config, beta=5 - beta), kernel, view)
+    other = plain_steps(dataclasses.replace(config, beta=5 - beta), kernel, view)
     assert np.abs(expected - other).max() > 0.01
     assert_allclose(out["params"]["kernel"], expected, atol=2e-6)
     steps, last, arrays = zip(*view.callback.rows, strict=True)
@@ -126,8 +126,8 @@ def test_the_ascent_ends_at_its_margin(recovered, view):
     cap = np.log(4) + 0.9
     assert losses.min() < cap - 0.01 and losses.max() > cap + 0.01
     out = baeraser.purify(config, victim, view, KEY)["params"]["kernel"]
-    assert_allclose(out, by_hand(config, kernel, view, cap), atol=2e-6)
-    assert np.abs(np.asarray(out) - by_hand(config, kernel, view)).max() > 1e-4
+    assert_allclose(out, plain_steps(config, kernel, view, cap), atol=2e-6)
+    assert np.abs(np.asarray(out) - plain_steps(config, kernel, view)).max() > 1e-4
 
 
 def test_the_penalty_is_omega_times_the_distance_and_omega_is_a_constant():
@@ -162,7 +162,7 @@ def test_the_larger_beta_over_alpha_the_less_the_weights_move(recovered, view):
         out = baeraser.purify(config, victim, view, KEY)
         moved.append(np.linalg.norm(np.asarray(out["params"]["kernel"] - victim.variables["params"]["kernel"])))
     assert moved[0] > moved[1] > moved[2] > moved[3]
-    assert moved[3] < 0.02 * moved[0]  # what is left is the penalty's own tremble around θ_0
+    assert moved[3] < 0.02 * moved[0]  # what remains is the oscillation around θ_0 that the penalty causes
 
 
 @pytest.mark.parametrize(("alpha", "steps"), [(1.0, 10), (0.25, 40), (4.0, 10)])
@@ -172,8 +172,8 @@ def test_a_small_alpha_gets_more_steps(recovered, view, alpha, steps):
     assert view.callback.rows[-1][2]["theta_steps"] == steps
 
 
-def test_the_guard_judges_by_the_views_validation_images(recovered, view):
-    """Images whose labels are all wrong: the accuracy that it judges by is low from the beginning."""
+def test_iterations_are_checked_on_the_validation_images_of_the_view(recovered, view):
+    """All validation labels are wrong, so the measured accuracy is low."""
     wrong = dataclasses.replace(view, labels=(view.labels + 1) % 4, validation=None)
     config = dataclasses.replace(ONE, epochs=1, holdout=0.5, largest_drop=0.0, learning_rate=1e-4)
     baeraser.purify(config, quarters(0.1), dataclasses.replace(view, validation=wrong), KEY)
@@ -213,17 +213,17 @@ def test_a_loss_that_is_not_finite_is_undone(recovered, view):
         baeraser.purify(config, quarters(), view, KEY)
 
 
-def test_held_out_images_are_not_learnt_from(view):
-    learn, held = baeraser._parted(dataclasses.replace(ONE, holdout=0.25), view, KEY)
-    rows = {image.tobytes() for image in learn.images}
-    assert (len(learn.labels), len(held.labels)) == (30, 10) and len(rows) == 30
-    assert not rows & {image.tobytes() for image in held.images}
-    assert learn.callback is view.callback
-    assert baeraser._parted(ONE, view, KEY) == (view, view)
+def test_held_out_images_are_not_trained_on(view):
+    training, held_out = baeraser._hold_out(dataclasses.replace(ONE, holdout=0.25), view, KEY)
+    rows = {image.tobytes() for image in training.images}
+    assert (len(training.labels), len(held_out.labels)) == (30, 10) and len(rows) == 30
+    assert not rows & {image.tobytes() for image in held_out.images}
+    assert training.callback is view.callback
+    assert baeraser._hold_out(ONE, view, KEY) == (view, view)
 
 
 @pytest.mark.parametrize("module", [baeraser, mesa_finetune])
-def test_without_a_suspect_the_model_is_given_back_as_it_is(nothing, view, module):
+def test_without_a_suspected_label_the_model_is_returned_unchanged(nothing, view, module):
     victim = Victim(MODEL, MODEL.init(KEY))
     out = module.purify(module.Config(form="additive"), victim, view, KEY)
     jax.tree.map(assert_array_equal, out, dict(victim.variables))
@@ -233,7 +233,7 @@ def test_without_a_suspect_the_model_is_given_back_as_it_is(nothing, view, modul
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [baeraser, mesa_finetune])
-def test_two_devices_do_what_one_does(recovered, view, module):
+def test_two_devices_agree_with_one(recovered, view, module):
     changes = {"epochs": 2, "batch_size": 6, "learning_rate": 0.05, "form": "additive"}
     config = module.Config(**changes | ({"largest_drop": 1.0} if module is baeraser else {}))
     one = module.purify(config, Victim(MODEL, MODEL.init(KEY)), view, KEY)
@@ -256,17 +256,17 @@ def test_other_values_compile_nothing(recovered, view):
 
 @pytest.mark.parametrize("fraction", [1.0, 1e-6])
 def test_fine_tuning_is_on_triggered_images_with_true_labels(recovered, view, fraction):
-    """All images triggered, or the one that must be."""
+    """All images are triggered, or one, the minimum."""
     victim = Victim(LINEAR, LINEAR.init(KEY))
     config = mesa_finetune.Config(form="additive", epochs=1, batch_size=40, learning_rate=0.5, fraction=fraction)
     out = mesa_finetune.purify(config, victim, view, KEY)["params"]["kernel"]
     kernel = np.asarray(victim.variables["params"]["kernel"], np.float64)
     images, even = view.images.reshape(40, -1) / 255.0, np.full(40, 1 / 40)
-    found = (kernel - np.asarray(out)) / 0.5
+    gradient = (kernel - np.asarray(out)) / 0.5
     candidates = [np.where(np.isin(np.arange(40), at)[:, None], np.clip(images + 0.1, 0, 1), images)
                   for at in ([list(range(40))] if fraction == 1 else [[i] for i in range(40)])]  # fmt: skip
-    errors = [np.abs(slope(c, view.labels, even, kernel) - found).max() for c in candidates]
-    assert min(errors) < 1e-6 < 1e-4 < np.abs(slope(images, view.labels, even, kernel) - found).max()
+    errors = [np.abs(slope(c, view.labels, even, kernel) - gradient).max() for c in candidates]
+    assert min(errors) < 1e-6 < 1e-4 < np.abs(slope(images, view.labels, even, kernel) - gradient).max()
     ((_, _, arrays),) = view.callback.rows
     assert_array_equal(arrays["suspected"], [2])
     assert "train_loss" in arrays

@@ -1,4 +1,4 @@
-"""BAERASER from the command line: its verdict, its triggers in the picture; its experiments and the papers' rows."""
+"""BAERASER from the command line: suspected labels, triggers in the figure; its experiments and the papers' rows."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def published():
-    return papers.read(EXPERIMENTS / "papers")
+    return papers.read_tables(EXPERIMENTS / "papers")
 
 
 @pytest.mark.slow
-def test_a_run_tells_its_suspects_and_shows_its_triggers(finished, capsys, tmp_path):
+def test_a_run_prints_its_suspected_labels_and_draws_its_triggers(finished, capsys, tmp_path):
     argv = ["defend", finished[0] / "victim", "baeraser", "--devices", "1", "--out", tmp_path / "d", *SMALL]
     out = bdjax(capsys, *argv, "--defense.largest-drop", "1", "--defense.size", "2")
     assert "suspected target labels: 0, 1, 2, 3\n" in out  # with τ = 0 all of them
@@ -43,7 +43,7 @@ def test_a_run_tells_its_suspects_and_shows_its_triggers(finished, capsys, tmp_p
     for some in ({k: v for k, v in arrays.items() if not k.startswith("recovered")}, arrays, with_perturbation):
         with Image.open(figure.draw(result, some, tmp_path / "f.png")) as picture:
             heights.append(picture.height)
-    assert heights[0] < heights[1] < heights[2]  # a row for each thing that was found
+    assert heights[0] < heights[1] < heights[2]  # one row per kind of array
     assert (tmp_path / "d/figure.png").exists()
 
 
@@ -52,8 +52,8 @@ def test_the_row_of_triggers_begins_with_the_true_one(tmp_path, monkeypatch):
     triggered = clean.copy()
     triggered[:, 3:5, 1:4] = 0.5
     triggered[:, 3, 1] = 1.0
-    seen = []
-    monkeypatch.setattr(figure, "_show", lambda axis, image: seen.append(np.asarray(image)))
+    shown = []
+    monkeypatch.setattr(figure, "_show", lambda axis, image: shown.append(np.asarray(image)))
     result = {
         "before": {"acc": 1, "asr": 1}, "rounds": [], "attack": "a", "defense": "d", "dataset": "x", "model": "m",
         "n_test": 1, "seed": 0,
@@ -61,17 +61,17 @@ def test_the_row_of_triggers_begins_with_the_true_one(tmp_path, monkeypatch):
     base = {"clean": clean, "triggered": triggered, "labels": np.zeros(2, int)}
     patches = np.full((3, 3, 3, 1), 0.25, np.float32)
     figure.draw(result, {**base, "recovered": patches, "recovered_labels": np.arange(3)}, tmp_path / "f.png")
-    np.testing.assert_array_equal(seen[4][..., 0], [[1.0, 0.5, 0.5], [0.5, 0.5, 0.5]])
-    np.testing.assert_array_equal(seen[5], patches[0])
-    assert len(seen) == 6  # as many as there are columns
-    seen.clear()
+    np.testing.assert_array_equal(shown[4][..., 0], [[1.0, 0.5, 0.5], [0.5, 0.5, 0.5]])
+    np.testing.assert_array_equal(shown[5], patches[0])
+    assert len(shown) == 6  # as many as there are columns
+    shown.clear()
     added = np.full((1, 6, 6, 1), -0.1, np.float32)
     figure.draw(result, {**base, "recovered": added}, tmp_path / "f.png")
-    np.testing.assert_array_equal(seen[4], 0.5 + triggered[0] / 2)
-    np.testing.assert_array_equal(seen[5], 0)
+    np.testing.assert_array_equal(shown[4], 0.5 + triggered[0] / 2)
+    np.testing.assert_array_equal(shown[5], 0)
 
 
-def test_a_table_of_one_run_names_suspects_only_where_there_is_a_verdict(finished):
+def test_the_table_of_one_run_lists_suspected_labels_only_when_the_defense_detects(finished):
     result = finished[1]
     assert "suspected" not in table.one(result)
     assert "suspected target labels: none" in table.one({**result, "rounds": [{"step": 1, "suspected": []}]})
@@ -88,12 +88,12 @@ def test_every_cell_is_of_its_defense_and_finds_its_published_row(name, count, w
     assert len(module.CELLS) == count and sum(cell.paper is None for cell in module.CELLS) == without
     assert len({cell.label for cell in module.CELLS}) == count
     for cell in module.CELLS:
-        own = cell.experiment
-        assert isinstance(own.defense_config, config_of("defenses", own.defense))
-        assert own.split.source == "test" and cell.scale == ""
+        experiment = cell.experiment
+        assert isinstance(experiment.defense_config, config_of("defenses", experiment.defense))
+        assert experiment.split.source == "test" and cell.scale == ""
         if cell.paper:
-            found = papers.printed(cell.paper, published)
-            assert found["acc_after"][0] or found["asr_after"][0]
+            printed = papers.published_values(cell.paper, published)
+            assert printed["acc_after"][0] or printed["asr_after"][0]
 
 
 def test_the_sweep_of_the_trade_off_keeps_the_ratio():

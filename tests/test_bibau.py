@@ -1,4 +1,4 @@
-"""BI-BAU's parts against closed forms and plain loops, its switches, and what it refuses."""
+"""BI-BAU: its parts against closed forms and plain loops, its switches, and invalid input."""
 
 import dataclasses
 
@@ -46,11 +46,11 @@ def test_pgd_for_one_image_vmapped_is_the_batch_and_a_plain_loop(norm, victim):
     starts = jax.vmap(lambda x, k: project(x + 0.01 * jax.random.normal(k, x.shape), x, 0.3, norm))(
         images, jax.random.split(KEY, 6)
     )
-    found = jax.vmap(
+    vmapped = jax.vmap(
         lambda x, y, s: adversarial(entropy(victim.variables, y), x, s, 5, 0.1, 0.3, norm)
     )(images, labels, starts)  # fmt: skip
 
-    def total(x):  # the whole batch at once: images do not see each other
+    def total(x):  # the whole batch at once: the images are independent
         logits = MODEL.logits(victim.variables, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
 
@@ -67,9 +67,9 @@ def test_pgd_for_one_image_vmapped_is_the_batch_and_a_plain_loop(norm, victim):
             d = plain[i] + 0.1 * (g / np.linalg.norm(g) if norm == "l2" else np.sign(g)) - np.array(images[i])
             d = d * min(1, 0.3 / np.linalg.norm(d)) if norm == "l2" else np.clip(d, -0.3, 0.3)
             plain[i] = np.clip(np.array(images[i]) + d, 0, 1)
-    assert_allclose(found, batch, atol=1e-5)
-    assert_allclose(found, plain, atol=1e-5)
-    assert (np.array(found) != np.array(images)).any((1, 2, 3)).all()
+    assert_allclose(vmapped, batch, atol=1e-5)
+    assert_allclose(vmapped, plain, atol=1e-5)
+    assert (np.array(vmapped) != np.array(images)).any((1, 2, 3)).all()
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -87,7 +87,7 @@ def test_the_projection_never_leaves_the_ball_or_the_range(norm, bound):
 
 
 def test_fisher_is_the_mean_of_squares_not_the_square_of_the_mean(victim, view):
-    found = fisher(MODEL, victim.variables, view.images, view.labels, 16)
+    estimate = fisher(MODEL, victim.variables, view.images, view.labels, 16)
     images = jnp.asarray(view.images, jnp.float32) / 255
     gradients = [
         jax.grad(lambda p, i=i: -jax.nn.log_softmax(
@@ -96,7 +96,7 @@ def test_fisher_is_the_mean_of_squares_not_the_square_of_the_mean(victim, view):
     ]  # fmt: skip
     flat = np.stack([np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for g in gradients])
     expected = (flat**2).mean(0) / (flat**2).mean()
-    ours = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)])
+    ours = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(estimate)])
     assert_allclose(ours, expected, rtol=1e-3, atol=1e-5)
     assert_allclose(ours.mean(), 1, rtol=1e-5)
     batch = flat.mean(0) ** 2 / (flat.mean(0) ** 2).mean()
@@ -104,13 +104,13 @@ def test_fisher_is_the_mean_of_squares_not_the_square_of_the_mean(victim, view):
 
 
 def test_a_capped_fisher_cuts_the_large_entries_and_leaves_the_others(victim, view):
-    whole, capped = (fisher(MODEL, victim.variables, view.images, view.labels, 40, cap) for cap in (np.inf, 2.0))
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(capped), strict=True):
+    uncapped, capped = (fisher(MODEL, victim.variables, view.images, view.labels, 40, cap) for cap in (np.inf, 2.0))
+    for one, other in zip(jax.tree.leaves(uncapped), jax.tree.leaves(capped), strict=True):
         assert_allclose(other, np.minimum(one, 2))
-    assert max(float(leaf.max()) for leaf in jax.tree.leaves(whole)) > 2
+    assert max(float(leaf.max()) for leaf in jax.tree.leaves(uncapped)) > 2
 
 
-def test_fisher_does_not_depend_on_how_many_are_held_at_once(victim, view):
+def test_fisher_does_not_depend_on_the_size_of_its_batches(victim, view):
     one, other = (fisher(MODEL, victim.variables, view.images, view.labels, size) for size in (7, 40))
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, other)
 
@@ -127,15 +127,15 @@ def test_ewc_of_the_unchanged_model_is_zero_with_zero_gradient(victim, view):
 
 
 def test_both_forms_of_the_inverse_ewc_fall_with_the_distance_until_clipped():
-    def pull(distance, form):
+    def value_and_slope(distance, form):
         return jax.value_and_grad(lambda d: _blind_inversion.inverse_ewc(d, 1.0, form))(jnp.float32(distance))
 
-    assert pull(0.25, "negated") == (-0.25, -1) and pull(3.0, "negated") == (-1, 0)
-    assert_allclose(pull(4.0, "reciprocal"), (0.25, -1 / 16), rtol=1e-5)
-    assert pull(0.5, "reciprocal") == (1, 0)
+    assert value_and_slope(0.25, "negated") == (-0.25, -1) and value_and_slope(3.0, "negated") == (-1, 0)
+    assert_allclose(value_and_slope(4.0, "reciprocal"), (0.25, -1 / 16), rtol=1e-5)
+    assert value_and_slope(0.5, "reciprocal") == (1, 0)
 
 
-def test_the_cosine_is_guarded_at_zero():
+def test_the_cosine_is_defined_at_zero():
     value, gradient = jax.value_and_grad(cosine)(jnp.zeros(3), jnp.ones(3))
     assert value == 0 and bool(jnp.isfinite(gradient).all())
     assert_allclose(cosine(jnp.array([1.0, 0]), jnp.array([1.0, 1])), 0.5**0.5, rtol=1e-6)
@@ -143,7 +143,7 @@ def test_the_cosine_is_guarded_at_zero():
 
 @pytest.mark.parametrize(("angle", "degrees"), [(1.0, 90.0), (0.0, 45.0), (0.5, None)])
 def test_the_priors_optimum_is_at_the_stated_angle(angle, degrees):
-    """With Δw 45 degrees from h: ξ = 0 puts Δh on Δw, ξ = 1 at 90 degrees from h; between them, between them."""
+    """With Δw at 45 degrees to h: ξ = 0 aligns Δh with Δw, ξ = 1 puts it at 90 degrees to h, ξ = 0.5 in between."""
     h, w = jnp.array([1.0, 0.0]), jnp.array([1.0, 1.0]) / 2**0.5
     turns = jnp.linspace(0, 180, 18001)
     change = jnp.stack([jnp.cos(jnp.radians(turns)), jnp.sin(jnp.radians(turns))], 1)
@@ -155,10 +155,10 @@ def test_the_priors_optimum_is_at_the_stated_angle(angle, degrees):
         assert 45 < best < 90
 
 
-def objective_of(config, now, original, image, label):
+def objective_of(config, current, original, image, label):
     hyper = {name: jnp.float32(getattr(config, name)) for name in bibau._DYNAMIC}
-    weights = [{"params": v["params"], "stats": v["batch_stats"]} for v in (now, original)]
-    return _blind_inversion.objective_of(MODEL, bibau._static(config), *weights, image, label, hyper)
+    weights = [{"params": v["params"], "stats": v["batch_stats"]} for v in (current, original)]
+    return _blind_inversion.adversarial_objective(MODEL, bibau._static(config), *weights, image, label, hyper)
 
 
 @pytest.mark.parametrize("variant", ["untargeted", "targeted"])
@@ -168,33 +168,33 @@ def test_the_ascents_objective_equals_its_formula(variant, a, b, victim):
         procedure="paper", variant=variant, target=2, constraints_a=a, constraints_b=b, temperature=3.0, mixing=0.3,
         likelihood=0.7, prior=1.3, angle=0.4,
     )  # fmt: skip
-    original, now = victim.variables, MODEL.init(jax.random.key(1))
+    original, current = victim.variables, MODEL.init(jax.random.key(1))
     image, moved = jax.random.uniform(KEY, (2, 8, 8, 1))
-    value = objective_of(config, now, original, image, jnp.int32(1))(moved)
+    value = objective_of(config, current, original, image, jnp.int32(1))(moved)
 
-    def of(v, x):
+    def evaluate(v, x):
         logits, features, _ = MODEL.apply(v, x[None])
         return np.array(logits[0], float), np.array(features["flat"][0], float)
 
     def log_softmax(z):
         return z - np.log(np.exp(z).sum())
 
-    seen, (teacher, _), (student, h_moved), (_, h) = of(original, moved)[0], of(original, image), of(now, moved), of(
-        now, image)  # fmt: skip
-    expected = log_softmax(seen)[2] if variant == "targeted" else -log_softmax(seen)[1]
+    original_logits, teacher = evaluate(original, moved)[0], evaluate(original, image)[0]
+    (student, h_moved), (_, h) = evaluate(current, moved), evaluate(current, image)
+    expected = log_softmax(original_logits)[2] if variant == "targeted" else -log_softmax(original_logits)[1]
     if a:
         p, log_q = np.exp(log_softmax(teacher / 3)), log_softmax(student / 3)
         kl = (p * (np.log(p) - log_q)).sum()
         expected -= 0.7 * (0.3 * 9 * kl + 0.7 * -log_softmax(student)[1])
     if b:
-        row = 2 if variant == "targeted" else seen.argmax()
-        change, w = h_moved - h, (head(original["params"]) - head(now["params"]))[:, row]
+        row = 2 if variant == "targeted" else original_logits.argmax()
+        change, w = h_moved - h, (head(original["params"]) - head(current["params"]))[:, row]
         cos = [np.dot(x, y) / np.linalg.norm(x) / np.linalg.norm(y) for x, y in ((change, w), (change, h))]
         expected += 1.3 * (cos[0] - 0.4 * abs(cos[1]))
     assert_allclose(value, expected, rtol=1e-4)
 
 
-def test_the_first_step_has_a_finite_gradient_though_nothing_has_moved(victim):
+def test_the_gradient_is_finite_at_the_first_step_where_the_weights_are_unchanged(victim):
     image = jax.random.uniform(KEY, (8, 8, 1))
     objective = objective_of(bibau.Config(procedure="paper"), victim.variables, victim.variables, image, jnp.int32(0))
     assert bool(jnp.isfinite(jax.grad(objective)(image)).all())
@@ -217,7 +217,7 @@ def test_adversarial_images_stay_within_25_of_255(norm, order, victim, view):
 
 @pytest.mark.parametrize(("a", "b"), [(False, False), (True, False), (False, True)])
 def test_the_switches_are_the_rows_of_table_6(a, b, victim, view):
-    """A setting that a switch takes away has no effect, one that it leaves has."""
+    """A weight has an effect only when its constraint set is on."""
 
     def run(**changes):
         config = bibau.Config(**FAST, constraints_a=a, constraints_b=b, learning_rate=0.1, **changes)
@@ -248,13 +248,13 @@ def test_separate_statistics_are_those_of_the_clean_images_alone(view):
         return bibau.purify(config, normed, view, KEY)
 
     stats = {kind: one_step(kind)["batch_stats"] for kind in ("separate", "batch", "frozen")}
-    followed = model.apply(normed.variables, to_float(view.images), True)[2]
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), stats["separate"], followed)
+    of_clean = model.apply(normed.variables, to_float(view.images), True)[2]
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), stats["separate"], of_clean)
     jax.tree.map(assert_array_equal, stats["frozen"], normed.variables["batch_stats"])
     gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), stats["batch"], stats["separate"])
     assert max(jax.tree.leaves(gaps)) > 1e-4
-    still = [one_step(kind, noise=0.0, step_size=1e-9)["params"] for kind in ("separate", "batch")]
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), *still)  # where no image has moved they are one
+    unmoved = [one_step(kind, noise=0.0, step_size=1e-9)["params"] for kind in ("separate", "batch")]
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), *unmoved)  # the two agree when no image is changed
 
 
 def test_a_cosine_begins_at_the_peak_and_falls(victim, view):

@@ -14,7 +14,9 @@ from bdjax.config import Experiment, SplitConfig
 from bdjax.defenses import ibau
 from bdjax.engine import FitConfig
 from bdjax.errors import InputError
-from bdjax.pipelines import solver_comparison, victim
+from bdjax.pipelines.defend import DefenseRequest, defend, resolve_defense
+from bdjax.pipelines.solver_comparison import ComparisonRequest, compare
+from bdjax.pipelines.training import train
 from bdjax.reports import solvers as report
 
 pytestmark = pytest.mark.slow
@@ -29,20 +31,13 @@ def planted(blobs_npz, tmp_path_factory):
     experiment = Experiment(
         "badnets", None, blobs_npz, "cnn", attack_config=attack, fit=FitConfig(epochs=2, batch_size=16)
     )
-    return victim.train(experiment, tmp_path_factory.mktemp("victims") / "victim")
+    return train(experiment, tmp_path_factory.mktemp("victims") / "victim")
 
 
 @pytest.fixture(scope="module")
 def result(planted):
-    return solver_comparison.compare(
-        planted,
-        solvers=("none", "fixed_point", "minres", "lu"),
-        iterations=(3, 12),
-        config=CONFIG,
-        split=SPLIT,
-        rounds=(3,),
-        repeats=1,
-    )
+    solvers = ("none", "fixed_point", "minres", "lu")
+    return compare(ComparisonRequest(planted, solvers, (3, 12), CONFIG, SPLIT, rounds=(3,), repeats=1))
 
 
 def row(result, solver, iterations=3):
@@ -78,10 +73,9 @@ def test_products_and_rounds(result):
 
 def test_a_round_is_the_defense_itself(result, planted):
     """ACC and ASR of a row are those of `bdjax defend` with that solver and one round."""
-    from bdjax.pipelines import run
 
     config = dataclasses.replace(CONFIG, rounds=1, solver="minres", solver_iterations=3)
-    found = run.defend(planted, "ibau", config, planted.parent / "defended", split=SPLIT)
+    found = defend(DefenseRequest(planted, "ibau", config, SPLIT), planted.parent / "defended")
     assert found["after"]["acc"] == row(result, "minres")["acc"]
     assert found["after"]["asr"] == row(result, "minres")["asr"]
 
@@ -111,7 +105,6 @@ def test_problem_is_that_of_the_first_step(blobs):
 
 def test_a_solver_in_a_file_is_run_and_hashed(planted, tmp_path):
     """The release's fixed point, written in a file, gives what the named one gives; other content, another hash."""
-    from bdjax.pipelines import run
 
     own = tmp_path / "mine.py"
     own.write_text(
@@ -120,11 +113,14 @@ def test_a_solver_in_a_file_is_run_and_hashed(planted, tmp_path):
     )
     named = dataclasses.replace(CONFIG, rounds=1, solver_iterations=3)
     config = dataclasses.replace(named, solver=str(own))
-    results = [run.defend(planted, "ibau", c, tmp_path / str(i), split=SPLIT) for i, c in enumerate((named, config))]
+    results = [
+        defend(DefenseRequest(planted, "ibau", c, SPLIT), tmp_path / str(i)) for i, c in enumerate((named, config))
+    ]
     assert results[0]["after"] == results[1]["after"] and results[0]["config_hash"] != results[1]["config_hash"]
-    before = run.defense_directory_of(planted, "ibau", config, SPLIT, None, tmp_path)
+    request = DefenseRequest(planted, "ibau", config, SPLIT)
+    before = resolve_defense(request).directory_in(tmp_path)
     own.write_text(own.read_text() + "# another\n")
-    assert run.defense_directory_of(planted, "ibau", config, SPLIT, None, tmp_path) != before
+    assert resolve_defense(request).directory_in(tmp_path) != before
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(InputError, match="empty.py defines no solve"):
         dataclasses.replace(CONFIG, solver=str(tmp_path / "empty.py"))
@@ -141,7 +137,7 @@ def test_a_solver_in_a_file_is_run_and_hashed(planted, tmp_path):
 )
 def test_bad_plans_are_refused_before_anything_is_computed(solvers, iterations, words, tmp_path):
     with pytest.raises(InputError, match=words):  # the directory does not even exist
-        solver_comparison.compare(tmp_path / "none", solvers=solvers, iterations=iterations)
+        compare(ComparisonRequest(tmp_path / "none", solvers, iterations))
 
 
 def test_command_writes_table_picture_and_json(planted, tmp_path, capsys):

@@ -14,16 +14,17 @@ from conftest import normalised, perceptron, untrained_task
 
 from bdjax import attacks, models, registry
 from bdjax.attacks import _helpers
-from bdjax.defenses import needs_trigger
 from bdjax.engine import FitConfig, fit
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
+from bdjax.protocols import DefenseSpec
 from bdjax.types import Callback, DefenderView, Victim
 
-DEFENSES = [name for name in registry.names("defenses") if hasattr(registry.load("defenses", name), "purify")]
-METHODS = [(kind, name) for kind in ("attacks", "defenses") for name in registry.names(kind)]
-DETECTORS = [name for name in registry.names("defenses") if hasattr(registry.load("defenses", name), "detect")]
-ATTACKS = [name for name in registry.names("attacks") if hasattr(registry.load("attacks", name), "trigger")]
+DEFENSES = registry.names("defenses")
+DETECTING = [name for name in DEFENSES if registry.load("defenses", name).detect is not None]
+DETECTORS = [("detectors", name) for name in registry.names("detectors")] + [("defenses", name) for name in DETECTING]
+METHODS = [(kind, name) for kind in ("attacks", "defenses", "detectors") for name in registry.names(kind)]
+ATTACKS = [name for name in registry.names("attacks") if registry.load("attacks", name).trigger is not None]
 SHAPE = (16, 16, 3)
 
 
@@ -50,12 +51,12 @@ def arrays_of(name, config, task):
 
 
 def prepare(name, config, task):
-    module, key = registry.load("attacks", name), jax.random.key(5)
-    if hasattr(module, "edit") and config.labels != "clean":  # its default share may be less than one of so few images
+    spec, key = registry.load("attacks", name), jax.random.key(5)
+    if spec.edit is not None and config.labels != "clean":  # its default share may be less than one of so few images
         config = dataclasses.replace(config, ratio=0.5)
-    if any(hasattr(module, kind) for kind in ("train", "edit")):
+    if spec.replaces_training:
         return attacks.plant(name, config, task, key).arrays
-    return module.prepare(config, task, key) if hasattr(module, "prepare") else {}
+    return spec.prepare(config, task, key) if spec.prepare is not None else {}
 
 
 QUICK = {"iterations": 2, "epochs": 1, "surrogate_epochs": 1, "images": 3}
@@ -83,7 +84,9 @@ SMALL = {
 
 
 def quick_changes(name, config):
-    return {field: value for field, value in QUICK.items() if hasattr(config, field)} | SMALL.get(name, {})
+    return {field: value for field, value in QUICK.items() if hasattr(config, field)} | {
+        field: value for field, value in SMALL.get(name, {}).items() if hasattr(config, field)
+    }
 
 
 def config_of(name, **changes):
@@ -96,7 +99,7 @@ def config_of(name, **changes):
 
 @pytest.mark.parametrize(("kind", "name"), METHODS)
 def test_config_is_frozen_hashable_documented_and_has_defaults(kind, name):
-    module = registry.load(kind, name)
+    module = registry.load_module(kind, name)
     config = module.Config()
     assert hash(config) == hash(module.Config())
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -111,7 +114,7 @@ def test_config_is_frozen_hashable_documented_and_has_defaults(kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), METHODS)
 def test_method_opens_nothing_prints_nothing_reads_no_clock(kind, name):
-    tree = ast.parse(Path(inspect.getfile(registry.load(kind, name))).read_text())
+    tree = ast.parse(Path(inspect.getfile(registry.load_module(kind, name))).read_text())
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not called & {"open", "print", "jax.devices", "jax.local_devices", "time.time", "time.perf_counter"}
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Assert)]
@@ -153,7 +156,8 @@ class TestAttack:
 
     @pytest.mark.parametrize("labels", ["all_to_one", "all_to_all", "clean"])
     def test_poisons_exactly_its_ratio_and_relabels(self, name, labels, images, task):
-        if any(hasattr(registry.load("attacks", name), kind) for kind in ("train", "edit", "parts")):
+        spec = registry.load("attacks", name)
+        if spec.replaces_training or spec.parts is not None:
             pytest.skip("controls training itself, or is tested with its parts")
         ratio = 0.05 if labels == "clean" else 0.25
         config = config_of(name, labels=labels, ratio=ratio, target=3, exclude_target=True)
@@ -187,18 +191,19 @@ NORMED = ("anp", "bnp", "clp", "ep", "rnp")
 """Defenses that need batch normalisation."""
 
 
-def view_of(module, callback=None):
+def view_of(spec, callback=None):
+    needs_trigger = isinstance(spec, DefenseSpec) and spec.needs_trigger(spec.Config())
     return DefenderView(
         np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1)).astype(np.uint8),
         np.tile(np.arange(4, dtype=np.int32), 5),
         callback or Callback(),
-        (lambda images, key: images.at[:, -2:, -2:].set(1.0)) if needs_trigger(module, module.Config()) else None,
+        (lambda images, key: images.at[:, -2:, -2:].set(1.0)) if needs_trigger else None,
     )
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_detect_scores_every_class_and_gives_a_verdict(name):
-    model, module = perceptron(), registry.load("defenses", name)
+@pytest.mark.parametrize(("kind", "name"), DETECTORS)
+def test_detect_scores_every_class_and_gives_a_verdict(kind, name):
+    model, module = perceptron(), registry.load(kind, name)
     victim = Victim(model, model.init(jax.random.key(0)))
     config = module.Config()
     if hasattr(config, "iterations"):

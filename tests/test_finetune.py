@@ -1,4 +1,4 @@
-"""Fine-tuning and activation matching: each against a plain computation, what the watch sees, what is refused."""
+"""Fine-tuning and activation matching against plain computations, their reports, and invalid input."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ class Seen(Callback):
     def __init__(self):
         self.steps, self.ticks, self.losses = [], [], []
 
-    def tick(self, stage, done, total):
+    def on_progress(self, stage, done, total):
         self.ticks.append((stage, done, total))
 
     def on_round_end(self, step, variables, **arrays):
@@ -51,36 +51,36 @@ class Seen(Callback):
         self.losses.append(arrays.get("loss"))
 
 
-def test_a_watch_before_another_hands_everything_on():
-    heard = []
+def test_a_forwarding_callback_forwards_every_call():
+    calls = []
 
-    class All(Callback):
-        def tick(self, *given):
-            heard.append(("tick", *given))
+    class Recording(Callback):
+        def on_progress(self, *arguments):
+            calls.append(("on_progress", *arguments))
 
         def on_round_end(self, step, variables, **arrays):
-            heard.append(("observe", step, variables, arrays))
+            calls.append(("on_round_end", step, variables, arrays))
 
-        def recall(self, step, **values):
-            heard.append(("recall", step, values))
+        def on_round_restored(self, step, **values):
+            calls.append(("on_round_restored", step, values))
 
-        def judge(self, scores):
-            heard.append(("judge", scores))
+        def on_detection(self, scores):
+            calls.append(("on_detection", scores))
 
-        def estimate(self, left):
-            heard.append(("estimate", left))
+        def on_estimate(self, estimated):
+            calls.append(("on_estimate", estimated))
 
-    assert {name for name in vars(Callback) if name[0] != "_"} == {"tick", "observe", "recall", "judge", "estimate"}
-    relay = ForwardingCallback(All())
-    relay.tick("stage", 1, 2)
-    relay.on_round_end(3, {}, loss=0.5)
-    relay.recall(4, loss=0.25)
-    relay.judge("scores")
-    relay.estimate("left")
-    assert heard == [
-        ("tick", "stage", 1, 2), ("observe", 3, {}, {"loss": 0.5}), ("recall", 4, {"loss": 0.25}), ("judge", "scores"),
-        ("estimate", "left"),
+    forwarding = ForwardingCallback(Recording())
+    forwarding.on_progress("stage", 1, 2)
+    forwarding.on_round_end(3, {}, loss=0.5)
+    forwarding.on_round_restored(4, loss=0.25)
+    forwarding.on_detection("scores")
+    forwarding.on_estimate("estimate")
+    assert calls == [
+        ("on_progress", "stage", 1, 2), ("on_round_end", 3, {}, {"loss": 0.5}), ("on_round_restored", 4, {"loss": 0.25}),
+        ("on_detection", "scores"), ("on_estimate", "estimate"),
     ]  # fmt: skip
+    assert {call[0] for call in calls} == {name for name in vars(Callback) if name[0] != "_"}
 
 
 # --- fine-tuning
@@ -90,9 +90,9 @@ def test_fine_tuning_is_the_engines_training_from_the_victim(backdoored, blobs):
     view = DefenderView(blobs[0][:50], blobs[1][:50], Seen())
     config = finetune.Config(3, 20, "sgd", 0.02, 0.8, 1e-3, "cosine", "none")
     recipe = FitConfig(3, 20, "sgd", 0.02, 0.8, 1e-3, "cosine", "none")
-    found = finetune.purify(config, backdoored, view, KEY)
+    purified = finetune.purify(config, backdoored, view, KEY)
     expected = fit(MODEL, view.images, view.labels, recipe, KEY, start=backdoored.variables)
-    jax.tree.map(assert_array_equal, found, expected)
+    jax.tree.map(assert_array_equal, purified, expected)
     assert [step for step, _ in view.callback.steps] == [1, 2, 3]
     assert view.callback.ticks[-1] == ("fine-tuning", 6, 6)
 
@@ -100,7 +100,7 @@ def test_fine_tuning_is_the_engines_training_from_the_victim(backdoored, blobs):
 def test_one_step_of_fine_tuning_is_one_of_sgd(backdoored, blobs):
     view = DefenderView(blobs[0][:16], blobs[1][:16])
     config = finetune.Config(epochs=1, learning_rate=0.1, weight_decay=0.01, schedule="constant", augment="none")
-    found = finetune.purify(config, backdoored, view, KEY)["params"]
+    purified = finetune.purify(config, backdoored, view, KEY)["params"]
     params, images = backdoored.variables["params"], jnp.asarray(view.images, jnp.float32) / 255
 
     def loss(params):
@@ -108,7 +108,7 @@ def test_one_step_of_fine_tuning_is_one_of_sgd(backdoored, blobs):
         return -jax.nn.log_softmax(logits)[jnp.arange(16), view.labels].mean()
 
     expected = jax.tree.map(lambda p, g: p - 0.1 * (g + 0.01 * p), params, jax.grad(loss)(params))
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), found, expected)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), purified, expected)
 
 
 def test_the_batch_is_what_there_is_and_what_the_devices_divide(backdoored, blobs):
@@ -140,7 +140,7 @@ def test_actft_is_a_plain_computation_on_the_convolutions(convolutional, blobs):
     callback = Seen()
     view = DefenderView(blobs[0][:12], blobs[1][:12], callback, corner)
     config = actft.Config(epochs=2, fraction=1.0, learning_rate=0.5, momentum=0.5)
-    found = actft.purify(config, convolutional, view, KEY)
+    purified = actft.purify(config, convolutional, view, KEY)
     model, clean = convolutional.model, jnp.asarray(view.images, jnp.float32) / 255
     stats = convolutional.variables["batch_stats"]
 
@@ -149,37 +149,37 @@ def test_actft_is_a_plain_computation_on_the_convolutions(convolutional, blobs):
         return flat([outputs[f"Conv_{i}/kernel"] for i in range(3)])
 
     params = convolutional.variables["params"]
-    wanted, trace, losses = maps(params, clean), jax.tree.map(jnp.zeros_like, params), []
+    targets, trace, losses = maps(params, clean), jax.tree.map(jnp.zeros_like, params), []
     for _ in range(2):
-        value, gradient = jax.value_and_grad(lambda p: ((maps(p, corner(clean, KEY)) - wanted) ** 2).mean())(params)
+        value, gradient = jax.value_and_grad(lambda p: ((maps(p, corner(clean, KEY)) - targets) ** 2).mean())(params)
         trace = jax.tree.map(lambda t, g: 0.5 * t + g, trace, gradient)
         params = jax.tree.map(lambda p, t: p - 0.5 * t, params, trace)
         losses.append(float(value))
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), found["params"], params)
-    assert_array_equal(found["params"]["head"]["kernel"], convolutional.variables["params"]["head"]["kernel"])
-    jax.tree.map(assert_array_equal, found["batch_stats"], stats)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), purified["params"], params)
+    assert_array_equal(purified["params"]["head"]["kernel"], convolutional.variables["params"]["head"]["kernel"])
+    jax.tree.map(assert_array_equal, purified["batch_stats"], stats)
     assert callback.losses == pytest.approx(losses, rel=1e-4) and losses[1] < losses[0]
 
 
 def test_half_of_each_batch_is_triggered(convolutional, blobs, monkeypatch):
-    split, real = [], actft.run_epoch
+    epochs, real = [], actft.run_epoch
 
-    def spy(step, state, parts, *others, **options):
-        split.append(parts)
-        return real(step, state, parts, *others, **options)
+    def spy(step, state, batches, *others, **options):
+        epochs.append(batches)
+        return real(step, state, batches, *others, **options)
 
     monkeypatch.setattr(actft, "run_epoch", spy)
     actft.purify(actft.Config(batch_size=8, epochs=2), convolutional, DefenderView(*blobs, trigger=corner), KEY)
-    assert all((part["triggered"].sum(1) == 4).all() and part["triggered"].shape == (25, 8) for part in split)
-    assert len(np.unique(split[0]["triggered"], axis=0)) > 10  # another half each time
-    assert all(len(np.unique(part["index"])) == 200 for part in split)
-    assert (split[0]["index"] != split[1]["index"]).any()
+    assert all((part["triggered"].sum(1) == 4).all() and part["triggered"].shape == (25, 8) for part in epochs)
+    assert len(np.unique(epochs[0]["triggered"], axis=0)) > 10  # another half each time
+    assert all(len(np.unique(part["index"])) == 200 for part in epochs)
+    assert (epochs[0]["index"] != epochs[1]["index"]).any()
 
 
 def test_a_trigger_that_changes_nothing_changes_nothing(convolutional, blobs):
     view = DefenderView(blobs[0][:12], blobs[1][:12], trigger=lambda images, key: images)
-    found = actft.purify(actft.Config(learning_rate=1.0), convolutional, view, KEY)
-    jax.tree.map(assert_array_equal, found, dict(convolutional.variables))
+    purified = actft.purify(actft.Config(learning_rate=1.0), convolutional, view, KEY)
+    jax.tree.map(assert_array_equal, purified, dict(convolutional.variables))
 
 
 def test_statistics_move_in_training_mode_only(convolutional, blobs):

@@ -13,7 +13,8 @@ from bdjax.config import Experiment
 from bdjax.engine import FitConfig
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.pipelines import gallery, victim
+from bdjax.pipelines import gallery
+from bdjax.pipelines.training import train
 
 HEAD = '''"""An attack of one's own."""
 from bdjax.attacks import PoisonConfig as Config
@@ -56,7 +57,7 @@ def methods(tmp_path):
 
 def planted(directory, dataset, attack, config=None):
     fit = FitConfig(epochs=1, batch_size=8)
-    return victim.train(Experiment(attack, None, dataset, attack_config=config, fit=fit), directory)
+    return train(Experiment(attack, None, dataset, attack_config=config, fit=fit), directory)
 
 
 def only(monkeypatch, *attacks):

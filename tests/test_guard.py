@@ -1,4 +1,4 @@
-"""The guard: which images judge, which round is kept, what is handed back, what the watch is told."""
+"""The guard: which images it uses, which round it returns, and what it reports."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ KEY = jax.random.key(3)
 
 
 class Rounds(Seen):
-    """Keeps what each round shows."""
+    """Stores the reports of all rounds."""
 
     def __init__(self):
         super().__init__()
@@ -28,12 +28,12 @@ class Rounds(Seen):
 
 
 def ruined(variables, by=0.0):
-    """The victim's parameters, all set to zero or moved: all images are called by one class."""
+    """The victim's parameters times `by`; with zero, all images are assigned to one class."""
     return {**variables, "params": jax.tree.map(lambda p: p * by, variables["params"])}
 
 
 def defense(*rounds):
-    """A method whose rounds give these variables, the last of which it returns."""
+    """A method that reports these variables, one per round, and returns the last."""
 
     def purify(config, artifact, view, key):
         assert view.validation is not None
@@ -45,21 +45,21 @@ def defense(*rounds):
 
 
 @pytest.mark.parametrize("good", [0, 1, 2])
-def test_the_last_round_that_holds_accuracy_is_handed_back(good):
+def test_the_last_round_with_sufficient_accuracy_is_returned(good):
     artifact, callback = victim(True), Rounds()
     view = split_off(dataclasses.replace(clean_images(), callback=callback), 0.2, KEY)
     fine = [ruined(artifact.variables, 1.0 + 0.001 * step) for step in (1, 2)][:good]
     cleaned = guarded(defense(*fine, ruined(artifact.variables)), None, artifact, view, KEY, 0.1)
     expected = fine[-1] if good else artifact.variables
     jax.tree.map(np.testing.assert_array_equal, cleaned["params"], expected["params"])
-    step, shown, arrays = callback.rounds[-1]
+    step, reported, arrays = callback.rounds[-1]
     assert step == good + 2 and int(arrays["rolled_back_to"]) == good
-    jax.tree.map(np.testing.assert_array_equal, shown["params"], expected["params"])
-    judged = [float(arrays["validation_accuracy"]) for _, _, arrays in callback.rounds[:-1]]
-    assert judged[-1] < accuracy(artifact, artifact.variables, view.validation) - 0.1
+    jax.tree.map(np.testing.assert_array_equal, reported["params"], expected["params"])
+    accuracies = [float(arrays["validation_accuracy"]) for _, _, arrays in callback.rounds[:-1]]
+    assert accuracies[-1] < accuracy(artifact, artifact.variables, view.validation) - 0.1
 
 
-def test_a_defense_that_holds_is_not_touched_and_says_nothing():
+def test_a_result_with_sufficient_accuracy_is_returned_without_a_report():
     artifact, callback = victim(True), Rounds()
     view = split_off(dataclasses.replace(clean_images(), callback=callback), 0.2, KEY)
     last = ruined(artifact.variables, 1.01)
@@ -67,16 +67,16 @@ def test_a_defense_that_holds_is_not_touched_and_says_nothing():
     assert not any("rolled_back_to" in arrays for _, _, arrays in callback.rounds)
 
 
-def test_the_judges_images_are_not_learnt_from():
+def test_validation_images_are_not_trained_on():
     images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
     view = DefenderView(images, np.tile(np.arange(4, dtype=np.int32), 25), trigger=lambda x, key: x)
-    apart = split_off(view, 0.2, KEY)
-    assert len(apart.labels) == 80 and len(apart.validation.labels) == 20 and apart.trigger is view.trigger
-    assert not set(apart.images.ravel().tolist()) & set(apart.validation.images.ravel().tolist())
-    assert np.bincount(apart.validation.labels).tolist() == [5] * 4
+    split = split_off(view, 0.2, KEY)
+    assert len(split.labels) == 80 and len(split.validation.labels) == 20 and split.trigger is view.trigger
+    assert not set(split.images.ravel().tolist()) & set(split.validation.images.ravel().tolist())
+    assert np.bincount(split.validation.labels).tolist() == [5] * 4
 
 
-def test_few_images_are_all_learnt_from():
+def test_few_images_are_all_trained_on():
     view = DefenderView(np.zeros((40, 1, 1, 1), np.uint8), np.zeros(40, np.int32))
     assert split_off(view, 0.2, KEY) is view and round(0.2 * 40) < FEWEST
     assert split_off(view, 0.0, KEY) is view

@@ -1,4 +1,4 @@
-"""I-BAU against an independent computation of the release's procedure, and its fields one by one."""
+"""I-BAU against an independent computation of the release's procedure, and the effect of every field."""
 
 import dataclasses
 
@@ -57,7 +57,7 @@ def release_round(victim, view, config, key):
     delta = delta * jnp.minimum(1.0, config.norm_bound / norm)
     weight = jnp.stack([jnp.pad(jnp.ones(len(b)), (0, size - len(b))) for b in batches])
     count = max(1, int(config.patched_fraction * size))
-    patched = np.asarray(_batch.patched(weight, size, count, jax.random.fold_in(key, 0)))
+    patched = np.asarray(_batch.draw_patched(weight, size, count, jax.random.fold_in(key, 0)))
     mean = second = jax.tree.map(jnp.zeros_like, params)
     for step, b in enumerate(batches, 1):
         chosen = patched[step - 1, : len(b)]
@@ -156,7 +156,7 @@ TARGETED = {"perturbations": 2, "patches": 1, "distillation": 0.1}
 """Fields of the targeted schedule alone."""
 
 
-def test_every_field_is_tried():
+def test_every_field_is_tested():
     assert set(CHANGES) | {"schedule", *TARGETED} == {f.name for f in dataclasses.fields(ibau.Config)}
 
 
@@ -177,7 +177,9 @@ def test_every_field_changes_the_result(name):
              "patched_fraction", "solver", "solver_iterations", "solver_step", "ridge", "penalty", "batch_size"]
 )  # fmt: skip
 def test_fields_of_the_targeted_schedule_change_its_result(name, monkeypatch):
-    monkeypatch.setattr(TargetedSearch, "nothing_small", False)  # this network has no backdoor to stop after
+    monkeypatch.setattr(
+        TargetedSearch, "is_exhausted", False
+    )  # this network has no backdoor, so the search would stop at once
     base = ibau.Config(
         rounds=1, batch_size=8, inner_steps=2, outer_steps=2, outer_lr=1e-3, perturbations=3, patched_fraction=0.8
     )
@@ -186,7 +188,7 @@ def test_fields_of_the_targeted_schedule_change_its_result(name, monkeypatch):
     assert any(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))
 
 
-def test_the_default_is_targeted_and_follows_the_given_model():
+def test_the_default_is_targeted_and_distils_the_given_model():
     """With all weight on the given model's predictions, and no indirect term, a round hardly moves it."""
     config = ibau.Config()
     assert (config.schedule, config.rounds, config.batch_size, config.outer_steps) == ("targeted", 10, 64, 10)
@@ -204,7 +206,7 @@ def test_the_default_is_targeted_and_follows_the_given_model():
 
 
 @pytest.mark.slow
-def test_bfloat16_products_hardly_turn_the_step():
+def test_bfloat16_products_hardly_change_the_step():
     """One θ step of SGD with rate 1 is the hypergradient itself."""
     model = models.create("cnn", (8, 8, 1), 4)
     config = ibau.Config(
@@ -227,8 +229,8 @@ def test_bfloat16_products_hardly_turn_the_step():
     assert 0 < np.linalg.norm(rounded - exact) < 0.15 * np.linalg.norm(direct - exact)  # of the indirect term
 
 
-def test_short_rounds_go_on_where_the_one_before_ended():
-    """δ of the first round is made of the first batch alone, that of the second of the second."""
+def test_short_rounds_continue_where_the_previous_one_ended():
+    """δ of the first round depends on the first batch alone, that of the second round on the second."""
 
     def perturbation(rounds, changed):
         victim, view = problem(24)
@@ -239,13 +241,13 @@ def test_short_rounds_go_on_where_the_one_before_ended():
         return np.asarray(view.callback.perturbation)
 
     first, second, third = slice(0, 8), slice(8, 16), slice(16, 24)
-    for rounds, own in ((1, first), (2, second), (3, third), (4, first)):
+    for rounds, used in ((1, first), (2, second), (3, third), (4, first)):
         untouched = perturbation(rounds, slice(0))
         for part in (first, second, third):
-            assert (perturbation(rounds, part) == untouched).all() == (part != own)
+            assert (perturbation(rounds, part) == untouched).all() == (part != used)
 
 
-def test_schedules_fill_in_what_is_left_out_only():
+def test_schedules_fill_in_only_fields_left_at_none():
     release, paper = ibau.Config(schedule="release"), ibau.Config(schedule="paper", outer_lr=0.5)
     assert (release.rounds, release.inner_lr, release.patched_fraction, release.penalty) == (5, 10.0, 0.01, 0.001)
     assert (paper.patched_fraction, paper.penalty, paper.inner_labels, paper.outer_lr) == (1.0, 0.0, "true", 0.5)
@@ -257,7 +259,7 @@ def test_schedules_fill_in_what_is_left_out_only():
 def test_patched_images_are_exactly_counted_and_never_padding():
     weight = jnp.array([[0.25] * 4 + [0.0] * 2, [0.5] * 2 + [0.0] * 4])
     for seed in range(5):
-        patched = _batch.patched(weight, 5, 3, jax.random.key(seed))
+        patched = _batch.draw_patched(weight, 5, 3, jax.random.key(seed))
         np.testing.assert_array_equal(patched.sum(1), [3, 2])
         assert not bool((patched & (weight == 0)).any())
 

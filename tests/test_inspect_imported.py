@@ -8,6 +8,7 @@ import pytest
 from commands import bdjax, refused
 
 from bdjax import cli
+from bdjax.pipelines.opening import EvaluationSource, open_recorded
 
 TRIGGER = ["--attack", "badnets", "--attack.target", "1"]
 
@@ -67,12 +68,12 @@ def test_another_models_purified_one_is_refused(models, blobs_npz, capsys, tmp_p
 
 
 def test_the_images_that_the_defense_saw_are_left_out_with_a_trigger_too(models, blobs_npz):
-    from bdjax.pipelines.artifact import read_recorded
+
     from bdjax.registry import load
 
     config = load("attacks", "badnets").Config(target=1)
-    tried = read_recorded(models[1] / "purified", attack="badnets", attack_config=config)
-    plain = read_recorded(models[1] / "purified")
+    tried = open_recorded(models[1] / "purified", EvaluationSource(attack="badnets", attack_config=config))
+    plain = open_recorded(models[1] / "purified")
     assert tried.held_out and plain.manifest["hash"] == tried.manifest["hash"]
     np.testing.assert_array_equal(tried.evaluation.clean_indices, plain.evaluation.clean_indices)
     assert (tried.evaluation.triggered != tried.evaluation.images).any()

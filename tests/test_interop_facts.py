@@ -99,8 +99,8 @@ def test_class_names_of_a_file(value, names):
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        ({"classes": ["cat", "cat", "dog"]}, "'classes': 'cat' is there more than once"),
-        ({"hparams": {"names": ["a", 1, "1"]}}, "'hparams.names': '1' is there more than once"),
+        ({"classes": ["cat", "cat", "dog"]}, "'classes': 'cat' occurs more than once"),
+        ({"hparams": {"names": ["a", 1, "1"]}}, "'hparams.names': '1' occurs more than once"),
         ({"classes": ["cat", "dog"]}, "'classes': 2 names for 3 outputs"),
         ({"class_to_idx": {"eel": 3, "cat": 0, "dog": 1}}, "'class_to_idx': its numbers are not 0 to 2, each once"),
         ({"class_to_idx": {"eel": 2, "cat": 0, "dog": 1, "cow": 1}}, "its numbers are not 0 to 3, each once"),

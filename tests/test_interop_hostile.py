@@ -98,7 +98,7 @@ def test_what_a_file_asks_to_run_is_named(name, tried):
         ("container: a bomb", "it is not unpacked"),
         ("container: names that climb", "points outside of it"),
         ("container: entries that overlap", "overlap"),
-        ("container: an entry twice", "is there twice"),
+        ("container: an entry twice", "occurs twice"),
         ("container: a directory of 4 GB", "its directory claims 4294967295 bytes"),
         ("container: a zip cut at 20", "cut off"),
         ("container: a legacy file cut at 15", "cut off"),

@@ -62,7 +62,7 @@ def test_what_stands_where_the_network_needs_a_tensor_is_named(stands, tmp_path,
     name = type(stands).__name__
     said = refused(capsys, "import", written(tmp_path, changed), "--model", "small_vgg", "--out", tmp_path / "m")
     line = next(line for line in said.splitlines() if "features.1.weight" in line)
-    assert line.endswith("missing" if name == "int" else f"{name}, no plain tensor")
+    assert line.endswith("missing" if name == "int" else f"{name}, not a plain tensor")
     assert not (tmp_path / "m").exists()
 
 
@@ -85,7 +85,7 @@ def test_a_tensor_of_another_sort_among_the_weights_is_refused_and_can_be_waived
     (tmp_path / "m.pt").write_bytes(zipped(pickled, storages=()))
     argv = ["import", tmp_path / "m.pt", "--model", "small_vgg", "--out", tmp_path / "m"]
     said = refused(capsys, *argv)
-    assert "'mask.extra' (" in said and "no plain tensor" in said and "--ignore mask.extra" in said
+    assert "'mask.extra' (" in said and "not plain tensors" in said and "--ignore mask.extra" in said
     bdjax(capsys, *argv, "--ignore", "mask")
 
 

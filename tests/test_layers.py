@@ -74,3 +74,19 @@ def test_pmap_is_used_in_one_file():
 def test_no_file_is_longer_than_its_budget():
     long = {str(p.relative_to(ROOT)): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_nothing_but_the_registry_looks_into_a_method_module():
+    for path in FILES:
+        if parts(path)[0] in ("protocols", "registry"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called, first = ast.unparse(node.func), ast.unparse(node.args[0]) if node.args else ""
+                assert called not in ("registry.load_module", "load_module"), f"{path}:{node.lineno}"
+                probes = called in ("hasattr", "getattr", "inspect.signature") and first in ("module", "spec")
+                assert not probes or parts(path)[:2] == ["pipelines", "sweep"], f"{path}:{node.lineno}"
+
+
+def test_the_top_level_is_small():
+    assert len([path for path in FILES if path.parent == ROOT]) + 1 <= 9  # with __init__.py, which FILES leaves out

@@ -1,4 +1,4 @@
-"""The estimator of mutual information: closed forms, and what its bias-corrected gradient is."""
+"""The estimator of mutual information against closed forms, and its bias-corrected gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ KEY = jax.random.key(0)
 
 
 def gaussians(key, rho, count):
-    """z, x [count, 1] with correlation rho, and a z' that is drawn apart."""
+    """z, x [count, 1] with correlation rho, and an independent z'."""
     z, noise, other = jax.random.normal(key, (3, count, 1))
     return z, rho * z + (1 - rho**2) ** 0.5 * noise, other
 
@@ -30,8 +30,8 @@ def test_it_recovers_the_mutual_information_of_correlated_gaussians(rho):
 
         def loss(params):
             joint, marginal = _mine.scores(params, z, x), _mine.scores(params, other, x)
-            followed = _mine.follow(average, marginal, jnp.float32(0.05))
-            return _mine.surrogate(joint, marginal, followed), followed
+            log_average = _mine.update_log_average(average, marginal, jnp.float32(0.05))
+            return _mine.surrogate_loss(joint, marginal, log_average), log_average
 
         gradient, average = jax.grad(loss, has_aux=True)(params)
         with jax.numpy_dtype_promotion("standard"):
@@ -41,25 +41,27 @@ def test_it_recovers_the_mutual_information_of_correlated_gaussians(rho):
     start = (params, adam.init(params), jnp.float32(0))
     run = jax.jit(lambda start: jax.lax.scan(step, start, jax.random.split(KEY, 600))[0][0])
     trained, (z, x, other) = run(start), gaussians(jax.random.key(9), rho, 100_000)
-    found, before = (_mine.bound(_mine.scores(p, z, x), _mine.scores(p, other, x)) for p in (trained, params))
-    assert_allclose(found, -0.5 * np.log(1 - rho**2), rtol=0.1)
-    assert before < 0.1 * found
-    apart = _mine.bound(_mine.scores(trained, jax.random.permutation(KEY, z), x), _mine.scores(trained, other, x))
-    assert apart < 0  # of independent vectors no T finds any
+    estimate, before = (_mine.lower_bound(_mine.scores(p, z, x), _mine.scores(p, other, x)) for p in (trained, params))
+    assert_allclose(estimate, -0.5 * np.log(1 - rho**2), rtol=0.1)
+    assert before < 0.1 * estimate
+    independent = _mine.lower_bound(
+        _mine.scores(trained, jax.random.permutation(KEY, z), x), _mine.scores(trained, other, x)
+    )
+    assert independent < 0  # independent vectors have no mutual information
 
 
 def test_the_bound_is_exact_for_the_true_ratio():
-    """With T = log p(x, z) / (p(x) p(z)) of Gaussians, whatever constant is added."""
+    """With T = log p(x, z) / (p(x) p(z)) of Gaussians, with an arbitrary constant added."""
     rho = 0.6
     z, x, other = gaussians(KEY, rho, 400_000)
 
     def ratio(z, x):
         return (-(z**2 - 2 * rho * z * x + x**2) / (2 * (1 - rho**2)) + (z**2 + x**2) / 2)[:, 0] + 3
 
-    assert_allclose(_mine.bound(ratio(z, x), ratio(other, x)), -0.5 * np.log(1 - rho**2), rtol=0.02)
+    assert_allclose(_mine.lower_bound(ratio(z, x), ratio(other, x)), -0.5 * np.log(1 - rho**2), rtol=0.02)
 
 
-def test_the_network_by_hand():
+def test_the_network_equals_a_plain_computation():
     params = _mine.init(KEY, 3, 2, 5)
     z, x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
     x = x[:, :2]
@@ -77,22 +79,24 @@ def test_the_network_by_hand():
 
 
 def test_the_gradient_is_corrected_by_the_moving_average():
-    """d/dT of what is descended: −1/n for each joint value, exp(T) / (n · average) for each marginal one."""
+    """Gradient of the loss: −1/n for each joint value, exp(T) / (n · average) for each marginal one."""
     joint, marginal = jnp.array([0.5, -1.0]), jnp.array([0.2, 1.0, -0.4])
-    average = _mine.follow(jnp.log(jnp.float32(2.0)), marginal, jnp.float32(0.25))
+    average = _mine.update_log_average(jnp.log(jnp.float32(2.0)), marginal, jnp.float32(0.25))
     values = np.exp(np.array([0.2, 1.0, -0.4]))
     expected = 0.75 * 2 + 0.25 * values.mean()
     assert_allclose(jnp.exp(average), expected, rtol=1e-6)
-    of_joint, of_marginal = jax.grad(_mine.surrogate, (0, 1))(joint, marginal, average)
+    of_joint, of_marginal = jax.grad(_mine.surrogate_loss, (0, 1))(joint, marginal, average)
     assert_allclose(of_joint, [-0.5, -0.5])
     assert_allclose(of_marginal, values / (3 * expected), rtol=1e-6)
-    batch = _mine.follow(jnp.float32(7.0), marginal, jnp.float32(1.0))  # the batch alone: the plain gradient
-    plain = jax.grad(lambda m: -_mine.bound(joint, m))(marginal)
-    assert_allclose(jax.grad(_mine.surrogate, 1)(joint, marginal, batch), plain, rtol=1e-6)
+    batch = _mine.update_log_average(
+        jnp.float32(7.0), marginal, jnp.float32(1.0)
+    )  # the batch alone gives the plain gradient
+    plain = jax.grad(lambda m: -_mine.lower_bound(joint, m))(marginal)
+    assert_allclose(jax.grad(_mine.surrogate_loss, 1)(joint, marginal, batch), plain, rtol=1e-6)
 
 
 def test_large_values_do_not_overflow():
     large = jnp.array([200.0, 199.0])
-    average = _mine.follow(jnp.float32(0), large, jnp.float32(0.5))
+    average = _mine.update_log_average(jnp.float32(0), large, jnp.float32(0.5))
     assert_allclose(average, 200 + np.log((1 + np.exp(-1)) / 2 * 0.5), rtol=1e-5)
-    assert np.isfinite(_mine.bound(large, large)) and np.isfinite(_mine.surrogate(large, large, average))
+    assert np.isfinite(_mine.lower_bound(large, large)) and np.isfinite(_mine.surrogate_loss(large, large, average))

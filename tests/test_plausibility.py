@@ -158,7 +158,7 @@ def test_without_a_trigger_nothing_is_an_attack_success_rate(blobs, blobs_npz):
         None, None, 0
     )
     planted = Evaluation(perceptron(), datasets.load(blobs_npz), Experiment("badnets", dataset=blobs_npz), {})
-    assert planted.rates(planted.labels, planted.wanted)["asr"] == 1.0 and len(planted.targets) == 1
+    assert planted.rates(planted.labels, planted.goals)["asr"] == 1.0 and len(planted.targets) == 1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ CNN = ["--model", "cnn", "--size", "8"]
 QUICK = [
     "--defense", "naive_at", "--defense.rounds", "1", "--defense.batch-size", "10", "--devices", "1",
     "--defense.learning-rate", "1e-4",  # a larger one ruins this small model, and the guard takes it back
-    "--methods", "age,targeted_unlearning,universal",
+    "--methods", "age,additive,universal",
 ]  # fmt: skip
 
 
@@ -110,12 +110,12 @@ def test_the_audit_is_that_of_the_audit_command_on_the_held_out_images(cleaned):
     out, result = cleaned
     for name, phase in (("audit", "before"), ("audit-after", "after")):
         found = json.loads((out / f"{name}.json").read_text())
-        assert list(found["methods"]) == ["age", "targeted_unlearning", "universal"] and found["n"] == 50
+        assert list(found["methods"]) == ["age", "additive", "universal"] and found["n"] == 50
         assert result["audit"][phase]["methods"] == found["methods"]
     before, after = (result["audit"][phase]["methods"] for phase in ("before", "after"))
     assert any(before[name]["classes"] != after[name]["classes"] for name in before)
     shown = result["audit"]["before"]["pictures"]
-    assert {one["method"] for one in shown} == {"targeted_unlearning", "universal"} and all(
+    assert {one["method"] for one in shown} == {"additive", "universal"} and all(
         (out / one["file"]).is_file() for one in shown
     )
 
@@ -193,7 +193,7 @@ def test_a_backdoorbench_result_says_its_model_itself(capsys, tmp_path):
     images = rng.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
     np.savez(tmp_path / "d.npz", x_train=images[:10], y_train=labels[:10], x_test=images[10:], y_test=labels[10:])
     argv = ["purify", FIXTURES / "attack_result.pt", "--clean-data", f"npz:{tmp_path / 'd.npz'}", *QUICK]
-    argv[argv.index("age,targeted_unlearning,universal")] = "age"
+    argv[argv.index("age,additive,universal")] = "age"
     bdjax(capsys, *argv, "--out", tmp_path / "o")
     result = json.loads((tmp_path / "o" / "result.json").read_text())
     assert result["model"]["model"] == "preact_resnet18" and result["weights"]["file"] == "purified.pt"
@@ -205,4 +205,4 @@ def test_defenses_that_need_no_trigger_are_named():
 
     able = set(without_trigger())
     assert {"ibau", "bibau", "age", "finetune"} <= able and not {"ibu", "actft", "universal"} & able
-    assert registry.load("defenses", "ibu").NEEDS_TRIGGER
+    assert registry.load("defenses", "ibu").trigger_needed

@@ -10,13 +10,17 @@ import pytest
 from conftest import perceptron, untrained_task
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bdjax import attacks, registry
+from bdjax import attacks, datasets, registry
 from bdjax.attacks import query_reactivation, retuning
 from bdjax.config import Experiment
 from bdjax.engine import FitConfig, fit
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.pipelines import reactivation, run, victim
+from bdjax.pipelines.artifact import load_model
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.evaluate import evaluate
+from bdjax.pipelines.reactivation import ReactivationRequest, reactivate
+from bdjax.pipelines.training import train
 from bdjax.types import Backdoor, Poison, ReactivationInputs
 
 KEY = jax.random.key(0)
@@ -159,7 +163,7 @@ def planted(blobs_npz, tmp_path_factory):
         for attack in ("badnets", "clean", "wanet"):
             config = config_of(attack, target=1, ratio=0.25)
             experiment = Experiment(attack, None, blobs_npz, "cnn", attack_config=config, fit=FitConfig(8, 20))
-            victim.train(experiment, root / attack, victim.Context(1))
+            train(experiment, root / attack, Context(1))
     return root
 
 
@@ -170,31 +174,28 @@ def test_both_reactivations_write_a_result_and_a_model_that_evaluate_reads(plant
     earlier = {"retuning": config_of("retuning", **small["retuning"])}
     for name, changes in small.items():
         out = tmp_path / name
-        found = reactivation.reactivate(
-            planted / attack, name, config_of(name, **changes), out,
-            earlier=earlier, clean=planted / "clean", context=victim.Context(1),
-        )  # fmt: skip
+        config = config_of(name, **changes)
+        request = ReactivationRequest(planted / attack, name, config, earlier=earlier, clean_model=planted / "clean")
+        found = reactivate(request, out, Context(1))
         assert json.loads((out / "result.json").read_text()) == found
         assert found["metric"] == {"retuning": "R-ASR"}.get(name, "Q-ASR") and found["n_asr"] < found["n_test"] == 40
-        again = run.evaluate(out / "model")  # by the plain trigger: Φ has not changed the weights
+        again = evaluate(out / "model")  # by the plain trigger: Φ has not changed the weights
         expected = found["after" if name == "retuning" else "before"]
         assert again["asr"] == expected["asr"] and again["acc"] == expected["acc"]
-        assert run.evaluate(planted / attack)["asr"] == found["before"]["asr"]
+        assert evaluate(planted / attack)["asr"] == found["before"]["asr"]
         assert checkpoint.read_manifest(out / "model")["reactivation"]["name"] == name
 
 
 @pytest.mark.slow
 def test_the_clean_model_is_attacked_alike_and_trained_where_there_is_none(planted, tmp_path):
     config = retuning.Config(share=0.25, epochs=1)
-    context = victim.Context(1, store=tmp_path / "victims")
-    found = reactivation.reactivate(planted / "badnets", "retuning", config, context=context)
-    given = reactivation.reactivate(
-        planted / "badnets", "retuning", config, clean=planted / "clean", context=victim.Context(1)
-    )
+    context = Context(1, store=tmp_path / "victims")
+    request = ReactivationRequest(planted / "badnets", "retuning", config)
+    found = reactivate(request, context=context)
+    with_model = dataclasses.replace(request, clean_model=planted / "clean")
+    given = reactivate(with_model, context=Context(1))
     assert found["clean_after"] == given["clean_after"] and found["after"] == given["after"]
-    alone = reactivation.reactivate(
-        planted / "badnets", "retuning", config, clean=planted / "clean", control=False, context=victim.Context(1)
-    )
+    alone = reactivate(dataclasses.replace(with_model, attack_clean_model=False), context=Context(1))
     assert alone["after"] == given["after"] and alone["clean_before"] is alone["clean_after"] is None
     assert len(list((tmp_path / "victims").glob("[0-9a-f]*"))) == 1
 
@@ -202,20 +203,22 @@ def test_the_clean_model_is_attacked_alike_and_trained_where_there_is_none(plant
 @pytest.mark.slow
 def test_what_cannot_be_reactivated_is_refused(planted, tmp_path, blobs):
     with pytest.raises(InputError, match="badnets is no re-activation attack. Choose from query_react"):
-        reactivation.reactivate(planted / "badnets", "badnets")
+        reactivate(ReactivationRequest(planted / "badnets", "badnets"))
     task = untrained_task(*blobs, perceptron())
     with pytest.raises(InputError, match="Use `bdjax reactivate DIR retuning`"):
         attacks.plant("retuning", retuning.Config(), task, KEY)
     bare = tmp_path / "bare"
     manifest = {k: v for k, v in checkpoint.read_manifest(planted / "badnets").items() if k not in ("files", "format")}
-    model = victim.load_model(manifest, planted / "badnets", victim.datasets.load(manifest["dataset"]["spec"]))
+    model = load_model(manifest, planted / "badnets", datasets.load(manifest["dataset"]["spec"]))
     checkpoint.write_model(bare, manifest, model[1], {})
     with pytest.raises(InputError, match="has no trigger: there is nothing to re-activate"):
-        reactivation.reactivate(bare, "retuning")
+        reactivate(ReactivationRequest(bare, "retuning"))
     other = Experiment("clean", None, manifest["dataset"]["spec"], "small_vgg", fit=FitConfig(1, 20))
-    victim.train(other, tmp_path / "other", victim.Context(1))
+    train(other, tmp_path / "other", Context(1))
     with pytest.raises(InputError, match="its model is small_vgg, that of .* is cnn"):
-        reactivation.reactivate(planted / "badnets", "retuning", clean=tmp_path / "other")
+        reactivate(ReactivationRequest(planted / "badnets", "retuning", clean_model=tmp_path / "other"))
+    with pytest.raises(InputError, match="holds no clean model but a victim one .badnets."):
+        reactivate(ReactivationRequest(planted / "badnets", "retuning", clean_model=planted / "badnets"))
 
 
 @pytest.mark.slow

@@ -8,10 +8,11 @@ import pytest
 from conftest import perceptron
 from numpy.testing import assert_allclose
 
-from bdjax import defenses, registry
+from bdjax import registry
 from bdjax.defenses import ibu, naive_at
 from bdjax.engine import FitConfig, fit, parallel
 from bdjax.errors import InputError
+from bdjax.pipelines.opening import open_artifact
 from bdjax.types import Callback, DefenderView, Victim
 
 KEY, MODEL = jax.random.key(0), perceptron()
@@ -52,13 +53,12 @@ def test_ibu_without_a_trigger_is_refused(backdoored, blobs):
 
 
 def test_only_methods_that_say_so_are_given_the_trigger(finished):
-    from bdjax.pipelines.artifact import open_artifact
 
     directory, _ = finished
     artifact = open_artifact(directory / "victim", "ibau", registry.load("defenses", "ibau").Config())
     assert artifact.view().trigger is None and callable(artifact.view(trigger=True).trigger)
-    modules = {name: registry.load("defenses", name) for name in registry.names("defenses")}
-    asking = [name for name, module in modules.items() if defenses.needs_trigger(module, module.Config())]
+    specs = {name: registry.load("defenses", name) for name in registry.names("defenses")}
+    asking = [name for name, spec in specs.items() if spec.needs_trigger(spec.Config())]
     assert asking == ["actft", "ep", "ibu"]
 
 

@@ -13,13 +13,17 @@ import pytest
 from commands import DEFEND, PLANT, bdjax
 from PIL import Image
 
-from bdjax import datasets, registry
+from bdjax import datasets, models, registry
 from bdjax.config import Experiment, SplitConfig, demo, to_json
 from bdjax.engine.callbacks import Recorder
 from bdjax.engine.clock import compiled_programs
 from bdjax.io import checkpoint
-from bdjax.pipelines import run, victim
+from bdjax.pipelines.artifact import experiment_of, load_model
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.defend import DefenseRequest, defend
 from bdjax.pipelines.evaluation import Evaluation
+from bdjax.pipelines.run import RunRequest, run
+from bdjax.pipelines.training import train
 from bdjax.reports import table
 
 KEYS = {
@@ -63,10 +67,10 @@ def test_json_is_the_last_line_and_a_finished_run_is_not_repeated(finished, blob
 @pytest.mark.slow
 def test_a_defense_is_judged_by_images_kept_apart_and_its_success_is_estimated(tmp_path):
     """Digits: 100 images, 20 of them kept apart, and an estimate of what is left of the attack."""
-    victim.train(demo(), tmp_path / "victim")
-    config, context = registry.load("defenses", "ibau").Config(rounds=1), victim.Context(estimate=True)
+    train(demo(), tmp_path / "victim")
+    config, context = registry.load("defenses", "ibau").Config(rounds=1), Context(estimate=True)
     split = SplitConfig(size=100, order="stratified")
-    result = run.defend(tmp_path / "victim", "ibau", config, tmp_path / "run", split=split, context=context)
+    result = defend(DefenseRequest(tmp_path / "victim", "ibau", config, split), tmp_path / "run", context)
     assert (result["n_defender"], result["n_validation"]) == (100, 20)
     assert all(0 <= row["validation_accuracy"] <= 1 for row in result["rounds"])
     flips = result["estimate"]["flips"]
@@ -137,8 +141,8 @@ def test_defenders_images_are_recorded_and_never_evaluated(finished, blobs_npz):
 
 def _evaluation_arguments(out, blobs_npz, split=None):
     manifest, data = checkpoint.read_manifest(out / "victim"), datasets.load(blobs_npz)
-    experiment = victim.experiment_of(manifest, None, None, split, None)
-    model, _ = victim.load_model(manifest, out / "victim", data)
+    experiment = experiment_of(manifest, split=split)
+    model, _ = load_model(manifest, out / "victim", data)
     return model, data, experiment, checkpoint.read_arrays(out / "victim", "trigger")
 
 
@@ -159,7 +163,7 @@ def test_other_values_compile_nothing_new(blobs_npz, tmp_path):
             "badnets", "ibau", blobs_npz, "cnn", seed, type(experiment.attack_config)(target=1),
             type(experiment.defense_config)(**defense), type(experiment.fit)(**fit),
         )  # fmt: skip
-        run.run(experiment, tmp_path, tmp_path / name, victim.Context(1))
+        run(RunRequest(experiment, tmp_path, tmp_path / name), Context(1))
 
     once("a", 0)
     before = compiled_programs()
@@ -191,7 +195,7 @@ def test_killed_training_resumes_to_the_same_bits(blobs_npz, tmp_path):
     child.wait()
     assert not (tmp_path / "cut").exists() and list(tmp_path.glob(".cut.training-*/*/epoch-*"))
     subprocess.run([*command, "--out", "cut"], cwd=tmp_path, env=env, check=True, capture_output=True)
-    like = jax.eval_shape(victim.models.create("cnn", (8, 8, 1), 4).init, jax.random.key(0))
+    like = jax.eval_shape(models.create("cnn", (8, 8, 1), 4).init, jax.random.key(0))
     one, two = (checkpoint.read_variables(tmp_path / name, like) for name in ("whole", "cut"))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     assert not list(tmp_path.glob(".cut.training-*")) and not list(tmp_path.glob("*partial*"))

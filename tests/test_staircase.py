@@ -1,4 +1,4 @@
-"""Recovered triggers: they clear their thresholds and spread, however they are learnt; the pool and its stamps."""
+"""Recovered triggers reach their thresholds and have high entropy; the pool of triggers and the stamping."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def _bright(variables, images, train=False, keys=None, axis_name=None):
 
 
 BRIGHT = Model("bright", (8, 8, 1), 3, lambda key: {"params": {"scale": jnp.float32(1)}, "batch_stats": {}}, _bright)
-"""Of dark images of class 0 it makes class 1 as a bright patch stands on them, wherever; none makes class 2."""
+"""A model that assigns dark images to class 0, those with a bright patch at any position to class 1, none to class 2."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def dark():
 
 @pytest.fixture(scope="module")
 def pools(dark):
-    """Recovered without and with the mutual information, from the same start."""
+    """Pools recovered without and with the mutual information, from the same initial networks."""
     with parallel.using(1):
         return [
             recover(dataclasses.replace(QUICK, mi_weight=weight), Victim(BRIGHT, BRIGHT.init(KEY)), dark, KEY)
@@ -50,24 +50,24 @@ def pools(dark):
 
 
 def spread(triggers):
-    """Mean distance between two of them, and the differential entropy of a Gaussian as wide, in nats."""
+    """Mean distance between two triggers, and the differential entropy of a Gaussian with their covariance, in nats."""
     flat = np.asarray(triggers, np.float64).reshape(len(triggers), -1)
     distance = np.linalg.norm(flat[:, None] - flat[None], axis=-1).mean()
     covariance = np.cov(flat.T) + 1e-6 * np.eye(flat.shape[1])
     return distance, np.linalg.slogdet(2 * np.pi * np.e * covariance)[1] / 2
 
 
-def test_triggers_clear_their_thresholds_and_only_the_reachable_label_is_suspected(pools, dark):
+def test_triggers_reach_their_thresholds_and_only_the_reachable_label_is_suspected(pools, dark):
     clean = np.asarray(dark.images, np.float64).sum((1, 2, 3)) / 255 * (1 - 9 / 64)
     for pool in pools:
-        assert_array_equal(pool.suspected(), [1])
-        labels, kept = np.asarray(pool.labels), np.asarray(pool.kept)
+        assert_array_equal(pool.suspected_labels(), [1])
+        labels, accepted = np.asarray(pool.labels), np.asarray(pool.accepted)
         assert_array_equal(labels, np.repeat([0, 1, 2], 64))
-        assert kept[labels == 1].all() and not kept[labels != 1].any()  # all of class 0 is no success
+        assert accepted[labels == 1].all() and not accepted[labels != 1].any()  # images of class 0 itself do not count
         for begin, threshold in ((64, 0.5), (96, 0.9)):
             total = clean[:, None] + np.asarray(pool.triggers[begin : begin + 32]).sum((1, 2, 3))
-            sure = 1 / (1 + np.exp(-2 * (total - 7)) + np.exp(-5 - 2 * (total - 7)))
-            assert np.maximum(0, threshold - sure).mean() < 0.03
+            probability = 1 / (1 + np.exp(-2 * (total - 7)) + np.exp(-5 - 2 * (total - 7)))
+            assert np.maximum(0, threshold - probability).mean() < 0.03
     assert pools[0].triggers[64:96].sum((1, 2, 3)).mean() < pools[0].triggers[96:128].sum((1, 2, 3)).mean()
 
 
@@ -84,34 +84,35 @@ def _corner(variables, images, train=False, keys=None, axis_name=None):
 
 
 @pytest.mark.slow
-def test_the_place_is_learnt_where_the_backdoor_answers_nowhere_else(dark):
-    """Class 1 is what is bright in rows 5 to 7, columns 1 to 3 of 8: no patch at random places is universal."""
+def test_the_position_is_learned_when_the_backdoor_responds_at_one_position_only(dark):
+    """Class 1: bright in rows 5 to 7, columns 1 to 3 of 8. No patch at random positions is universal."""
     model = Model("corner", (8, 8, 1), 3, BRIGHT.init, _corner)
     config = dataclasses.replace(QUICK, place_rate=0.1, iterations=300, samples=4)
-    anywhere, learnt = (
+    uniform, learned = (
         recover(dataclasses.replace(config, place_rate=rate), Victim(model, model.init(KEY)), dark, KEY)
         for rate in (0.0, 0.1)
     )
-    assert not len(anywhere.suspected()) and np.ptp(anywhere.places[0]) == 0
-    assert_array_equal(learnt.suspected(), [1])
-    chances = [np.asarray(jax.nn.softmax(odds)) for odds in learnt.places]
-    for chance, wanted in zip(chances, (5, 1), strict=True):
+    assert not len(uniform.suspected_labels()) and np.ptp(uniform.position_logits[0]) == 0
+    assert_array_equal(learned.suspected_labels(), [1])
+    chances = [np.asarray(jax.nn.softmax(logits)) for logits in learned.position_logits]
+    for chance, expected in zip(chances, (5, 1), strict=True):
         assert chance.shape == (24, 6)
-        assert (chance[8:16].argmax(1) == wanted).all() and chance[8:16, wanted].min() > 0.5
-        assert chance[16:].max() < 0.5  # class 2 is out of reach wherever: nothing is learnt
-    shut = dataclasses.replace(config, place_entropy=10.0)  # of so much worth is entropy that no place is preferred
-    odds = recover(shut, Victim(model, model.init(KEY)), dark, KEY).places
-    assert max(np.asarray(jax.nn.softmax(o)).max() for o in odds) < 0.3
+        assert (chance[8:16].argmax(1) == expected).all() and chance[8:16, expected].min() > 0.5
+        assert chance[16:].max() < 0.5  # class 2 cannot be reached at any position: nothing is learned
+    flat = dataclasses.replace(config, place_entropy=10.0)  # with so large a weight the distribution stays uniform
+    position_logits = recover(flat, Victim(model, model.init(KEY)), dark, KEY).position_logits
+    assert max(np.asarray(jax.nn.softmax(logits)).max() for logits in position_logits) < 0.3
 
 
-def test_a_pool_puts_its_patches_where_they_were_learnt():
-    places = (jnp.full((2, 6), -50.0).at[:, 4].set(50.0), jnp.full((2, 6), -50.0).at[0, 1].set(50.0).at[1, 3].set(50.0))
+def test_a_pool_puts_patches_at_their_learned_positions():
+    rows = jnp.full((2, 6), -50.0).at[:, 4].set(50.0)
+    columns = jnp.full((2, 6), -50.0).at[0, 1].set(50.0).at[1, 3].set(50.0)
     pool = _pool.Pool(
         jnp.stack([jnp.full((3, 3, 1), v) for v in (0.4, 0.8)]),
         jnp.array([7, 9]),
         jnp.ones(2),
         jnp.ones(2, bool),
-        places,
+        (rows, columns),
     )
     out, labels = _pool.stamper("patch")(pool, jnp.zeros((40, 8, 8, 1)), jax.random.split(KEY, 40))
     assert set(np.asarray(labels)) == {7, 9}
@@ -123,19 +124,19 @@ def test_a_pool_puts_its_patches_where_they_were_learnt():
 
 
 @pytest.mark.slow
-def test_one_label_after_another_learns_what_all_at_once_do(blobs):
+def test_labels_in_groups_give_the_same_triggers_as_all_at_once(blobs):
     victim, view = Victim(perceptron(), perceptron().init(KEY)), DefenderView(blobs[0][:50], blobs[1][:50])
-    whole, *parts = (recover(dataclasses.replace(FEW, together=count), victim, view, KEY) for count in (0, 1, 3))
-    moved = recover(dataclasses.replace(FEW, generator_rate=1e-9), victim, view, KEY)
-    assert np.abs(np.asarray(whole.triggers - moved.triggers)).max() > 1e-3
-    for part in parts:  # three of four labels: the second group is filled up
-        assert_array_equal(part.labels, whole.labels)
-        assert_allclose(part.triggers, whole.triggers, atol=2e-5)
-        assert_allclose(part.asr, whole.asr, atol=0.05)
+    together, *groups = (recover(dataclasses.replace(FEW, together=count), victim, view, KEY) for count in (0, 1, 3))
+    untrained = recover(dataclasses.replace(FEW, generator_rate=1e-9), victim, view, KEY)
+    assert np.abs(np.asarray(together.triggers - untrained.triggers)).max() > 1e-3
+    for group in groups:  # three of four labels: the second group is padded
+        assert_array_equal(group.labels, together.labels)
+        assert_allclose(group.triggers, together.triggers, atol=2e-5)
+        assert_allclose(group.asr, together.asr, atol=0.05)
 
 
 @pytest.mark.slow
-def test_two_devices_learn_what_one_does(blobs):
+def test_two_devices_give_the_triggers_of_one(blobs):
     victim, view = Victim(perceptron(), perceptron().init(KEY)), DefenderView(blobs[0][:50], blobs[1][:50])
     for changes in ({"form": "additive", "strength": 0.5}, {"place_rate": 0.1, "thresholds": (0.9, 1.0)}):
         config = dataclasses.replace(FEW, **changes)
@@ -144,13 +145,13 @@ def test_two_devices_learn_what_one_does(blobs):
             two = recover(config, victim, view, KEY)
         assert one.triggers.shape[0] == 4 * 2 * 3 and np.abs(one.triggers).max() > 0.05
         assert_allclose(two.triggers, one.triggers, atol=2e-5)
-        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-4), two.places, one.places)
-        assert one.triggers.shape[1] == 8 or np.ptp(one.places[0]) > 0.1
+        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-4), two.position_logits, one.position_logits)
+        assert one.triggers.shape[1] == 8 or np.ptp(one.position_logits[0]) > 0.1
 
 
 def test_other_values_compile_nothing(blobs):
     jax.clear_caches()  # full caches lose single programs, which are then compiled again
-    key = jax.random.key(1)  # compiles a program of its own
+    key = jax.random.key(1)  # created here, because this compiles a program
     victim, view = Victim(perceptron(), perceptron().init(KEY)), DefenderView(blobs[0][:50], blobs[1][:50])
     recover(FEW, victim, view, KEY)
     before = compiled_programs()
@@ -184,37 +185,37 @@ def test_an_additive_trigger_is_added_and_clipped():
     assert_allclose(out[0, :, :, 0], [[0.95, 1.0], [0.0, 0.9]], rtol=1e-6)
 
 
-def test_only_kept_triggers_are_drawn_all_alike_likely():
+def test_only_accepted_triggers_are_drawn_uniformly():
     marks = jnp.arange(5.0)[:, None, None, None]
     pool = _pool.Pool(marks, jnp.arange(5) * 2, jnp.ones(5), jnp.array([False, True, False, True, True]))
-    triggers, labels, places = _pool.draw(pool, jax.random.split(KEY, 3000))
-    assert places is None
+    triggers, labels, position_logits = _pool.draw_triggers(pool, jax.random.split(KEY, 3000))
+    assert position_logits is None
     assert_array_equal(triggers[:, 0, 0, 0] * 2, labels)
     counts = np.bincount(np.asarray(labels), minlength=9)
     assert counts[[1, 3, 5, 7, 0, 4]].sum() == 0 and (counts[[2, 6, 8]] > 900).all()
 
 
-def test_what_is_shown_of_a_pool_takes_labels_in_turn_and_the_best_first():
+def test_the_arrays_of_a_pool_alternate_between_labels_and_begin_with_the_best():
     asr = jnp.array([0.2, 0.95, 0.9, 1.0, 0.97, 0.91])
     pool = _pool.Pool(jnp.arange(6.0)[:, None, None, None], jnp.array([0, 0, 1, 1, 1, 2]), asr, asr > 0.9)
-    shown = pool.shown()
-    assert_array_equal(shown["suspected"], [0, 1, 2])
-    assert_array_equal(shown["recovered"].ravel(), [3, 1, 5, 4])
-    assert_array_equal(shown["recovered_labels"], [1, 0, 2, 1])
-    assert_allclose(shown["recovered_asr"], [1.0, 0.95, 0.91, 0.97])
-    assert_allclose(shown["label_asr"], [0.575, 2.87 / 3, 0.91], rtol=1e-6)
-    seen = {}
+    arrays = pool.as_arrays()
+    assert_array_equal(arrays["suspected"], [0, 1, 2])
+    assert_array_equal(arrays["recovered"].ravel(), [3, 1, 5, 4])
+    assert_array_equal(arrays["recovered_labels"], [1, 0, 2, 1])
+    assert_allclose(arrays["recovered_asr"], [1.0, 0.95, 0.91, 0.97])
+    assert_allclose(arrays["label_asr"], [0.575, 2.87 / 3, 0.91], rtol=1e-6)
+    received = {}
 
-    class Seeing(Callback):
+    class Recording(Callback):
         def on_round_end(self, step, variables, **arrays):
-            seen.update(arrays, step=step)
+            received.update(arrays, step=step)
 
-    _pool.Showing(Seeing(), pool).on_round_end(3, {}, loss=0.5)
-    assert seen["step"] == 3 and seen["loss"] == 0.5 and set(shown) < set(seen)
+    _pool.PoolCallback(Recording(), pool).on_round_end(3, {}, loss=0.5)
+    assert received["step"] == 3 and received["loss"] == 0.5 and set(arrays) < set(received)
 
 
-def test_batches_go_through_all_images_before_any_comes_again():
-    index = np.asarray(_pool.batches(KEY, 11, 5, 5))
+def test_batches_contain_all_images_before_one_is_repeated():
+    index = np.asarray(_pool.draw_batches(KEY, 11, 5, 5))
     assert index.shape == (5, 5)
     for begin in (0, 2):
         assert len(set(index[begin : begin + 2].ravel())) == 10

@@ -1,4 +1,4 @@
-"""The estimate without the trigger, and the automatic choice of a defense by it."""
+"""The estimate of the remaining ASR without the trigger, and the automatic choice of a defense by it."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -32,23 +32,24 @@ def estimate(before, cleaned, view):
 
 
 def test_both_forms_of_trigger_find_the_pixel_of_the_back_door(before):
-    for found in (before.additive[0], (before.masks * before.patterns)[0]):
-        assert np.unravel_index(np.abs(found[..., 0]).argmax(), (4, 4)) == (0, 0)
+    for trigger in (before.additive[0], (before.masks * before.patterns)[0]):
+        assert np.unravel_index(np.abs(trigger[..., 0]).argmax(), (4, 4)) == (0, 0)
     assert before.sizes[0, 0] < before.sizes[0, 1] and before.sizes[1, 0] < before.sizes[1, 1]
 
 
 def test_the_estimate_is_high_for_the_victim_and_low_without_the_back_door(before, view):
-    artifact, healed = victim(True), victim(False)
-    kept = estimate(before, artifact.variables, view)
-    row = next(row for row in kept.flips if row.form == "additive" and row.label == 1)
-    assert row.before == row.after > 0.8 and kept.rate >= row.after
+    artifact, clean = victim(True), victim(False)
+    unchanged = estimate(before, artifact.variables, view)
+    row = next(row for row in unchanged.flips if row.form == "additive" and row.label == 1)
+    assert row.before == row.after > 0.8 and unchanged.rate >= row.after
     assert row.n == (view.validation.labels != 1).sum()
-    gone = estimate(before, healed.variables, view)
-    of_target = [row for row in gone.flips if row.label == 1]
+    removed = estimate(before, clean.variables, view)
+    of_target = [row for row in removed.flips if row.label == 1]
     assert {row.form for row in of_target} == {"additive", "patch"}
-    assert gone.rate > 0.5  # a natural class is reached as easily as before: it tells nothing
+    assert removed.rate > 0.5  # the other class is natural and as easy to reach as before
     assert all(row.after < 0.2 and row.anew == 0 and row.size_anew > 1.5 * row.size for row in of_target)
-    assert set(gone.plain()) == {"rate", "flips"} and gone.rate == max(max(r.after, r.anew) for r in gone.flips)
+    assert set(removed.plain()) == {"rate", "flips"}
+    assert removed.rate == max(max(row.after, row.anew) for row in removed.flips)
 
 
 def test_the_most_suspicious_classes_are_the_nearest(view):
@@ -64,17 +65,17 @@ def test_the_most_suspicious_classes_are_the_nearest(view):
 class Rounds(Seen):
     def __init__(self):
         super().__init__()
-        self.rows, self.left = [], None
+        self.rows, self.remaining = [], None
 
-    def estimate(self, left):
-        self.left = left
+    def on_estimate(self, estimated):
+        self.remaining = estimated
 
     def on_round_end(self, step, variables, **arrays):
         self.rows.append({"step": step, **{k: float(v) for k, v in arrays.items() if jnp.ndim(v) == 0}})
 
 
 def methods(monkeypatch, **results):
-    """Stand-ins for defenses: each returns the parameters of its name."""
+    """Replace defenses by stubs: each returns the given parameters."""
     real = registry.load
 
     def load(kind, name):
@@ -97,7 +98,7 @@ def test_auto_stops_at_the_first_that_passes_and_reports_every_try(monkeypatch, 
     assert [row["tried"] for row in rows] == [0, 1, 2]
     assert rows[0]["estimated_rate"] > 0.8 and rows[2]["estimated_rate"] < 0.2
     assert any(row.get("rolled_back_to") == 0 for row in callback.rows)  # what was ruined is the victim again
-    assert callback.rows[-1]["chosen"] == 2 and callback.left.rate == pytest.approx(rows[2]["estimated_rate"])
+    assert callback.rows[-1]["chosen"] == 2 and callback.remaining.rate == pytest.approx(rows[2]["estimated_rate"])
     assert [row["step"] for row in callback.rows] == list(range(1, len(callback.rows) + 1))
 
 
@@ -112,9 +113,9 @@ def test_auto_returns_the_best_when_none_passes(monkeypatch, view):
     assert callback.rows[-1]["chosen"] == int(np.argmin(rates))
 
 
-@pytest.mark.parametrize("name", ["auto", "universal"])
-def test_auto_refuses_what_cleans_nothing_by_itself(name):
-    with pytest.raises(InputError, match=f"defense.methods has {name}"):
+@pytest.mark.parametrize(("name", "message"), [("auto", "defense.methods has auto"), ("universal", "removes none")])
+def test_auto_refuses_what_cleans_nothing_by_itself(name, message):
+    with pytest.raises(InputError, match=message):
         auto.Config(methods=(name,))
 
 

@@ -8,6 +8,7 @@ from synthetic_results import cell, parsed, plan, write
 
 from bdjax.defenses import neural_cleanse
 from bdjax.io import checkpoint
+from bdjax.pipelines.opening import open_recorded
 from bdjax.reports import table
 
 FLAGS = ["--attack.target", "1", "--attack.ratio", "0.2", *FAST]
@@ -27,9 +28,8 @@ def seen(blobs_npz, tmp_path_factory):
 
 def guesses(directory, blobs_npz):
     """Predictions of the clean held-out images and their labels, the long way."""
-    from bdjax.pipelines.artifact import read_recorded
 
-    artifact = read_recorded(directory)
+    artifact = open_recorded(directory)
     evaluation = artifact.evaluation
     return evaluation.predictions(artifact.victim.variables)[0], evaluation.labels
 
@@ -68,7 +68,7 @@ def test_the_terminal_tells_all_three(seen):
 
 
 def test_a_defense_that_judged_on_its_way_is_not_asked_again(blobs_npz, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(neural_cleanse, "detect", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(neural_cleanse, "detect", lambda *_: pytest.fail("asked again"), raising=False)
     argv = ["run", "badnets", "neural_cleanse", "--dataset", blobs_npz, *FLAGS, "--out", tmp_path / "d", "--json"]
     short = ["--defense.epochs", "1", "--defense.unlearning-epochs", "1"]
     found = json.loads(bdjax(capsys, *argv, *short).splitlines()[-1])["detection"]
@@ -191,10 +191,10 @@ def test_both_tables_show_them_and_say_what_they_are(tmp_path):
             "CTCA: accuracy on clean",
         ):
             assert words in shown
-        assert "the target is named in 50.0 % of 2, poisoned models are called so in 50.0 % of 2" in " ".join(
+        assert "the target is named in 50.0 % of 2, poisoned models are called poisoned in 50.0 % of 2" in " ".join(
             shown.split()
         )
-        assert "clean models are spared in 0.0 % of 1" in " ".join(shown.split())
+        assert "clean models are called clean in 0.0 % of 1" in " ".join(shown.split())
     assert max(map(len, text.splitlines())) <= 160
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({row.count("|") for row in rows}) == 1

@@ -45,6 +45,7 @@ class Config(SearchConfig):
     """Hyper-parameters of the search, the detection and the unlearning."""
 
     part: ClassVar[str] = "defense"
+    """How the fields are called in messages."""
     unlearning_epochs: int = 10
     """Epochs of the fine-tuning."""
     stamped: float = 0.2
