@@ -28,9 +28,10 @@ from bdjax import datasets, registry
 from bdjax.config import Experiment, SplitConfig
 from bdjax.engine import FitConfig
 from bdjax.io import checkpoint
-from bdjax.pipelines import victim
+from bdjax.pipelines.artifact import load_model
+from bdjax.pipelines.context import Context
 from bdjax.pipelines.evaluation import Evaluation
-from bdjax.pipelines.victim import Context, load_model
+from bdjax.pipelines.training import train, victim_directory
 
 OUT = Path(os.environ.get("OUT", "runs/attack_zoo"))
 EPOCHS = int(os.environ.get("EPOCHS", "50"))
@@ -119,8 +120,8 @@ def one(name: str, entry: Entry, seed: int) -> dict[str, Any]:
     alike = Experiment("clean", None, spec, "small_vgg", seed, fit=fit)
     found = {}
     for which, experiment in (("clean", alike), ("victim", planned)):
-        directory = victim.directory_of(experiment, OUT / "victims", data.fingerprint)
-        victim.train(experiment, directory, context, data)
+        directory = victim_directory(experiment, data.fingerprint, OUT / "victims")
+        train(experiment, directory, context, data)
         found[which] = directory, checkpoint.read_manifest(directory)
     directory, manifest = found["victim"]
     model, variables = load_model(manifest, directory, data)

@@ -19,9 +19,10 @@ from bdjax import datasets, registry
 from bdjax.config import Experiment, SplitConfig
 from bdjax.engine import FitConfig
 from bdjax.io import checkpoint
-from bdjax.pipelines import audit, victim
-from bdjax.pipelines.artifact import read_recorded
-from bdjax.pipelines.victim import Context
+from bdjax.pipelines.audit import AuditSettings, audit
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.opening import EvaluationSource, open_recorded
+from bdjax.pipelines.training import train, victim_directory
 
 DATA, MODEL = os.environ.get("DATA", "digits"), os.environ.get("MODEL", "cnn")
 OUT = Path(os.environ.get("OUT", "runs/audit_errors"))
@@ -64,11 +65,12 @@ def one(name: str, fields: dict[str, Any], seed: int, data: Any, context: Contex
     config = registry.load("attacks", name).Config(**fields)
     split = SplitConfig(size=1)
     experiment = Experiment(name, None, DATA, MODEL, seed, config, fit=FitConfig(EPOCHS), split=split)
-    directory = victim.directory_of(experiment, OUT / "victims", data.fingerprint)
-    victim.train(experiment, directory, context, data)
-    judged = read_recorded(directory, data=data)
+    directory = victim_directory(experiment, data.fingerprint, OUT / "victims")
+    train(experiment, directory, context, data)
+    judged = open_recorded(directory, EvaluationSource(data=data))
     measured = judged.evaluation.measure(judged.victim.variables)
-    result, _ = audit.audit(directory, DATA, METHODS, size=SIZE, seed=seed, context=context)
+    settings = AuditSettings(seed)
+    result, _ = audit(directory, METHODS, dataset=DATA, size=SIZE, settings=settings, context=context)
     return {
         "attack": name,
         "target": fields.get("target"),

@@ -29,8 +29,10 @@ from bdjax.attacks import retuning
 from bdjax.config import Experiment, SplitConfig, config_of, to_json
 from bdjax.defenses import bibau
 from bdjax.io import checkpoint
-from bdjax.pipelines import reactivation, run
-from bdjax.pipelines.victim import Context, train
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.reactivation import ReactivationRequest, reactivate
+from bdjax.pipelines.run import RunRequest, run
+from bdjax.pipelines.training import train, victim_directory
 from bdjax.registry import load_file
 
 table1: Any = load_file(Path(__file__).with_name("bibau_table1.py"))
@@ -90,17 +92,20 @@ def one(name: str, row: str, defense: Any, seed: int, source: str) -> dict[str, 
     planted = config_of("attacks", attack)(**changes)
     split = SplitConfig(source="train", size=SIZE, validation=0.0)
     experiment = Experiment(attack, None, source, table1.MODEL, seed, planted, fit=table1.RECIPE, split=split)
-    context = Context(1, store=OUT / "victims")
-    directory = train(experiment, run.victim_directory_of(experiment, OUT), context)
+    context, data = Context(1, store=OUT / "victims"), datasets.load(source)
+    directory = train(experiment, victim_directory(experiment, data.fingerprint, OUT / "victims"), context, data)
     if defense is not None:
         defending = Experiment(
             attack, defense[0], source, table1.MODEL, seed, planted, defense[1](name), table1.RECIPE, split
         )
-        result, directory = run.run(defending, OUT, context=context)
+        result, directory = run(RunRequest(defending, OUT), context)
     retuned = {"retuning": retuning.Config(count=COUNTS.get(name, OTHERWISE))}
     again = {
-        which: reactivation.reactivate(
-            directory, which, retuned.get(which), seed=seed, earlier=retuned, control=defense is None, context=context
+        which: reactivate(
+            ReactivationRequest(
+                directory, which, retuned.get(which), seed, retuned, attack_clean_model=defense is None
+            ),
+            context=context,
         )
         for which in ("retuning", "query_reactivation")
     }

@@ -24,14 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import hypergrad
+from bdjax import datasets, hypergrad
 from bdjax.config import Experiment, stage_key
 from bdjax.defenses import ibau
 from bdjax.engine import FitConfig
 from bdjax.io import checkpoint
-from bdjax.pipelines import run, solver_comparison, victim
-from bdjax.pipelines.artifact import open_artifact
-from bdjax.pipelines.victim import Context
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.opening import EvaluationSource, open_artifact
+from bdjax.pipelines.solver_comparison import DEFAULT, ComparisonRequest, compare
+from bdjax.pipelines.training import train, victim_directory
 from bdjax.reports import solvers as report
 
 OUT = Path(os.environ.get("OUT", "runs/solver_comparison"))
@@ -44,7 +45,7 @@ EPOCHS = {
     ("cifar10", "image_trigger"): 2,
 }
 SOLVERS = {
-    "mnist": solver_comparison.DEFAULT,
+    "mnist": DEFAULT,
     "cifar10": ("none", "one_step", "fixed_point", "cg", "cg:10", "minres", "nystrom:10", "unrolled"),
 }
 
@@ -68,7 +69,8 @@ def victim_of(dataset: str, attack: str, seed: int) -> Path:
     spec = os.environ.get(f"BDJAX_{dataset.upper()}", f"tfds:{dataset}")
     fit = FitConfig(epochs=EPOCHS[dataset, attack])
     experiment = Experiment(attack, None, spec, "small_vgg", seed, fit=fit)
-    return victim.train(experiment, run.victim_directory_of(experiment, OUT))
+    data = datasets.load(spec)
+    return train(experiment, victim_directory(experiment, data.fingerprint, OUT / "victims"), data=data)
 
 
 def one(dataset: str, attack: str, seed: int) -> None:
@@ -77,10 +79,10 @@ def one(dataset: str, attack: str, seed: int) -> None:
     if (directory / "solvers.json").exists():
         return
     spec = os.environ.get(f"BDJAX_{dataset.upper()}")
-    result = solver_comparison.compare(
-        victim_of(dataset, attack, seed), solvers=SOLVERS[dataset], iterations=(5, 20), config=CONFIG, rounds=(5,),
-        test_size=2000, dataset=spec, context=Context(1),
-    )  # fmt: skip
+    request = ComparisonRequest(
+        victim_of(dataset, attack, seed), SOLVERS[dataset], (5, 20), CONFIG, dataset=spec, rounds=(5,), test_size=2000
+    )
+    result = compare(request, Context(1))
     directory.mkdir(parents=True, exist_ok=True)
     report.draw(result, directory / "solvers.png")
     checkpoint.write_text(directory / "solvers.json", json.dumps(result, indent=1) + "\n")
@@ -90,7 +92,7 @@ def one(dataset: str, attack: str, seed: int) -> None:
 
 def theorem(directory: Path) -> None:
     """Relative error of the hypergradient after T inner and K fixed-point steps, for two penalties."""
-    artifact = open_artifact(directory, "ibau", CONFIG, dataset=os.environ.get("BDJAX_MNIST"))
+    artifact = open_artifact(directory, "ibau", CONFIG, source=EvaluationSource(os.environ.get("BDJAX_MNIST")))
     model, params = artifact.victim.model, artifact.victim.variables["params"]
     problem = ibau.problem(CONFIG, artifact.victim, artifact.view(), stage_key(0, "defense"))
     rows = []

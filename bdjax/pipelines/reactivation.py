@@ -201,7 +201,7 @@ def _clean_variables(artifact: ModelArtifact, request: ReactivationRequest, cont
         experiment, recorder = _training_experiment(artifact), Recorder(context.tick)
         return task_of(experiment, artifact.data, context, recorder, unfinished, Clock()).clean()
     other = _open(directory, request.dataset)
-    if (other.manifest["kind"], other.experiment.attack) != ("victim", "clean"):
+    if request.attack_clean_model and (other.manifest["kind"], other.experiment.attack) != ("victim", "clean"):
         raise InputError(
             f"{directory} holds no clean model but a {other.manifest['kind']} one ({other.experiment.attack}). "
             "Train one with `bdjax train clean`."

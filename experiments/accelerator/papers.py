@@ -22,9 +22,10 @@ from bdjax.defenses import bibau as bibau_
 from bdjax.defenses import ibau as ibau_
 from bdjax.engine import FitConfig
 from bdjax.io import checkpoint
-from bdjax.pipelines import reactivation
-from bdjax.pipelines.run import defend
-from bdjax.pipelines.victim import Context, train
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.defend import DefenseRequest, defend
+from bdjax.pipelines.reactivation import ReactivationRequest, reactivate
+from bdjax.pipelines.training import train
 
 SEEDS = (0, 1, 2)
 SMALL = FitConfig(epochs=2, batch_size=40)
@@ -76,7 +77,8 @@ def bibau(run: Run) -> None:
     purified = _defended(run, victim, experiment)
     begin = time.perf_counter()
     # retuning reads no clean model: the victim in its place spares the training of one
-    found = reactivation.reactivate(purified, "retuning", again, clean=victim, control=False)
+    request = ReactivationRequest(purified, "retuning", again, clean_model=victim, attack_clean_model=False)
+    found = reactivate(request)
     facts = {name: found[name] for name in ("n_test", "n_asr", "metric")}
     run.record("retuning", seed=0, before=_rates(found["before"]), after=_rates(found["after"]), **facts,
                seconds=found["seconds"]["attack"], compile_seconds=found["seconds"]["compile"],
@@ -146,9 +148,8 @@ def _defended(run: Run, victim: Path, experiment: Experiment) -> Path:
     begin = time.perf_counter()
     assert experiment.defense
     directory = run.work / "runs" / f"{run.step}-{experiment.seed}"
-    result = defend(
-        victim, experiment.defense, experiment.defense_config, directory, split=experiment.split, context=Context(1)
-    )
+    request = DefenseRequest(victim, experiment.defense, experiment.defense_config, experiment.split)
+    result = defend(request, directory, Context(1))
     facts = {name: result[name] for name in ("model", "seed", "defense", "n_test", "n_asr", "n_defender")}
     memory = {name: result[name] for name in ("peak_memory_bytes", "peak_memory_of")}
     run.record(

@@ -20,8 +20,9 @@ from typing import Any
 from bdjax import datasets, interop, registry
 from bdjax.config import SplitConfig
 from bdjax.io import checkpoint
-from bdjax.pipelines import run
-from bdjax.pipelines.victim import Context
+from bdjax.pipelines.context import Context
+from bdjax.pipelines.defend import DefenseRequest, defend
+from bdjax.pipelines.opening import EvaluationSource
 
 
 def main() -> None:
@@ -51,7 +52,8 @@ def one(
     victim: dict[str, Any], folder: Path, defense: str, size: int, seed: int, out: Path, measured: int
 ) -> dict[str, Any]:
     """Defend one victim, measure on at most `measured` held-out images (0: all), and return its row."""
-    path, given = folder / victim["path"], {}
+    path = folder / victim["path"]
+    given: dict[str, Any] = {}
     dataset = victim["dataset"]
     if not dataset.startswith("tfds:"):
         kind, _, place = dataset.partition(":")
@@ -69,11 +71,10 @@ def one(
         }
         path = directory
     config = registry.load("defenses", defense).Config()
-    result = run.defend(
-        path, defense, config, out / f"{victim['name']}-{defense}-{size}-{seed}",
-        split=SplitConfig("test", size, "stratified"), seed=seed, data=datasets.load(dataset), dataset=dataset,
-        context=Context(estimate=True, measured=measured), **given,
-    )  # fmt: skip
+    source = EvaluationSource(dataset, datasets.load(dataset), **given)
+    request = DefenseRequest(path, defense, config, SplitConfig("test", size, "stratified"), seed, source)
+    directory = out / f"{victim['name']}-{defense}-{size}-{seed}"
+    result: Any = defend(request, directory, Context(estimate=True, measured=measured))
     rounds = result["rounds"]
     chosen = next((int(row["chosen"]) for row in rounds if "chosen" in row), None)
     return {
