@@ -172,7 +172,7 @@ def test_what_an_accelerator_is_given_can_be_carried_out(module, tmp_path, monke
         "metric": "",
         "seconds": {"attack": 1, "compile": 1},
     }
-    monkeypatch.setattr(papers.reactivation, "reactivate", lambda *_, **__: found)
+    monkeypatch.setattr(papers, "reactivate", lambda *_, **__: found)
     (tmp_path / "manifest.json").touch()
     for step in (papers.ibau, papers.bibau, papers.age, papers.baeraser):
         step(run)

@@ -21,10 +21,13 @@ def pack(out: Path, keep: Path, files: int = FILES, size: int = SIZE) -> list[st
     Packing again replaces the archives. What is in OUT already counts as files.
 
     Args:
-      out: the output directory, which holds the records. keep: what is packed; it may be missing.
-      files: how many files OUT may hold in the end. size: bytes that one may have.
+      out: the output directory, which holds the records.
+      keep: directory of the files to pack; it may be missing.
+      files: number of files that OUT may hold in the end.
+      size: largest size of one file, in bytes.
 
-    Returns: names of the files that did not fit.
+    Returns:
+      Names of the files that did not fit.
     """
     for old in out.glob("files-*.zip"):
         old.unlink()

@@ -57,9 +57,14 @@ def carry_out(
     """Run the steps; append to `file` how each ended: ok, skipped, timeout or failed, with its seconds and the reason.
 
     Args:
-      command: of a step and its deadline (as time.time()), what is executed.
-      budget: seconds for everything since `began`. file: the records. logs: directory of what the steps print.
-      env: the processes' environment. began: as time.time(); default now. least: see :data:`LEAST`.
+      steps: in the order in which they run.
+      command: `command(step, deadline)` gives the command line; the deadline is as of time.time().
+      budget: seconds for everything since `began`.
+      file: of the records.
+      logs: directory of the output of the steps.
+      env: environment of the processes.
+      began: as of time.time(); None: now.
+      least: see :data:`LEAST`.
     """
     began = time.time() if began is None else began
     logs.mkdir(parents=True, exist_ok=True)
