@@ -61,7 +61,19 @@ class Config(CouplingConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """{"picture": float32 [H, W, C] in [0, 1]}. Raises InputError when the file or the grid does not fit."""
+    """Read the picture and cut it into pieces.
+
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: unused.
+
+    Returns:
+      {"picture": float32 [H, W, C] in [0, 1]}.
+
+    Raises:
+      InputError: the file or the grid does not fit the images.
+    """
     height, width, _ = task.model.shape
     if config.grid > min(height, width):
         raise InputError(f"attack.grid={config.grid} is finer than images of {height}x{width}. Use a smaller one.")
@@ -69,12 +81,32 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Blend all of the picture into images [N, H, W, C] in [0, 1]; same shape and range. The key is not used."""
+    """Blend the whole picture into images.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: "picture".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return images + config.test_opacity * (jnp.asarray(arrays["picture"])[None] - images)
 
 
 def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Blend `seen` pieces, drawn for each image, into images [N, H, W, C] in [0, 1]; same shape and range."""
+    """Blend a few pieces of the picture, drawn for each image, into images.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: draws the pieces.
+      arrays: "picture".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     count, height, width, _ = images.shape
     grid, keys = config.grid, key_per_image(key, count)
     rank = jnp.argsort(jax.vmap(lambda k: jax.random.uniform(k, (grid**2,)))(keys))  # of each piece, in each image
@@ -84,5 +116,14 @@ def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -
 
 
 def training_hook(config: Config, task: Task, poison: Poison) -> tuple[TrainingHook, Any] | None:
-    """The penalty of the enhanced attack with its arrays, or None when config.coupling is 0."""
+    """Return the latent penalty of the enhanced attack.
+
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      poison: the poisoned images.
+
+    Returns:
+      The hook and its arrays, or None when config.coupling is 0.
+    """
     return coupling_hook(config, task, poison)

@@ -69,9 +69,19 @@ class Config(CouplingConfig):
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Lay the waking pair on images [N, H, W, C] in [0, 1]; same shape and range. The key is not used.
+    """Put the two opaque test-time patches on images.
 
-    Raises: InputError when the images are too small for four corners of 3x3 cells.
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: unused.
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+
+    Raises:
+      InputError: the images are too small for four corners of 3x3 cells.
     """
     patches = _patches(*images.shape[1:])
     names = ("phoenix", "phoenix_left", "badnets") if config.wake == "phoenix_badnets" else ("firefox", "trojan")
@@ -82,7 +92,17 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
 
 
 def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Lay one patch, drawn for each image, on images [N, H, W, C] in [0, 1]; same shape and range."""
+    """Put one faint patch, drawn for each image, on images.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: draws the patch.
+      arrays: unused.
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     patches = _patches(*images.shape[1:])
     colours = jnp.stack([patches[name][0] for name in PATCHES])
     strengths = jnp.stack([getattr(config, name) * patches[name][1] for name in PATCHES])
@@ -91,7 +111,16 @@ def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -
 
 
 def training_hook(config: Config, task: Task, poison: Poison) -> tuple[TrainingHook, Any] | None:
-    """The penalty of the enhanced attack with its arrays, or None when config.coupling is 0."""
+    """Return the latent penalty of the enhanced attack.
+
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      poison: the poisoned images.
+
+    Returns:
+      The hook and its arrays, or None when config.coupling is 0.
+    """
     return coupling_hook(config, task, poison)
 
 

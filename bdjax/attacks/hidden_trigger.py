@@ -95,21 +95,52 @@ class Config(SourceConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """{"patch": float32 [h, w, C], "indices": int32 [n], "images": what stands there, as :class:`Poison` holds it}.
+    """Train a clean model and optimise the poisoned images against it.
 
-    Raises InputError when the target class is smaller than the ratio, the source class empty, or the patch too large.
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      {"patch": float32 [h, w, C], "indices": int32 [n], "images": the poisoned images as :class:`Poison` holds
+      them}.
+
+    Raises:
+      InputError: the target class is smaller than the ratio, the source class is empty, or the patch is too
+        large.
     """
     return _collided(config, task.clean(), task, key)
 
 
 def poison(config: Config, task: Task, key: Key, arrays: Arrays) -> Poison:
-    """The altered images where the originals stood, with their own labels. The key is not used."""
+    """Put the optimised images in place of the originals, with the original labels.
+
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: unused.
+      arrays: "indices" and "images".
+
+    Returns:
+      The poisoned images.
+    """
     indices = np.asarray(arrays["indices"])
     return Poison(indices, np.asarray(arrays["images"]), task.labels[indices].astype(np.int32))
 
 
 def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor:
-    """Alter images by the clean model of `variables`, then train on them as `start` and `train_on` say."""
+    """Optimise the poisoned images against the clean model, then train on them.
+
+    Args:
+      config: hyper-parameters of the attack.
+      variables: of the model that was trained without poison.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      The backdoored model, trained as `start` and `train_on` say.
+    """
     arrays = _collided(config, variables, task, jax.random.split(key, 3)[0])
     made = poison(config, task, key, arrays)
     both = poisoned_set(made, task.images, task.labels) if config.train_on == "all" else (made.images, made.labels)
@@ -119,7 +150,17 @@ def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Put the patch on images [N, H, W, C] in [0, 1], at a place drawn for each; same shape and range."""
+    """Put the patch on images, at a position drawn for each.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: draws the positions.
+      arrays: "patch".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     patch = jnp.asarray(arrays["patch"])
     room = jnp.array([images.shape[1] - patch.shape[0], images.shape[2] - patch.shape[1]]) + 1
     return put_anywhere(images, patch, key, 0, room)

@@ -93,10 +93,18 @@ class Config(PoisonConfig):
 
 
 def train(config: Config, task: Task, key: Key) -> Backdoor:
-    """Train M, then the classifier by the task's recipe with G inside the step.
+    """Train the mask network, then the classifier together with the pattern network.
 
-    Returns: the classifier; arrays "pattern/..." and "mask/...", the variables of G and M.
-    Raises InputError when the images are too few to poison one, or too small for `downs`.
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      The classifier, with the variables of both networks as arrays "pattern/..." and "mask/...".
+
+    Raises:
+      InputError: there are too few images to poison one, or they are too small for `downs`.
     """
     if int(config.ratio * len(task.images)) < 1:
         raise InputError(f"attack.ratio={config.ratio} of {len(task.images)} images is none. Use a larger ratio.")
@@ -114,7 +122,17 @@ def train(config: Config, task: Task, key: Key) -> Backdoor:
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Give images [N, H, W, C] in [0, 1] their own triggers; same shape and range. The key is not used."""
+    """Put an individual trigger on each image.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: variables of the pattern and mask networks.
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     pattern, mask = _networks(config, images.shape[1:])
     drawn, where = (
         pattern.apply(unflatten_variables("pattern", arrays), images)[0],

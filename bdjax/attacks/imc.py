@@ -53,16 +53,36 @@ class Config(_marks.MarkConfig):
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Paste the mark into images [N, H, W, C] in [0, 1]; same shape and range. The key is not used."""
+    """Paste the mark into images.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: "mark" and "place".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return _marks.paste(images, arrays)
 
 
 def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor:
-    """Optimise mark and model in turns, from the model with `variables`.
+    """Optimise the mark and the model alternately, starting from the clean model.
 
-    Returns: a Backdoor with arrays {"mark": float32 [s, s, C] in [0, 1], "place": int32 [2], "neurons": int32 [n]}.
-    Raises: InputError when the mark or the share does not fit, too few neurons are active, every image has the
-      wanted label already, or a batch cannot be cut over the devices.
+    Args:
+      config: hyper-parameters of the attack.
+      variables: of the model that was trained without poison.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      The backdoored model, with arrays {"mark": float32 [s, s, C] in [0, 1], "place": int32 [2], "neurons": int32
+      [n]}.
+
+    Raises:
+      InputError: the mark or the share does not fit, too few neurons are active, every image has the target's
+        label already, or a batch cannot be divided over the devices.
     """
     wanted = relabel(config, task.labels, task.classes)
     pool = np.flatnonzero(wanted != task.labels)

@@ -71,9 +71,15 @@ class Config(PoisonConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """Train encoder and decoder on the clean training images.
+    """Train the encoder and the decoder on the clean training images.
 
-    Returns: {"code": uint8 [bits], "bit_accuracy": float32, "encoder/...": the encoder's variables}.
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      {"code": uint8 [bits], "bit_accuracy": float32, "encoder/...": variables of the encoder}.
     """
     encoder, decoder = _networks(config, task.model.shape)
     keys = jax.random.split(key, 4)
@@ -91,7 +97,17 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Hide the code in images [N, H, W, C] in [0, 1]; same shape and range. The key is not used."""
+    """Encode the code into images.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: "code" and the variables of the encoder.
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     encoder, _ = _networks(config, images.shape[1:])
     codes = jnp.broadcast_to(jnp.asarray(arrays["code"]).astype(jnp.float32), (len(images), config.bits))
     return encoder.apply(unflatten_variables("encoder", arrays), images, codes)[0]

@@ -76,7 +76,19 @@ def parts(config: Config) -> tuple[Part, ...]:
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """The arrays of all parts, as LABEL/NAME. Raises InputError when a part or its target does not fit."""
+    """Prepare the arrays of all parts.
+
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      The arrays, as LABEL/NAME.
+
+    Raises:
+      InputError: a part or its target does not fit.
+    """
     arrays: dict[str, Any] = {}
     for index, part in enumerate(parts(config)):
         check_target(part.config, task.classes)
@@ -88,7 +100,17 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
 
 def poison(config: Config, task: Task, key: Key, arrays: Arrays) -> Poison:
-    """Part i's poison in the i-th copy of the training set."""
+    """Poison the i-th copy of the training set by the i-th part.
+
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: random key.
+      arrays: of the parts, as LABEL/NAME.
+
+    Returns:
+      The poisoned images of all copies.
+    """
     made = [
         attacks.poison(part.attack, part.config, task, jax.random.fold_in(key, i), part_arrays(arrays, part))
         for i, part in enumerate(parts(config))
@@ -104,7 +126,16 @@ def poison(config: Config, task: Task, key: Key, arrays: Arrays) -> Poison:
 
 
 def training_hook(config: Config, task: Task, poison: Poison) -> None:
-    """Nothing: refuses parts that act in every training step. Raises InputError for them."""
+    """Refuse parts that act in every training step.
+
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      poison: the poisoned images.
+
+    Raises:
+      InputError: a part does.
+    """
     for part in parts(config):
         spec, nothing = registry.load("attacks", part.attack), np.zeros(0, np.int32)
         none = Poison(nothing, task.images[:0], nothing)
@@ -113,7 +144,17 @@ def training_hook(config: Config, task: Task, poison: Poison) -> None:
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Images [N, H, W, C] in [0, 1], the i-th with the trigger of part i mod P: a sample. ASRs take each on all."""
+    """Put the trigger of part i mod P on the i-th image: a sample, because an ASR puts each part's on all images.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: random key.
+      arrays: of the parts, as LABEL/NAME.
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     own = parts(config)
     for index, part in enumerate(own[: len(images)]):
         stamp = attacks.trigger_of(part.attack, part.config, part_arrays(arrays, part))

@@ -90,9 +90,18 @@ class Config(PoisonConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """{"noise": float32 [H, W, C] in [-epsilon, epsilon]}.
+    """Optimise the noise on a surrogate, or read it from a file.
 
-    Raises InputError when the target class has no image, or a file does not fit.
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      {"noise": float32 [H, W, C] in [-epsilon, epsilon]}.
+
+    Raises:
+      InputError: the target class has no image, or a file does not fit.
     """
     own = task.images[task.labels == config.target % task.classes]
     if len(own) < parallel.count():
@@ -131,12 +140,32 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Add the noise at its test strength to images [N, H, W, C] in [0, 1]; same shape and range."""
+    """Add the noise to images at its test-time strength.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: "noise".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return jnp.clip(images + config.boost * jnp.asarray(arrays["noise"]), 0, 1)
 
 
 def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """The same at the strength of training."""
+    """Add the noise to images at its training strength.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: "noise".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return jnp.clip(images + jnp.asarray(arrays["noise"]), 0, 1)
 
 

@@ -66,12 +66,17 @@ class Config:
 
 
 def reactivate(config: Config, inputs: ReactivationInputs, backdoor: Backdoor, task: Task, key: Key) -> Backdoor:
-    """Learn Φ.
+    """Train the perturbation network Φ to make the purified model respond to the trigger again.
 
     Args:
-      defended: purified, retuned and clean variables, and the payload; backdoor: the attack.
+      config: hyper-parameters of the attack.
+      inputs: purified, retuned and clean variables, and the poisoned images.
+      backdoor: the attack that was planted, with its arrays.
+      task: training set, model and training functions.
+      key: random key.
 
-    Returns: the backdoor with the purified variables as they were, and Φ's layers as arrays "w0", "b0", ...
+    Returns:
+      The unchanged purified variables, with the layers of Φ as arrays "w0", "b0", ...
     """
     poison, step = inputs.payload, _step(task.model)
     pool = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(task.labels)))[: config.count]
@@ -99,7 +104,16 @@ def reactivate(config: Config, inputs: ReactivationInputs, backdoor: Backdoor, t
 
 
 def perturb(config: Config, images: Images, arrays: Arrays) -> Images:
-    """x + Φ(x), clipped: images float32 [N, H, W, C] in [0, 1] -> the same."""
+    """Add the perturbation Φ(x) to images x and clip.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      arrays: the layers of Φ.
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return _changed(images, arrays, config.budget)
 
 

@@ -73,9 +73,18 @@ class Config(PoisonConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """The pictures: {"reflections": uint8 [n, H, W, C]}.
+    """Choose the pictures that are reflected.
 
-    Raises InputError when the file does not fit, or all training images are of the target class.
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      {"reflections": uint8 [n, H, W, C]}.
+
+    Raises:
+      InputError: the file does not fit, or all training images are of the target class.
     """
     height, width, channels = task.model.shape
     if config.reflections:
@@ -100,9 +109,16 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Reflect a picture in each of images [N, H, W, C] in [0, 1]; same shape and range.
+    """Add the reflection of a picture to each image.
 
-    Args: key, draws the picture, its kind and its parameters for each image.
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: draws the picture, the kind of reflection and its parameters for each image.
+      arrays: "reflections".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
     """
     bank = _power(to_float(arrays["reflections"]), 2.2)
     _, height, width, channels = bank.shape

@@ -56,13 +56,20 @@ class Config:
 
 
 def reactivate(config: Config, inputs: ReactivationInputs, backdoor: Backdoor, task: Task, key: Key) -> Backdoor:
-    """Fine-tune the purified model.
+    """Fine-tune the purified model on a few poisoned images among clean ones.
 
     Args:
-      defended: the purified variables and the payload of `count` images; backdoor: the attack.
+      config: hyper-parameters of the attack.
+      inputs: the purified variables and `count` poisoned images.
+      backdoor: the attack that was planted, with its arrays.
+      task: training set, model and training functions.
+      key: random key.
 
-    Returns: the backdoor with the retuned variables.
-    Raises: InputError when the share has no room for the poisoned images.
+    Returns:
+      The backdoor with the retuned variables.
+
+    Raises:
+      InputError: the share has no room for the poisoned images.
     """
     chosen = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(task.labels)))
     chosen = chosen[: max(1, int(config.share * len(task.labels)))]

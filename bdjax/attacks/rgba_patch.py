@@ -61,9 +61,18 @@ class Config(PoisonConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """The patch in its place: {"picture": float32 [H, W, C], "alpha": float32 [H, W, 1]}, both in [0, 1].
+    """Read or draw the patch and put it at its position.
 
-    Raises InputError when the patch or the file does not fit the images.
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: unused.
+
+    Returns:
+      {"picture": float32 [H, W, C], "alpha": float32 [H, W, 1]}, both in [0, 1].
+
+    Raises:
+      InputError: the patch or the file does not fit the images.
     """
     height, width, channels = task.model.shape
     scale = min(height, width) / 32
@@ -88,12 +97,32 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Lay the patch on images [N, H, W, C] in [0, 1] as at test time; same shape and range. The key is not used."""
+    """Put the patch on images with its test-time opacity.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: "picture" and "alpha".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return _laid(arrays, images, min(config.boost * _opacity(config), 1.0))
 
 
 def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """The same with the opacity of training."""
+    """Put the patch on images with its training opacity.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: "picture" and "alpha".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return _laid(arrays, images, _opacity(config))
 
 

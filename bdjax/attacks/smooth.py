@@ -64,9 +64,18 @@ class Config(PoisonConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """{"pattern": float32 [H, W, C] in [0, peak]}.
+    """Optimise a smooth universal perturbation on a clean model.
 
-    Raises InputError when all training images are of the target class, and when DeepFool reaches it from none.
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      {"pattern": float32 [H, W, C] in [0, peak]}.
+
+    Raises:
+      InputError: all training images are of the target class, or DeepFool reaches it from none of them.
     """
     model, variables, target = task.model, to_one_device(task.clean()), config.target % task.classes
     pool = np.flatnonzero(task.labels != target)
@@ -98,7 +107,17 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Add the perturbation to images [N, H, W, C] in [0, 1]; same shape and range. The key is not used."""
+    """Add the perturbation to images.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: "pattern".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return jnp.clip(images + jnp.asarray(arrays["pattern"]), 0, 1)
 
 

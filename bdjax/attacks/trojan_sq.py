@@ -35,13 +35,35 @@ class Config(TrojanConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """{"pattern": float32 [H, W, C] in [0, 1]}. Raises InputError when no pattern in the mask has the norm."""
+    """Optimise the square pattern on a clean model.
+
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      {"pattern": float32 [H, W, C] in [0, 1]}.
+
+    Raises:
+      InputError: no pattern in the mask has the norm.
+    """
     height, width, _ = task.model.shape
     return {"pattern": trojan_pattern(config, task, key, np.outer(_covered(height), _covered(width)))}
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Add the pattern to images [N, H, W, C] in [0, 1]; same shape and range. The key is not used."""
+    """Add the pattern to images.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: "pattern".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return jnp.clip(images + jnp.asarray(arrays["pattern"]), 0, 1)
 
 

@@ -35,15 +35,35 @@ class Config(_marks.MarkConfig):
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Paste the mark into images [N, H, W, C] in [0, 1]; same shape and range. The key is not used."""
+    """Paste the mark into images.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: "mark" and "place".
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return _marks.paste(images, arrays)
 
 
 def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor:
-    """Optimise the mark on the model with `variables`, then fine-tune.
+    """Optimise the mark on the clean model, then fine-tune the model.
 
-    Returns: a Backdoor with arrays {"mark": float32 [s, s, C] in [0, 1], "place": int32 [2], "neurons": int32 [n]}.
-    Raises: InputError when the mark or the share does not fit, or too few neurons are active.
+    Args:
+      config: hyper-parameters of the attack.
+      variables: of the model that was trained without poison.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      The backdoored model, with arrays {"mark": float32 [s, s, C] in [0, 1], "place": int32 [2], "neurons": int32
+      [n]}.
+
+    Raises:
+      InputError: the mark or the share does not fit, or too few neurons are active.
     """
     arrays = _marks.optimise_mark(config, variables, task, keys_of(key).prepare)
     variables, arrays = _marks.inject(config, variables, task, key, arrays)

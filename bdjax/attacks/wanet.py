@@ -56,7 +56,16 @@ class Config(PoisonConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """The field n, float32 [H, W, 2] (x, y), of mean absolute value about one."""
+    """Draw the warping field.
+
+    Args:
+      config: hyper-parameters of the attack.
+      task: gives the size of the images.
+      key: draws the field.
+
+    Returns:
+      {"field": float32 [H, W, 2] (x, y), with a mean absolute value of about one}.
+    """
     height, width, _ = task.model.shape
     vectors = jax.random.uniform(key, (config.grid, config.grid, 2), minval=-1, maxval=1)
     vectors = vectors / jnp.abs(vectors).mean()
@@ -65,12 +74,31 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
-    """Warp images [N, H, W, C] in [0, 1] by the field; same shape and range. The key is not used."""
+    """Warp images by the field.
+
+    Args:
+      config: hyper-parameters of the attack.
+      images: float32 [N, H, W, C] in [0, 1].
+      key: unused.
+      arrays: the field.
+
+    Returns:
+      float32 [N, H, W, C] in [0, 1].
+    """
     return _sample(images, _points(config, arrays["field"]))
 
 
 def train(config: Config, task: Task, key: Key) -> Backdoor:
-    """Train with the warp and the noise mode in every batch."""
+    """Train with the warp and the noise mode in every batch.
+
+    Args:
+      config: hyper-parameters of the attack.
+      task: training set, model and training functions.
+      key: random key.
+
+    Returns:
+      The backdoored model with the field.
+    """
     arrays = prepare(config, task, keys_of(key).prepare)
     hook = TrainingHook((config, task.classes), (config.ratio, config.noise_ratio), _transform)
     attacker = {"fixed": arrays}
