@@ -1,7 +1,7 @@
-"""A grid of experiments: what is not finished yet, each cell in a process of its own, failures told at the end.
+"""A grid of experiments: every unfinished cell runs in a process of its own, and failures are listed at the end.
 
-A file of experiments defines TITLE, SEEDS and CELLS. Cells that share a victim train it once; a killed worker's
-cell is started again and goes on from the last epoch.
+A file of experiments defines TITLE, SEEDS and CELLS. Cells that share a victim train it once; the cell of a worker that
+was killed is started again and continues from the last epoch.
 """
 
 import json
@@ -70,15 +70,23 @@ def sweep(
     tick: Callable[[str, int, int], None] = lambda stage, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
-    """Run the cells of `file` that have no result in `out` yet.
+    """Run the cells of a file of experiments that have no result yet.
 
     Args:
-      out: default runs/NAME of the file. Gets cells.json, victims/, HASH/ for each run and logs/.
-      seeds: comma-separated; default the file's SEEDS.
-      shard: "i/n", the i-th of n parts; cells of one victim stay in one part.
-      workers: processes at a time. say: is given a line for each cell that ends.
+      file: of the experiments.
+      out: directory of the results, which gets cells.json, victims/, HASH/ for each run and logs/; None: runs/NAME.
+      seeds: comma-separated; "": the file's SEEDS.
+      shard: "i/n", the i-th of n parts; cells that share a victim stay in one part.
+      workers: processes at a time.
+      devices: local devices that each cell uses, 0 for all.
+      tick: called with the progress.
+      say: called with a line for each cell that ends.
 
-    Returns: a line for each failed cell, with its error.
+    Returns:
+      A line for each failed cell, with its error.
+
+    Raises:
+      InputError: the file defines no experiments, or an option is out of range.
     """
     module, out = _module(file), Path(out) if out else Path("runs") / Path(file).stem
     chosen = parse_integers("--seeds", seeds, "0,1,2") if seeds else tuple(module.SEEDS)
