@@ -69,7 +69,7 @@ def test_many_pictures_of_an_allowed_size_are_bounded_together(tmp_path):
     for place in range(1, 40):
         os.link(first, tmp_path / "set" / ("a" if place % 2 else "b") / f"{place}.png")
     said = says(datasets.load, f"folder:{tmp_path}/set")
-    assert "take 2013265920 bytes; at most 536870912 (512 MiB)" in said
+    assert "take 2013265920 bytes; the limit is 536870912 bytes (512 MiB)" in said
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_a_normalisation_layer_is_the_inputs():
     np.testing.assert_allclose(found.mean + found.std, [*mean, *std], rtol=1e-6)
     assert found.channels == "bgr"
     assert _metadata.normalisation("f", {"": bytes_}, Input((0.4914, 0.5, 0.4), (0.25, 0.2, 0.3)))[0]
-    with pytest.raises(InputError, match="normalisation layer .'n.mean'.*Leave both"):
+    with pytest.raises(InputError, match="normalisation layer .'n.mean'.*Omit both"):
         _metadata.normalisation("f", {"": bytes_}, Input((0.5,), (0.5,)))
     for odd in ({"n.mean": held(mean)}, {"n.mean": held(mean), "n.std": held(-std)},
                 {"n.mean": held(mean), "n.std": held(std), "m.mean": held(std), "m.std": held(std)}):  # fmt: skip

@@ -181,7 +181,7 @@ def test_missing_left_over_and_misshapen_tensors_stand_in_two_columns(form, tmp_
     table = {tuple(part for part in line.strip().split("  ") if part) for line in lines[1:]}
     assert {part.strip() for row in table for part in row} == {
         "resnet18 needs", "the file has", "layer1.0.conv1.weight [2, 2, 3, 3]", "missing", "linear.bias [10]", "[9]",
-        "layer2.1.bn1.bias [4]", "int64, no floating-point numbers", "extra.weight [2, 2, 3, 3]",
+        "layer2.1.bn1.bias [4]", "int64, not floating point", "extra.weight [2, 2, 3, 3]",
     }  # fmt: skip
     wide = lines[1].index("the file has")
     assert all(len(line) <= wide or line[:wide].strip() == "" or line[wide - 1] == " " for line in lines[2:])

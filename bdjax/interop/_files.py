@@ -52,7 +52,7 @@ def _safe_tensor(path: Path, file: Any, name: str) -> Tensor:
     part = file.get_slice(name)
     dtype = part.get_dtype()
     if dtype not in _SAFE:
-        raise Refused(f"tensor {quote(name)} is of type {quote(dtype)}; read are {', '.join(_SAFE)}")
+        raise Refused(f"tensor {quote(name)} is of type {quote(dtype)}; supported are {', '.join(_SAFE)}")
 
     def read() -> np.ndarray:
         with safetensors.safe_open(path, framework="numpy") as opened:  # closed at once, because it maps the whole file
@@ -70,7 +70,7 @@ def open_zip(path: Path) -> Any:
         raise Refused("it is a zip without one data.pkl: torch.save did not write it")
     folder = pickles[0].removesuffix("data.pkl")
     if entries[pickles[0]][1] > MAX_BYTES:
-        raise Refused(f"its data.pkl has more than {MAX_BYTES >> 20} MiB; weights lie in files of their own")
+        raise Refused(f"its data.pkl has more than {MAX_BYTES >> 20} MiB; weights are stored in separate entries")
     with open(path, "rb") as file:
         start, size = entries.get(f"{folder}byteorder", (0, 0))
         file.seek(start)
@@ -95,7 +95,7 @@ def _storage(reference: Any, known: dict[str, Storage]) -> Storage:
     `known` holds the storages by key; a new key is added.
     """
     if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
-        raise Refused(f"it refers to {quote(reference)}, which is no storage of a tensor")
+        raise Refused(f"it refers to {quote(reference)}, which is not a storage of a tensor")
     kind, key, count = reference[1], reference[2], reference[4]
     dtype = None
     if isinstance(kind, Global):
@@ -127,13 +127,13 @@ def _entries(path: Path) -> dict[str, tuple[int, int]]:
             if name.startswith("/") or "\\" in name or ".." in name.split("/") or ":" in name:
                 raise Refused(f"its entry {quote(name)} points outside of it")
             if name in positions:
-                raise Refused(f"its entry {quote(name)} is there twice")
+                raise Refused(f"its entry {quote(name)} occurs twice")
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
                 raise Refused(f"its entry {quote(name)} is compressed, which torch.save never does; it is not unpacked")
             file.seek(max(0, info.header_offset))  # a negative offset is invalid
             header = file.read(30)
             if len(header) < 30 or header[:4] != b"PK\3\4":
-                raise Refused(f"its entry {quote(name)} does not lie where its directory says: it is damaged")
+                raise Refused(f"its entry {quote(name)} is not at the position in the directory: it is damaged")
             start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
             if start + info.file_size > size:
                 raise Refused(f"its entry {quote(name)} claims {info.file_size} bytes: it is cut off")
@@ -173,7 +173,7 @@ def _check_directory(file: Any, size: int) -> None:
     file.seek(max(0, size - 42))
     tail = file.read()
     if len(tail) < 22 or tail[-22:-18] != b"PK\5\6":
-        raise Refused("its end is missing or not torch's: the zip is cut off, or something follows it")
+        raise Refused("its end record is missing: the zip is cut off, or followed by other data")
     length = struct.unpack("<I", tail[-10:-6])[0]
     if tail[:4] == b"PK\6\7":  # zip64 keeps its sizes in a preceding record
         file.seek(max(0, size - 42 - 56))
@@ -232,7 +232,7 @@ def _legacy_roots(
 
 
 def _no_storage(reference: Any) -> Any:
-    raise Refused("it refers to a storage where none can be: it is damaged")
+    raise Refused("it is damaged (it refers to a storage where none is allowed)")
 
 
 def _legacy_storage(reference: Any, known: dict[str, Storage], views: dict[str, tuple[str, int]]) -> Any:

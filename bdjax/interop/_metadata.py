@@ -143,7 +143,7 @@ def normalisation(
         if is_stated and not (_agree(stated.mean or (0.0,), mean) and _agree(stated.std or (1.0,), std)):
             raise InputError(
                 f"{file} has a normalisation layer ({quote(pairs[0][0])}: mean {_listed(mean)}, std {_listed(std)}), "
-                "and --input-mean or --input-std says something else. Leave both flags away."
+                "and --input-mean or --input-std contradicts it. Omit both flags."
             )
         inputs[place] = replace(stated, mean=mean, std=std)
         names[place] = frozenset(name for pair in pairs for name in pair)
@@ -229,7 +229,7 @@ def _names(entry: Any, count: int) -> tuple[tuple[str, ...], str]:
         return (), f"one has more than {_LONGEST} characters"
     names = tuple(visible(str(name)) for name in entry)
     repeated = [name for name, times in Counter(names).items() if times > 1]
-    return ((), f"{quote(repeated[0])} is there more than once") if repeated else (names, "")
+    return ((), f"{quote(repeated[0])} occurs more than once") if repeated else (names, "")
 
 
 def accuracy(value: Any) -> float | None:
@@ -282,9 +282,10 @@ def check_plain_tensors(file: Path, key: str, objects: Mapping[str, str], ignore
     unreadable = {name: kind for name, kind in objects.items() if is_tensor(kind) and not _is_any(name, ignore)}
     if unreadable:
         listed = ", ".join(f"{quote(name)} ({quote(kind)[1:-1]})" for name, kind in list(unreadable.items())[:5])
+        place = f" under {key!r}" if key else ""
         raise InputError(
-            f"{file} is not read: among the weights{f' under {key!r}' if key else ''} stands what is no plain tensor: "
-            f"{listed}. Save plain tensors alone, or leave it out with --ignore {quote(next(iter(unreadable)))[1:-1]}."
+            f"{file} is not read: the weights{place} contain objects that are not plain tensors: {listed}. "
+            f"Save plain tensors only, or exclude them with --ignore {quote(next(iter(unreadable)))[1:-1]}."
         )
 
 

@@ -19,7 +19,7 @@ MAX_OPCODES = 1_000_000
 MAX_NAMES = 100_000  # references to classes and functions; torch.save writes each once
 MAX_ENCODED = 96 << 20  # characters of bytes in Python 2's encoding, in total
 _MARK = object()
-_STACK_EMPTY = Refused("the pickle takes more from its stack than is there: it is damaged")
+_STACK_EMPTY = Refused("the pickle is damaged (its stack is empty)")
 
 
 def load(stream: BinaryIO, persistent: Callable[[Any], Any]) -> Any:
@@ -113,7 +113,7 @@ def _extend_list(stack: list[Any], items: list[Any]) -> None:
     if isinstance(stack[-1], Skipped):
         return
     if not isinstance(stack[-1], list):
-        raise Refused("the pickle appends to what is no list: it is damaged")
+        raise Refused("the pickle is damaged (it appends to an object that is not a list)")
     stack[-1].extend(items)
 
 
@@ -123,7 +123,7 @@ def _update_dict(stack: list[Any], items: list[Any]) -> None:
     if isinstance(target, Skipped):
         return
     if not isinstance(target, dict) or len(items) % 2:
-        raise Refused("the pickle stores pairs in what is no dictionary: it is damaged")
+        raise Refused("the pickle is damaged (it stores items in an object that is not a dictionary)")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if isinstance(key, list | dict | bytearray):
             raise Refused(f"a dictionary has {quote(key)} as a key, which no dictionary can have: it is damaged")
@@ -141,7 +141,7 @@ def _dictionary(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     dictionary: dict[Any, Any] = {}
     for pair in arguments[0] if arguments and isinstance(arguments[0], list) else ():
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise Refused("an ordered dictionary is made of what are no pairs: it is damaged")
+            raise Refused("the pickle is damaged (an ordered dictionary is built from items that are not pairs)")
         _update_dict([dictionary], list(pair))
     return dictionary
 
@@ -149,7 +149,7 @@ def _dictionary(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 def _rebuild_tensor(arguments: tuple[Any, ...]) -> Tensor | Skipped:
     """Return the tensor of _rebuild_tensor(storage, offset, shape, stride, ...)."""
     if len(arguments) < 4 or not isinstance(arguments[0], Storage):
-        raise Refused("a tensor is made of something else than a storage: it is damaged")
+        raise Refused("the pickle is damaged (a tensor is built without a storage)")
     if arguments[0].dtype in OTHER_STORAGES:
         return Skipped(f"a tensor of {arguments[0].dtype}")
     return arguments[0].tensor(*arguments[1:4])
@@ -159,7 +159,7 @@ def _rebuild_tensor_v3(arguments: tuple[Any, ...]) -> Tensor | Skipped:
     """Return the tensor of _rebuild_tensor_v3: a storage of bytes, and the element type as the last argument."""
     untyped = arguments[0] if len(arguments) > 6 else None
     if not isinstance(untyped, Storage) or not isinstance(arguments[6], Global):
-        raise Refused("a tensor is made of something else than a storage and a type: it is damaged")
+        raise Refused("the pickle is damaged (a tensor is built without a storage and a type)")
     dtype = arguments[6].removeprefix("torch.")
     if dtype not in DTYPES:
         return Skipped(f"a tensor of {arguments[6]}")
@@ -173,7 +173,7 @@ def _rebuild_tensor_v3(arguments: tuple[Any, ...]) -> Tensor | Skipped:
 def _rebuild_parameter(arguments: tuple[Any, ...]) -> Tensor | Skipped:
     """Return the tensor of a parameter."""
     if not arguments or not isinstance(arguments[0], Tensor | Skipped):
-        raise Refused("a parameter is made of something else than a tensor: it is damaged")
+        raise Refused("the pickle is damaged (a parameter is built without a tensor)")
     return arguments[0]
 
 
@@ -189,7 +189,7 @@ def _reduce(stack: list[Any]) -> int:
     """Interpret a call on the stack, and return the number of characters that it encoded to bytes."""
     arguments, function = stack.pop(), stack.pop()
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
-        raise Refused("the pickle calls what is no function: it is damaged")
+        raise Refused("the pickle is damaged (it calls an object that is not a function)")
     if function in STORAGES:
         raise Refused(f"it asks to make a {function}, which torch.save does not write")
     if function == "_codecs.encode" and arguments[1:] == ("latin1",) and type(arguments[0]) is str:
@@ -214,7 +214,7 @@ def _new(count: int) -> Callable[[list[Any]], None]:
             stack.pop()
         name = stack.pop()
         if not isinstance(name, Global):
-            raise Refused("the pickle makes an instance of what is no class: it is damaged")
+            raise Refused("the pickle is damaged (it builds an instance of an object that is not a class)")
         stack.append(_dictionary(()) if name in _DICTIONARIES else Skipped(str(name)))
 
     return build
@@ -228,13 +228,13 @@ def _build(stack: list[Any]) -> None:
     elif isinstance(target, Skipped):
         target.network |= isinstance(state, dict) and "_modules" in state and "_parameters" in state
     elif not isinstance(target, dict):
-        raise Refused("the pickle gives a state to what has none: it is damaged")
+        raise Refused("the pickle is damaged (it sets the state of an object that has none)")
 
 
 def _additems(stack: list[Any]) -> None:
     _pop_to_mark(stack)
     if not isinstance(stack[-1], Skipped):
-        raise Refused("the pickle adds to what is no set: it is damaged")
+        raise Refused("the pickle is damaged (it adds to an object that is not a set)")
 
 
 def _frozenset(stack: list[Any]) -> None:
@@ -246,7 +246,7 @@ def _pop_name(stack: list[Any]) -> str:
     """Pop a global's module and name, and return MODULE.NAME."""
     name, module = stack.pop(), stack.pop()
     if type(name) is not str or type(module) is not str:
-        raise Refused("the pickle names a global by what is no text: it is damaged")
+        raise Refused("the pickle is damaged (the name of a global is not a string)")
     return f"{module}.{name}"
 
 

@@ -228,11 +228,11 @@ def _fit(facts: ModelFacts, naming: names.Naming, key: str, prefix: str, tensors
         needs = f"{quote(prefix + entry.name)[1:-1]} {list(entry.shape)}"
         if tensor is None:
             kind = objects.get(prefix + entry.name)
-            differences.append((needs, "missing" if kind is None else f"{quote(kind)[1:-1]}, no plain tensor"))
+            differences.append((needs, "missing" if kind is None else f"{quote(kind)[1:-1]}, not a plain tensor"))
         elif tensor.shape != entry.shape:
             differences.append((needs, str(list(tensor.shape))))
         elif tensor.dtype not in _FLOATS:
-            differences.append((needs, f"{tensor.dtype}, no floating-point numbers"))
+            differences.append((needs, f"{tensor.dtype}, not floating point"))
     expected = {entry.name for entry in entries}
     expected |= {entry.name.replace("running_var", names.COUNTER) for entry in entries if entry.path[-1] == "var"}
     unmatched = facts.unmatched.get(key, frozenset())

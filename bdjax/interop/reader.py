@@ -24,7 +24,7 @@ _SHORT = 64  # largest number of entries of a list or tuple that are examined
 _LONGEST = 200  # largest number of characters of a key within a place
 _HDF5, _HDF5_PLACES = b"\x89HDF\r\n\x1a\n", (0, 512, 1024, 2048)  # positions of the signature, after a user block
 _OTHERS = {
-    b"TFL3": "it is a TensorFlow Lite program, which is not read. Give the weights that it was made of",
+    b"TFL3": "it is a TensorFlow Lite program, which is not read. Give the weights that it was converted from",
     b"(\xb5/\xfd": "it is compressed by zstd. Unpack it: unzstd FILE",
     b"7z\xbc\xaf": "it is a 7z archive. Unpack it (7z x FILE) and give the weight file that was in it",
     b"\x1f\x8b": "it is compressed by gzip. Unpack it: gunzip FILE",
