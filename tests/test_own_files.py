@@ -28,9 +28,9 @@ def test_image_trigger_from_files(blobs_npz, capsys, tmp_path):
 
 
 def test_own_attack_in_a_file_outside_the_package(blobs_npz, capsys, tmp_path):
-    """The README's example of an attack, word for word."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    source = readme.split("<!-- example: attack -->")[1].split("```python\n")[1].split("```")[0]
+    """The guide's example of an attack, word for word."""
+    guide = (Path(__file__).parent.parent / "docs" / "add-a-method.md").read_text()
+    source = guide.split("<!-- example: attack -->")[1].split("```python\n")[1].split("```")[0]
     assert len(source.splitlines()) <= 40
     (tmp_path / "stripes.py").write_text(source)
     out = tmp_path / "v"
@@ -41,9 +41,9 @@ def test_own_attack_in_a_file_outside_the_package(blobs_npz, capsys, tmp_path):
 
 
 def test_own_defense_in_a_file_outside_the_package(finished, capsys, tmp_path):
-    """The README's example of a defense, word for word."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    source = readme.split("<!-- example: defense -->")[1].split("```python\n")[1].split("```")[0]
+    """The guide's example of a defense, word for word."""
+    guide = (Path(__file__).parent.parent / "docs" / "add-a-method.md").read_text()
+    source = guide.split("<!-- example: defense -->")[1].split("```python\n")[1].split("```")[0]
     assert len(source.splitlines()) <= 40
     (tmp_path / "shrink.py").write_text(source)
     argv = [
