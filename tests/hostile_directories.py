@@ -84,7 +84,6 @@ def manifests(data, spec):
     """What the manifests of every kind hold before they are written: {kind: fields}."""
     from bdjax.config import Experiment, SplitConfig, config_of, to_json
 
-
     def method(kind, name):
         return {"name": name, "config": to_json(config_of(kind, name)()), "seed": 0}
 
@@ -121,7 +120,6 @@ def make(folder, spec):
 
     from bdjax import datasets, interop, models
     from bdjax.io import checkpoint
-
 
     data = datasets.load(spec)
     found = manifests(data, spec)

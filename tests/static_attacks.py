@@ -27,7 +27,8 @@ def planted(name, task, **fields):
 
 def stamped(name, images, task=None, training=False, **fields):
     """Float images with the trigger of test time (or of training) on them."""
-    config, module, images = config_of(name, **fields), registry.load_module("attacks", name), np.asarray(images, np.float32)
+    config, images = config_of(name, **fields), np.asarray(images, np.float32)
+    module = registry.load_module("attacks", name)
     arrays = {}
     if hasattr(module, "prepare"):
         arrays = module.prepare(config, task or task_of(images.shape[1:]), KEY)

@@ -112,9 +112,7 @@ def test_the_factors_have_their_mean_and_deviation():
     assert float(found.mean()) == pytest.approx(1, abs=1e-5) and float(found.std()) == pytest.approx(0.5, abs=1e-3)
     other = factor(activation, (3, 3, 4, 6), 0.2, 3.0, 1e-5)
     assert_allclose(other, 3 + (found - 1) * 0.4, atol=1e-5)
-    assert_allclose(
-        factor(jnp.full((4, 4, 6), 2.0), (3, 3, 4, 6), 0.5, 1.0, 1e-5), 1, atol=1e-6
-    )  # nothing to say
+    assert_allclose(factor(jnp.full((4, 4, 6), 2.0), (3, 3, 4, 6), 0.5, 1.0, 1e-5), 1, atol=1e-6)  # nothing to say
 
 
 def test_the_target_of_ten_classes_changes_its_sign():
@@ -144,16 +142,8 @@ def test_the_later_part_by_layers_and_by_scalars():
     assert later_layers(layers[:4], 0.5, "layers") == ["c", "d"]
     assert later_layers(layers, 0.5, "scalars") == ["c", "d", "e"]
     assert later_layers(layers, 0.07, "scalars") == ["d", "e"]
-    assert (
-        later_layers(layers, 0.01, "layers")
-        == ["e"]
-        == later_layers(layers, 1e-6, "scalars")
-    )
-    assert (
-        later_layers(layers, 1.0, "layers")
-        == later_layers(layers, 1.0, "scalars")
-        == list("abcde")
-    )
+    assert later_layers(layers, 0.01, "layers") == ["e"] == later_layers(layers, 1e-6, "scalars")
+    assert later_layers(layers, 1.0, "layers") == later_layers(layers, 1.0, "scalars") == list("abcde")
 
 
 @pytest.mark.parametrize("name", large_are_slow(registry.names("models")))

@@ -231,7 +231,8 @@ def test_what_does_not_fit_the_task_is_refused(name, fields, words):
 
 def test_a_ratio_is_refused_before_a_surrogate_is_trained(monkeypatch):
     config = config_of("narcissus", target=1, ratio=0.3)
-    monkeypatch.setattr(registry.load_module("attacks", "narcissus"), "prepare", lambda *_: pytest.fail("it was prepared"))
+    module = registry.load_module("attacks", "narcissus")
+    monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("it was prepared"))
     with pytest.raises(InputError, match="The largest ratio here is 0.25"):
         attacks.plant("narcissus", config, task_of(), KEY)
 

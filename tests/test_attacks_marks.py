@@ -103,7 +103,8 @@ def test_the_mark_becomes_white_where_the_neuron_likes_it_and_black_elsewhere(bl
 
 
 def test_optimisation_brings_the_neurons_nearer_to_their_activation(blobs, clean):
-    one, two = (_marks.optimise_mark(config_of("imc", iterations=steps), clean, task_of(blobs), KEY) for steps in (1, 60))
+    task = task_of(blobs)
+    one, two = (_marks.optimise_mark(config_of("imc", iterations=steps), clean, task, KEY) for steps in (1, 60))
     before, after = (((hidden(wide(a), clean)[0, a["neurons"]] - 100) ** 2).sum() for a in (one, two))
     assert after < before
     reach = {"activation": 0.05, "neurons": 1, "iterations": 300, "position": "bottom_right"}

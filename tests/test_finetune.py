@@ -77,7 +77,8 @@ def test_a_forwarding_callback_forwards_every_call():
     forwarding.on_detection("scores")
     forwarding.on_estimate("estimate")
     assert calls == [
-        ("on_progress", "stage", 1, 2), ("on_round_end", 3, {}, {"loss": 0.5}), ("on_round_restored", 4, {"loss": 0.25}),
+        ("on_progress", "stage", 1, 2), ("on_round_end", 3, {}, {"loss": 0.5}),
+        ("on_round_restored", 4, {"loss": 0.25}),
         ("on_detection", "scores"), ("on_estimate", "estimate"),
     ]  # fmt: skip
     assert {call[0] for call in calls} == {name for name in vars(Callback) if name[0] != "_"}

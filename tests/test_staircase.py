@@ -30,7 +30,7 @@ def _bright(variables, images, train=False, keys=None, axis_name=None):
 
 
 BRIGHT = Model("bright", (8, 8, 1), 3, lambda key: {"params": {"scale": jnp.float32(1)}, "batch_stats": {}}, _bright)
-"""A model that assigns dark images to class 0, those with a bright patch at any position to class 1, none to class 2."""
+"""A model that assigns dark images to class 0, those with a bright patch anywhere to class 1, none to class 2."""
 
 
 @pytest.fixture(scope="module")
