@@ -1,6 +1,7 @@
 """Make the pages of the methods from the registry: a page a method, and an index with one line on each."""
 
 import inspect
+import re
 
 import mkdocs_gen_files
 
@@ -24,7 +25,8 @@ def fields(config: type) -> list[str]:
             documented |= _documentation(source)
     rows = ["| field | default | |", "|---|---|---|"]
     for name, field in config.__dataclass_fields__.items():
-        text = " ".join(documented.get(name, "").split()).replace("|", "\\|")
+        text = re.sub(r":(?:mod|class|func|data|meth):`", "`", " ".join(documented.get(name, "").split()))
+        text = text.replace("|", "\\|")
         rows.append(f"| `{name}` | `{field.default!r}` | {text} |")
     return rows
 
@@ -50,7 +52,8 @@ for kind, title in KINDS.items():
         summary = registry.summary(kind, name).replace("|", "\\|")
         index.append(f"| [`{name}`]({kind}/{name}.md) | {summary} |")
         module = registry.load_module(kind, name)
-        page = [f"# {name}", "", "```text", (module.__doc__ or "").strip(), "```"]
+        text = re.sub(r":(?:mod|class|func|data|meth):`", "`", (module.__doc__ or "").strip())
+        page = [f"# {name}", "", "```text", text, "```"]
         if hasattr(module, "Config"):
             flag = {"attacks": "--attack.FIELD", "defenses": "--defense.FIELD"}.get(kind)
             page += ["", "## Settings", "", *([f"On the command line `{flag}`.", ""] if flag else [])]
