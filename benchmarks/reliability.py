@@ -40,7 +40,7 @@ from bdjax.attacks import badnets, blended
 from bdjax.defenses import finetune, ibau
 from bdjax.engine import FitConfig
 from bdjax.config import Experiment
-from bdjax.pipelines.sweep import Cell
+from bdjax.pipelines.experiment_options import Cell
 
 TITLE, SEEDS = "reliability", (0,)
 CELLS = tuple(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bdjax.defenses import actft, age
-from bdjax.pipelines.sweep import Cell
+from bdjax.pipelines.experiment_options import Cell
 from bdjax.registry import load_file
 
 table3: Any = load_file(Path(__file__).with_name("age_table3_4.py"))

@@ -25,7 +25,7 @@ from typing import Any
 from bdjax.config import Experiment, SplitConfig, config_of
 from bdjax.defenses import baeraser, mesa_finetune
 from bdjax.engine import FitConfig
-from bdjax.pipelines.sweep import Cell
+from bdjax.pipelines.experiment_options import Cell
 
 EPOCHS = int(os.environ.get("EPOCHS", "50"))
 MODEL = os.environ.get("MODEL", "resnet18")

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bdjax.pipelines.sweep import Cell
+from bdjax.pipelines.experiment_options import Cell
 from bdjax.registry import load_file
 
 table1: Any = load_file(Path(__file__).with_name("baeraser_table1.py"))

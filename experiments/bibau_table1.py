@@ -21,7 +21,7 @@ from typing import Any
 from bdjax.config import Experiment, SplitConfig, config_of
 from bdjax.defenses import bibau, ibau
 from bdjax.engine import FitConfig
-from bdjax.pipelines.sweep import Cell
+from bdjax.pipelines.experiment_options import Cell
 
 DATA = os.environ.get("DATA", "cifar10")
 SOURCE = os.environ.get(f"BDJAX_{DATA.upper()}", f"tfds:{DATA}")

@@ -11,7 +11,7 @@ Time: about 60 seconds of CPU a cell on 2 CPU cores. To expect: ACC about 98 and
 """
 
 from bdjax.config import demo
-from bdjax.pipelines.sweep import Cell
+from bdjax.pipelines.experiment_options import Cell
 
 TITLE = "The demo, seed by seed"
 SEEDS = tuple(range(10))

@@ -6,6 +6,8 @@ import pytest
 from synthetic_results import PAPERS
 
 from bdjax import registry
+from bdjax.errors import InputError
+from bdjax.pipelines.experiment_options import ExperimentOptions, load_grid
 from bdjax.reports import papers
 
 FILES = sorted(PAPERS.parent.glob("*.py"))
@@ -19,12 +21,12 @@ def tables():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_of_experiments_loads_and_its_filters_find_the_papers_numbers(path, tables):
     module = registry.load_file(path)
-    if not hasattr(module, "CELLS"):
+    if not hasattr(module, "CELLS") and not hasattr(module, "cells"):
         assert hasattr(module, "main") and f"python experiments/{path.name}" in module.__doc__
         return
-    assert module.TITLE and module.SEEDS and len({cell.label for cell in module.CELLS}) == len(module.CELLS)
-    assert f"bdjax sweep experiments/{path.name}" in module.__doc__
-    for cell in module.CELLS:
+    grid = load_grid(path)
+    assert grid.title and grid.seeds and f"bdjax sweep experiments/{path.name}" in module.__doc__
+    for cell in grid.cells:
         if cell.paper:
             found = papers.published_values(cell.paper, tables)
             assert any(found[name][0] for name in ("acc_after", "asr_after", "score")), cell.label
@@ -69,3 +71,46 @@ def test_triggers_leave_rows_out(tmp_path, monkeypatch):
 def test_without_variables_nothing_is_marked():
     module = registry.load_file(PAPERS.parent / "age_table3_4.py")
     assert {cell.scale for cell in module.CELLS} == {""} and len(module.CELLS) == 32
+
+
+GRID = """
+from dataclasses import dataclass
+from bdjax.config import Experiment, FitConfig
+from bdjax.pipelines.experiment_options import Cell, ExperimentOptions
+
+TITLE, SEEDS = "a grid", (3,)
+
+
+@dataclass(frozen=True)
+class Options(ExperimentOptions):
+    names: tuple[str, ...] = ("a", "b")
+
+
+def cells(options):
+    fit = FitConfig(epochs=options.epochs or 2)
+    return [Cell(name, Experiment("badnets", "ibau", fit=fit)) for name in options.names]
+"""
+
+
+def test_a_file_gives_cells_for_its_options(tmp_path):
+    file = tmp_path / "grid.py"
+    file.write_text(GRID)
+    assert [cell.label for cell in load_grid(file).cells] == ["a", "b"]
+    grid = load_grid(file, {"names": ["c"], "epochs": 5})
+    assert [(cell.label, cell.experiment.fit.epochs) for cell in grid.cells] == [("c", 5)]
+    assert load_grid(file, grid.options).options_record == grid.options_record
+    with pytest.raises(InputError, match="has no field colour"):
+        load_grid(file, {"colour": "red"})
+    with pytest.raises(InputError, match="several cells are called a"):
+        load_grid(file, {"names": ["a", "a"]})
+
+
+def test_options_change_the_cells_of_a_table():
+    path = PAPERS.parent / "ibau_table1.py"
+    full, short, smoke = (
+        load_grid(path, options).cells[0]
+        for options in (None, ExperimentOptions(epochs=6, dataset="npz:c.npz"), ExperimentOptions(scale="smoke"))
+    )
+    assert (full.scale, full.experiment.fit.epochs, full.experiment.dataset) == ("", 50, "tfds:cifar10")
+    assert (short.scale, short.experiment.dataset) == ("victim trained 6 of 50 epochs", "npz:c.npz")
+    assert (smoke.experiment.dataset, smoke.experiment.model, smoke.experiment.fit.epochs) == ("digits", "cnn", 1)

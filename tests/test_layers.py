@@ -85,7 +85,7 @@ def test_nothing_but_the_registry_looks_into_a_method_module():
                 called, first = ast.unparse(node.func), ast.unparse(node.args[0]) if node.args else ""
                 assert called not in ("registry.load_module", "load_module"), f"{path}:{node.lineno}"
                 probes = called in ("hasattr", "getattr", "inspect.signature") and first in ("module", "spec")
-                assert not probes or parts(path)[:2] == ["pipelines", "sweep"], f"{path}:{node.lineno}"
+                assert not probes or parts(path)[:2] == ["pipelines", "experiment_options"], f"{path}:{node.lineno}"
 
 
 def test_the_top_level_is_small():

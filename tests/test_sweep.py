@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 GRID = """
 from bdjax.engine import FitConfig
 from bdjax.config import Experiment
-from bdjax.pipelines.sweep import Cell
+from bdjax.pipelines.experiment_options import Cell
 from bdjax.attacks import badnets
 from bdjax.defenses import ibau
 

@@ -119,7 +119,7 @@ def test_a_cell_may_ask_for_the_clean_model(blobs_npz, tmp_path):
     (tmp_path / "grid.py").write_text(f"""
 from bdjax.engine import FitConfig
 from bdjax.config import Experiment
-from bdjax.pipelines.sweep import Cell
+from bdjax.pipelines.experiment_options import Cell
 
 TITLE, SEEDS, FIT = "a grid", (0,), FitConfig(epochs=1, batch_size=40)
 CELLS = (Cell("one", Experiment("blended", "age", {blobs_npz!r}, fit=FIT), clean=True),)

@@ -1,5 +1,6 @@
 """Run one cell of a sweep in its own process; started by `bdjax sweep`, not by users."""
 
+import json
 from pathlib import Path
 
 from bdjax.cli._devices import prepare_jax
@@ -10,9 +11,10 @@ SUMMARY = ""
 
 
 def main(argv: list[str]) -> None:
-    """Run the cell given by FILE INDEX SEED OUT DEVICES."""
+    """Run the cell given by FILE INDEX SEED OUT DEVICES [OPTIONS as JSON]."""
     from bdjax.pipelines import sweep
 
-    file, index, seed, out, devices = argv
+    file, index, seed, out, devices, *options = argv
     prepare_jax()
-    sweep.run_cell(Path(file), int(index), int(seed), Path(out), int(devices))
+    given = json.loads(options[0]) if options else None
+    sweep.run_cell(Path(file), int(index), int(seed), Path(out), int(devices), given)

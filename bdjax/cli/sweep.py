@@ -1,15 +1,18 @@
 """`bdjax sweep`: run a grid of experiments."""
 
+import dataclasses
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bdjax.cli._options import DeviceFlags
 from bdjax.cli._output import say
 from bdjax.cli._parsing import first_argument, parse_flags
 
 ORDER = 70
-USAGE = "experiments/FILE.py [--seeds 0,1,2] [--shard I/N] [--workers K] [--out DIR]"
+USAGE = "experiments/FILE.py [--OPTION ..] [--seeds 0,1,2] [--shard I/N] [--workers K] [--out DIR]"
 SUMMARY = "run the unfinished cells of a grid of experiments"
 
 
@@ -30,13 +33,38 @@ class Flags(DeviceFlags):
 def main(argv: list[str]) -> None:
     """Run the command with the arguments that follow its name."""
     file = Path(first_argument("sweep", argv))
-    options = parse_flags("sweep", (argv[0],), argv[1:], Flags)
     from bdjax.pipelines import sweep
+    from bdjax.pipelines.experiment_options import options_class
     from bdjax.reports.progress import bar
 
+    kind = options_class(file)
+    flags = Flags if kind is None else dataclasses.make_dataclass("Flags", _fields_of(kind), bases=(Flags,))
+    options = parse_flags("sweep", (argv[0],), argv[1:], flags)
+    chosen = None
+    if kind is not None:
+        chosen = kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
     with bar() as tick:
         failed = sweep.sweep(
-            file, options.out, seeds=options.seeds, shard=options.shard, workers=options.workers,
+            file, options.out, options=chosen, seeds=options.seeds, shard=options.shard, workers=options.workers,
             devices=options.devices, tick=tick, say=say,
         )  # fmt: skip
     sys.exit(1 if failed else 0)
+
+
+def _fields_of(kind: type) -> list[tuple[str, Any, Any]]:
+    """The options of a file of experiments as fields of the command's flags, with their docstrings as help."""
+    import docstring_parser
+
+    documented: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        params = docstring_parser.parse_from_object(base).params
+        documented |= {param.arg_name: " ".join((param.description or "").split()) for param in params}
+    hints = typing.get_type_hints(kind)
+    return [
+        (
+            field.name,
+            hints[field.name],
+            dataclasses.field(default=field.default, metadata={"help": documented.get(field.name, "")}),
+        )
+        for field in dataclasses.fields(kind)
+    ]

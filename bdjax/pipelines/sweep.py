@@ -1,7 +1,7 @@
 """A grid of experiments: every unfinished cell runs in a process of its own, and failures are listed at the end.
 
-A file of experiments defines TITLE, SEEDS and CELLS. Cells that share a victim train it once; the cell of a worker that
-was killed is started again and continues from the last epoch.
+:mod:`bdjax.pipelines.experiment_options` describes a file of experiments. Cells that share a victim train it once; the
+cell of a worker that was killed is started again and continues from the last epoch.
 """
 
 import json
@@ -9,38 +9,23 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-from bdjax import datasets, registry
+from bdjax import datasets
 from bdjax.config import Experiment, attack_record, digest
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
 from bdjax.pipelines.context import Context
+from bdjax.pipelines.experiment_options import Cell, ExperimentOptions, Grid, load_grid
 from bdjax.pipelines.results import RunResult, read_result
 from bdjax.pipelines.run import RunRequest, directory_of, run
 from bdjax.text import parse_integers
 
 _ATTEMPTS = 2  # a worker that dies without a word (out of memory, killed) is tried once more
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table: an experiment (its seed is replaced), and the published cell beside it."""
-
-    label: str
-    """What the row is called."""
-    experiment: Experiment
-    """What is run; its seed is replaced by each of the sweep's."""
-    paper: dict[str, str] | None = None
-    """Column values that pick the published row from experiments/papers/*.csv."""
-    scale: str = ""
-    """How the run is smaller than the paper's ("6 of 50 epochs"); empty when it is not."""
-    clean: bool = False
-    """Train the model without poison, too, for AGE's score; cells that share it train it once."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +48,7 @@ def sweep(
     file: Path,
     out: Path | None = None,
     *,
+    options: ExperimentOptions | None = None,
     seeds: str = "",
     shard: str = "0/1",
     workers: int = 1,
@@ -75,6 +61,7 @@ def sweep(
     Args:
       file: of the experiments.
       out: directory of the results, which gets cells.json, victims/, HASH/ for each run and logs/; None: runs/NAME.
+      options: of a file that has options; None: the defaults.
       seeds: comma-separated; "": the file's SEEDS.
       shard: "i/n", the i-th of n parts; cells that share a victim stay in one part.
       workers: processes at a time.
@@ -88,13 +75,13 @@ def sweep(
     Raises:
       InputError: the file defines no experiments, or an option is out of range.
     """
-    module, out = _module(file), Path(out) if out else Path("runs") / Path(file).stem
-    chosen = parse_integers("--seeds", seeds, "0,1,2") if seeds else tuple(module.SEEDS)
+    grid, out = load_grid(file, options), Path(out) if out else Path("runs") / Path(file).stem
+    chosen = parse_integers("--seeds", seeds, "0,1,2") if seeds else grid.seeds
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}.")
-    jobs = _shard([_Job(i, s, cell) for s in chosen for i, cell in enumerate(module.CELLS)], shard)
+    jobs = _shard([_Job(i, s, cell) for s in chosen for i, cell in enumerate(grid.cells)], shard)
     out.mkdir(parents=True, exist_ok=True)
-    _write_plan(module, Path(file), out, chosen)
+    _write_plan(grid, out, chosen)
     (out / "logs").mkdir(exist_ok=True)
     failures: list[str] = []
     waiting: deque[_Job] = deque()
@@ -106,7 +93,7 @@ def sweep(
             continue
         waiting.extend([] if finished else [job])
     done = len(jobs) - len(waiting)
-    say(f"{module.TITLE}: {len(jobs)} cells, {done - len(failures)} finished before, {len(waiting)} to do")
+    say(f"{grid.title}: {len(jobs)} cells, {done - len(failures)} finished before, {len(waiting)} to do")
     tick("grid", done, len(jobs))
     running: dict[subprocess.Popen[bytes], tuple[_Job, Path, float]] = {}
     try:
@@ -114,7 +101,7 @@ def sweep(
             while waiting and len(running) < workers:
                 job = waiting.popleft()
                 log = out / "logs" / f"cell-{job.index}-seed-{job.seed}.log"
-                running[_start(Path(file), job, out, devices, log)] = (job, log, time.monotonic())
+                running[_start(grid, job, out, devices, log)] = (job, log, time.monotonic())
             time.sleep(0.1)
             for process in [p for p in running if p.poll() is not None]:
                 job, log, began = running.pop(process)
@@ -136,31 +123,26 @@ def sweep(
     return failures
 
 
-def run_cell(file: Path, index: int, seed: int, out: Path, devices: int = 0) -> RunResult:
+def run_cell(
+    file: Path, index: int, seed: int, out: Path, devices: int = 0, options: Mapping[str, Any] | None = None
+) -> RunResult:
     """Run one cell of a file of experiments in this process.
 
     Args:
       file: of the experiments.
-      index: of the cell in CELLS.
+      index: of the cell.
       seed: replaces the experiment's.
       out: directory of all results.
       devices: local devices to use, 0 for all.
+      options: of the file, as JSON values.
 
     Returns:
       The result of the run.
     """
-    cell: Cell = _module(file).CELLS[index]
+    cell = load_grid(file, options).cells[index]
     extra = {"cell": {"index": index, "label": cell.label, "scale": cell.scale, "paper": cell.paper}}
     request = RunRequest(replace(cell.experiment, seed=seed), out, None, cell.clean, extra)
     return run(request, Context(devices))[0]
-
-
-def _module(file: Path) -> ModuleType:
-    module = registry.load_file(Path(file))
-    for name in ("TITLE", "SEEDS", "CELLS"):
-        if not hasattr(module, name):
-            raise InputError(f"{file} defines no {name}. A file of experiments defines TITLE, SEEDS and CELLS.")
-    return module
 
 
 def _shard(jobs: list[_Job], shard: str) -> list[_Job]:
@@ -187,7 +169,7 @@ def _directory(job: _Job, out: Path) -> Path:
     return directory_of(job.experiment, out, _fingerprint(job.experiment.dataset))
 
 
-def _write_plan(module: ModuleType, file: Path, out: Path, seeds: tuple[int, ...]) -> None:
+def _write_plan(grid: Grid, out: Path, seeds: tuple[int, ...]) -> None:
     cells = [
         {
             "index": index,
@@ -200,14 +182,19 @@ def _write_plan(module: ModuleType, file: Path, out: Path, seeds: tuple[int, ...
             "paper": cell.paper,
             "seeds": seeds,
         }
-        for index, cell in enumerate(module.CELLS)
+        for index, cell in enumerate(grid.cells)
     ]
-    plan = {"file": f"experiments/{file.name}", "title": module.TITLE, "cells": cells}
+    plan: dict[str, Any] = {"file": f"experiments/{grid.file.name}", "title": grid.title, "cells": cells}
+    if (options := grid.options_record) is not None:
+        plan["options"] = options
     checkpoint.write_text(out / "cells.json", json.dumps(plan, indent=1) + "\n")
 
 
-def _start(file: Path, job: _Job, out: Path, devices: int, log: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "bdjax", "_cell", str(file), str(job.index), str(job.seed), str(out), str(devices)]
+def _start(grid: Grid, job: _Job, out: Path, devices: int, log: Path) -> "subprocess.Popen[bytes]":
+    arguments = [str(grid.file), str(job.index), str(job.seed), str(out), str(devices)]
+    command = [sys.executable, "-m", "bdjax", "_cell", *arguments]
+    if (options := grid.options_record) is not None:
+        command.append(json.dumps(options))
     with open(log, "wb") as sink:
         return subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
 
