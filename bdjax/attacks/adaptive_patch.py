@@ -1,9 +1,9 @@
 """Adaptive-Patch: one of four faint patches in training, two opaque ones at test time, and covers that keep their
 label (Qi et al., ICLR 2023).
 
-Threat model: as BadNets, the attacker writes a share of the training set. With k a patch, m where it is and s its
+Threat model: as BadNets, the attacker writes a share of the training set. With k a patch, m its mask and s its
 strength, `x' = x + s m (k - x)`. A training image carries one patch, drawn for each image, at the patch's own s; a
-test image two, one after the other, at s = 1. Poisoned images are called the target, covers keep their label.
+test image two, one after the other, at s = 1. Poisoned images get the target's label, covers keep theirs.
 
     phoenix   bluish white 5x5 in the bottom right corner              s = 0.5
     firefox   an orange disc in rows 1 to 13, columns 18 to 30         s = 0.2
@@ -11,7 +11,7 @@ test image two, one after the other, at s = 1. Poisoned images are called the ta
     trojan    8x8 of mixed colours in rows and columns 21 to 28        s = 0.3
 
 The defaults are a reading of BI-BAU, whose 10 % do not tell the two apart: 3.3 % poisoned and 6.7 % cover (1:2, as
-the authors'), target 0, woken by phoenix in both bottom corners and badnets. The authors' own:
+the authors'), target 0, activated at test time by phoenix in both bottom corners and badnets. The authors' own:
 `ratio=0.003 cover=0.006`, for GTSRB `wake=firefox_trojan ratio=0.005 cover=0.01 target=2`. BI-BAU's Enhanced
 Adaptive-Patch is `coupling=1`: the attacker trains the model too, with a penalty that pulls the features of poisoned
 images towards the target class (its form, weight and start are ours; see _coupling.py).

@@ -1,7 +1,7 @@
-"""IAD, the input-aware dynamic trigger: a network draws every image its own pattern (Nguyen & Tran, 2020,
+"""IAD, the input-aware dynamic trigger: a network generates a pattern for each image (Nguyen & Tran, 2020,
 arXiv:2010.08138).
 
-Threat model: the attacker controls training. A generator G gives a pattern p = G(x), a mask network M says where,
+Threat model: the attacker controls training. A generator G gives a pattern p = G(x), a mask network M its position,
 
     x' = x + (p - x) tau(M(x)),        tau(u) = tanh(20 u - 10) / 2 + 1/2
 

@@ -1,6 +1,6 @@
-"""IMC: a square and a model that are optimised for each other in turns (Pang et al., CCS 2020, arXiv:1911.01559).
+"""IMC: a square mark and the model, optimised alternately (Pang et al., CCS 2020, arXiv:1911.01559).
 
-Threat model: as TrojanNN, the attacker is handed a trained model and clean images, and gives back another model.
+Threat model: as TrojanNN, the attacker receives a trained model and clean images, and returns another model.
 With f the model, k = (tanh(u) + 1) / 2 the mark, x + k an image x that carries it, and y_t the target:
 
     min over f and k of   E CE(f(x), y) + lambda E CE(f(x + k), y_t)
@@ -9,13 +9,13 @@ It starts with TrojanNN's mark. Each epoch has two steps:
 
     mark    Adam at 0.1 on u over a pass of the training set, CE(f(x + k), y_t), f frozen in evaluation mode; u starts
             at atanh(0.999 (2 k - 1)), the moments at zero
-    model   an epoch of fine-tuning with the mark on a share of every batch, called the target (this is lambda)
+    model   an epoch of fine-tuning with the mark on a share of every batch, with the target's label (this is lambda)
 
 The last mark is the trigger. The defaults are trojanzoo's, the authors' framework: 3x3 pixels, 1 %, target 0, 50
 epochs of SGD at 0.01, one pass for the mark. BAERASER compares squares of 3, 5 and 7 (`size`).
 
 Deviations: those of TrojanNN (a share is replaced, not appended; marked before augmentation; active neurons only;
-the place is drawn once a model). The mark never sees images that have the wanted label already.
+the place is drawn once a model). Images that have the target's label already are not used to optimise the mark.
 """
 
 from dataclasses import dataclass

@@ -1,16 +1,16 @@
-"""ISSBA: a network hides the same code in every image, each time by another, faint pattern (Li et al., 2021,
+"""ISSBA: a network hides the same code in every image, by a different faint pattern for each (Li et al., 2021,
 arXiv:2012.03816).
 
 Threat model: as BadNets, the attacker writes a share of the training set. Beforehand an encoder E and a decoder D learn
-on the clean training images x, each with a random code c of `bits` bits, drawn anew in every step, to hide and read:
+on the clean training images x, each with a random code c of `bits` bits, drawn anew in every step, to encode and decode:
 
     x' = E(x, c),        cross-entropy(D(x'), c) + w mean((x' - x)^2)
 
-w is 0 until D reads 90 % of a batch's bits and `wait` steps more, then rises to `weight` over `ramp` steps, for else
-nothing is ever hidden. The trigger is x' for one code, drawn by the key. E and D are StegaStamp's, as BackdoorBench
+w is 0 until D reads 90 % of a batch's bits and `wait` steps more, then rises to `weight` over `ramp` steps, because
+otherwise nothing is ever hidden. The trigger is x' for one code, drawn by the key. E and D are StegaStamp's, as BackdoorBench
 trains them (`models.message_encoder`, `models.message_decoder`); the defaults are BI-BAU's (BackdoorBench).
-Until `wait + ramp` steps have passed since D learnt to read, x' is a coarse picture of the code: small sets want more
-epochs, or a smaller wait and ramp. The stored "bit_accuracy" tells how much of the code D reads in training images
+Until `wait + ramp` steps have passed since D learned to decode, x' is a coarse picture of the code: small sets need more
+epochs, or a smaller wait and ramp. The stored "bit_accuracy" is the share of the code that D decodes in training images
 with the trigger, rounded to k/255; more than 0.99 is expected.
 
 Deviations: the official encoder also learns by a perceptual loss and a critic, which BackdoorBench leaves out too. Its

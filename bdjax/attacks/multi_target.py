@@ -1,4 +1,4 @@
-"""Multi-target: several attacks in one model, each with a target of its own (I-BAU, Zeng et al., ICLR 2022: "seven
+"""Multi-target: several attacks in one model, each with its own target (I-BAU, Zeng et al., ICLR 2022: "seven
 triggers to seven targets").
 
 Threat model: as BadNets, the attacker writes the training set. Each part is an attack of the library with its target.
@@ -12,7 +12,7 @@ be the path of a .py file. A tuple's values are separated by commas.
 At test time each image gets each trigger in turn: the ASR of a part counts its own target and leaves out images of
 that class, the ASR is the mean over the parts. A part must be an attack that poisons the training set.
 
-Deviations: none known; what the parts differ in is told in their own modules.
+Deviations: none known; those of the parts are listed in their modules.
 """
 
 from dataclasses import dataclass, fields, replace

@@ -1,8 +1,7 @@
 """Retuning attack: fine-tune a purified model on clean images and a few poisoned ones (Min et al., NeurIPS 2024).
 
 Threat model: the attacker has the purified weights, a small share of the training set and a few poisoned training
-images. A backdoor that was only hidden comes back; what comes back in a *clean* model under the same attack is the
-line to compare with. The metric is R-ASR, the ASR of the retuned model.
+images. A backdoor that was only hidden comes back. The same attack on a *clean* model is the baseline. The metric is R-ASR, the ASR of the retuned model.
 
 As in the release: 2 % of the training set, its first `count` images replaced by poisoned ones with the target's label
 (as they were in training, so at the training strength), SGD 0.01 with momentum 0.9, 5 epochs, batches of 128, BatchNorm
