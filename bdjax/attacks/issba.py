@@ -2,16 +2,17 @@
 arXiv:2012.03816).
 
 Threat model: as BadNets, the attacker writes a share of the training set. Beforehand an encoder E and a decoder D learn
-on the clean training images x, each with a random code c of `bits` bits, drawn anew in every step, to encode and decode:
+on the clean training images x, each with a random code c of `bits` bits, drawn anew in every step, to encode and
+decode:
 
     x' = E(x, c),        cross-entropy(D(x'), c) + w mean((x' - x)^2)
 
 w is 0 until D reads 90 % of a batch's bits and `wait` steps more, then rises to `weight` over `ramp` steps, because
-otherwise nothing is ever hidden. The trigger is x' for one code, drawn by the key. E and D are StegaStamp's, as BackdoorBench
-trains them (`models.message_encoder`, `models.message_decoder`); the defaults are BI-BAU's (BackdoorBench).
-Until `wait + ramp` steps have passed since D learned to decode, x' is a coarse picture of the code: small sets need more
-epochs, or a smaller wait and ramp. The stored "bit_accuracy" is the share of the code that D decodes in training images
-with the trigger, rounded to k/255; more than 0.99 is expected.
+otherwise nothing is ever hidden. The trigger is x' for one code, drawn by the key. E and D are StegaStamp's, as
+BackdoorBench trains them (`models.message_encoder`, `models.message_decoder`); the defaults are BI-BAU's
+(BackdoorBench). Until `wait + ramp` steps have passed since D learned to decode, x' is a coarse picture of the code:
+small sets need more epochs, or a smaller wait and ramp. The stored "bit_accuracy" is the share of the code that D
+decodes in training images with the trigger, rounded to k/255; more than 0.99 is expected.
 
 Deviations: the official encoder also learns by a perceptual loss and a critic, which BackdoorBench leaves out too. Its
 code is a word with a BCH code against misreading, equivalent to random bits. Layers are enlarged linearly and convolved

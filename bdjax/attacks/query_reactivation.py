@@ -2,18 +2,19 @@
 2024).
 
 Threat model: the attacker cannot change the purified weights P, but knows them, and has its retuned version T (see
-retuning), a clean model M and 500 + 500 images. A network Φ is trained so that the purified model predicts what the retuned one does:
+retuning), a clean model M and 500 + 500 images. A network Φ is trained so that the purified model predicts what the
+retuned one does:
 
     x' = clip(x + Φ(x), 0, 1),   Φ(x) = ε tanh(MLP(x)),   ε = 16/255
     loss = α KL(softmax T(x) ‖ softmax P(x')) + CE(M(x'), y)                                α = 0.2, mean of a batch
 
 The second term prevents Φ from being an ordinary adversarial perturbation, which would also change the predictions of
-M. The metric is Q-ASR,
-the share of triggered test images of other classes, changed by Φ, that P predicts as the target; the same rate
-of M should stay low. MLP: four linear layers, 1,024 wide, ReLU between; SGD 0.1 with momentum 0.9, 50 epochs, batches of 128.
+M. The metric is Q-ASR, the share of triggered test images of other classes, changed by Φ, that P predicts as the
+target; the same rate of M should stay low. MLP: four linear layers, 1,024 wide, ReLU between; SGD 0.1 with momentum
+0.9, 50 epochs, batches of 128.
 
-Deviations: triggered images are training images of other classes with the training trigger and their true label for
-M, for clean-label attacks too (the release takes test images there). The MLP sees images in [0, 1].
+Deviations: triggered images are training images of other classes with the training trigger and their true label for M,
+for clean-label attacks too (the release takes test images there). The MLP sees images in [0, 1].
 """
 
 import math

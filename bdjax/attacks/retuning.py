@@ -1,12 +1,13 @@
 """Retuning attack: fine-tune a purified model on clean images and a few poisoned ones (Min et al., NeurIPS 2024).
 
 Threat model: the attacker has the purified weights, a small share of the training set and a few poisoned training
-images. A backdoor that was only hidden comes back. The same attack on a *clean* model is the baseline. The metric is R-ASR, the ASR of the retuned model.
+images. A backdoor that was only hidden comes back. The same attack on a *clean* model is the baseline. The metric is
+R-ASR, the ASR of the retuned model.
 
 As in the release: 2 % of the training set, its first `count` images replaced by poisoned ones with the target's label
 (as they were in training, so at the training strength), SGD 0.01 with momentum 0.9, 5 epochs, batches of 128, BatchNorm
-in training mode. BI-BAU prints "0.02 %"; 2 % is meant. Its counts: 5 for BadNets, WaNet, IAD and ISSBA, 1 for
-Blended, 2 for Refool, SIG, Narcissus and the adaptive ones (5 on GTSRB).
+in training mode. BI-BAU prints "0.02 %"; 2 % is meant. Its counts: 5 for BadNets, WaNet, IAD and ISSBA, 1 for Blended,
+2 for Refool, SIG, Narcissus and the adaptive ones (5 on GTSRB).
 
 Deviations: batches are cut evenly, so that no image is left out. Clean images are not augmented. Clean-label poison is
 of the target class, so `payload=triggered` puts the training trigger on other images instead; attacks without a

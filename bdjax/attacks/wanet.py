@@ -1,18 +1,18 @@
-"""WaNet: a smooth, imperceptible warp, and a noise mode that makes the network respond to this warp only (Nguyen and Tran, ICLR
-2021).
+"""WaNet: a smooth, imperceptible warp, and a noise mode that makes the network respond to this warp only (Nguyen and
+Tran, ICLR 2021).
 
 Threat model: the attacker controls the training. One random field of k x k vectors, of mean absolute value one, is
-enlarged by bicubic interpolation to n [H, W, 2] and warps every image alike: the point g (both coordinates from -1
-to 1) of the new image is sampled from the old one at
+enlarged by bicubic interpolation to n [H, W, 2] and warps every image alike: the point g (both coordinates from -1 to
+1) of the new image is sampled from the old one at
 
     clip(g + s n / H, -1, 1)                             s = 0.5: about a quarter of a pixel
 
-In every batch a share is warped and gets the target's label; another share is warped by the field *plus* fresh noise of up
-to half a pixel a coordinate, U(-1, 1) / H, and keeps its label: without it the network would respond to any warp.
+In every batch a share is warped and gets the target's label; another share is warped by the field *plus* fresh noise of
+up to half a pixel a coordinate, U(-1, 1) / H, and keeps its label: without it the network would respond to any warp.
 
-Deviations: shares are exact over an epoch and spread evenly over its batches (the release takes the first
-int(0.1 B) and the next int(0.2 B) of each). x is divided by W where images are not square. The warp is applied to
-images in [0, 1]; what lies outside is never sampled, so this equals the release's order.
+Deviations: shares are exact over an epoch and spread evenly over its batches (the release takes the first int(0.1 B)
+and the next int(0.2 B) of each). x is divided by W where images are not square. The warp is applied to images in [0,
+1]; what lies outside is never sampled, so this equals the release's order.
 """
 
 from dataclasses import dataclass
