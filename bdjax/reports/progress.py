@@ -1,4 +1,4 @@
-"""A progress bar with the remaining time on stderr; silent when stderr is not a terminal."""
+"""A progress bar with the remaining time, on a terminal's stderr or in a notebook; silent elsewhere."""
 
 import contextlib
 import sys
@@ -13,7 +13,8 @@ _DELAY = 1.0  # seconds that a stage lasts before its bar appears
 @contextlib.contextmanager
 def bar() -> Iterator[Tick]:
     """Provide a function `tick(stage, done, total)` that draws one bar per stage while the block runs."""
-    if not sys.stderr.isatty():
+    notebook = "ipykernel" in sys.modules
+    if not (notebook or sys.stderr.isatty()):
         yield lambda stage, done, total: None
         return
     from rich.console import Console
@@ -23,7 +24,7 @@ def bar() -> Iterator[Tick]:
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    progress = Progress(*columns, console=Console(stderr=not notebook, force_jupyter=notebook or None), transient=True)
     tasks: dict[str, int] = {}
     start_times: dict[str, float] = {}
 
