@@ -123,7 +123,7 @@ def test_the_command_trains_one_victim_and_the_first_process_alone_speaks(togeth
         (["--processes", "2"], "need --coordinator HOST:PORT"),
         (["--coordinator", "here", "--processes", "2", "--process", "0"], "needs the form HOST:PORT"),
         (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "got --processes 2 --process 2"),
-        (["--coordinator", "here:1", "--slurm"], "--slurm and --coordinator say the same thing"),
+        (["--coordinator", "here:1", "--slurm"], "--slurm and --coordinator exclude each other"),
     ],
 )
 def test_flags_that_do_not_fit_together(flags, words, capsys, tmp_path):

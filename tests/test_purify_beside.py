@@ -31,7 +31,8 @@ def test_class_names_of_the_file_order_the_data_up_to_the_cleaned_model(finished
     assert wrong["acc"] < 0.3 and "classes in another order it would be" in wrong["warnings"][0]
     out = tmp_path / "out"
     said = bdjax(capsys, "purify", tmp_path / "named", "--clean-data", spec, *QUICK, "--out", out)
-    assert "attack success rate: not measured: no trigger given" in said and "permuted into the order" in said
+    assert "attack success rate: not measured: no trigger given" in said
+    assert "permuted into the order" in said
     result = json.loads((out / "result.json").read_text())
     assert result["classes"] == names.tolist() and result["accuracy"]["before"]["rate"] > 0.8 and result["asr"] is None
     again = json.loads(bdjax(capsys, "evaluate", out / "purified", "--json").splitlines()[-1])

@@ -178,7 +178,7 @@ def _clean(work: _Work) -> PurifyResult:
     model = artifact.victim.model
     before = predict(model, artifact.victim.variables, evaluation.images)
     remarks = plausibility.about(
-        resolved.data, artifact.manifest, artifact.directory, before, evaluation.labels, evaluation.targets
+        artifact.data, artifact.manifest, artifact.directory, before, evaluation.labels, evaluation.targets
     )
     for line in [*remarks["data"], *(f"warning: {warning}" for warning in remarks["warnings"])]:
         say(line)
@@ -187,12 +187,12 @@ def _clean(work: _Work) -> PurifyResult:
     run = defend(
         DefenseRequest(
             artifact.directory, resolved.request.defense, resolved.config, experiment.split, experiment.seed,
-            EvaluationSource(experiment.dataset, resolved.data),
+            EvaluationSource(experiment.dataset, artifact.data),
         ),
         out / "purified",
         replace(work.context, estimate=True),
     )  # fmt: skip
-    purified = open_recorded(out / "purified" / "purified", EvaluationSource(data=resolved.data))
+    purified = open_recorded(out / "purified" / "purified", EvaluationSource(data=artifact.data))
     audits["after"] = _audit(work, purified, "audit-after")
     weights = _export(artifact, out)
     predictions = {"before": before, "after": predict(model, purified.victim.variables, evaluation.images)}
@@ -207,7 +207,7 @@ def _result(
     audits: dict[str, dict[str, Any]],
     weights: dict[str, Any],
 ) -> PurifyResult:
-    artifact, evaluation, data = work.artifact, work.artifact.evaluation, work.resolved.data
+    artifact, evaluation, data = work.artifact, work.artifact.evaluation, work.artifact.data
     classes = artifact.victim.model.classes
     counts = [np.bincount(labels, minlength=classes) for labels in (evaluation.clean_labels, evaluation.labels)]
     asr = None
