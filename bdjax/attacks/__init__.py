@@ -59,15 +59,24 @@ from bdjax.attacks._helpers import (
     select_cover,
 )
 from bdjax.errors import InputError
+from bdjax.protocols import AttackSpec
 from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, quantise, to_float
 
 __all__ = [
     "CoverConfig", "Part", "PoisonConfig", "SourceConfig", "fit_key", "goal", "key_per_image", "keys_of",
-    "own_arrays", "parts_of", "payload", "plant", "poison", "poisoned_set", "stamped", "trigger_of",
+    "load_planting", "own_arrays", "parts_of", "payload", "plant", "poison", "poisoned_set", "stamped", "trigger_of",
 ]  # fmt: skip
 
 CHUNK = 500
 """Images stamped at a time, so that they stay in the cache."""
+
+
+def load_planting(attack: str) -> AttackSpec:
+    """Load an attack that plants a backdoor. Raises InputError for one that re-activates a purified model."""
+    spec = registry.load("attacks", attack)
+    if spec.trigger is None:
+        raise InputError(f"{attack} attacks a purified model and plants nothing. Use `bdjax reactivate DIR {attack}`.")
+    return spec
 
 
 def plant(attack: str, config: Any, task: Task, key: Key) -> Backdoor:
@@ -85,9 +94,7 @@ def plant(attack: str, config: Any, task: Task, key: Key) -> Backdoor:
     Raises:
       InputError: the config does not fit the task (target, ratio, trigger size ...), or the attack plants nothing.
     """
-    spec = registry.load("attacks", attack)
-    if spec.trigger is None:
-        raise InputError(f"{attack} attacks a purified model and plants nothing. Use `bdjax reactivate DIR {attack}`.")
+    spec = load_planting(attack)
     check_target(config, task.classes)
     if spec.train is not None:
         return spec.train(config, task, key)

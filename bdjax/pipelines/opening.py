@@ -147,12 +147,18 @@ def open_clean(directory: Path, victim: ModelArtifact) -> ModelArtifact:
     """
     clean = open_recorded(checkpoint.model_directory(directory, "victim"), EvaluationSource(data=victim.data))
     _check_alike(victim, clean)
-    if (clean.manifest["kind"], clean.experiment.attack) != ("victim", "clean"):
+    check_clean(clean)
+    return clean
+
+
+def check_clean(artifact: ModelArtifact) -> None:
+    """Check that a model was trained without poison. Raises InputError when it was not."""
+    kind, attack = artifact.manifest["kind"], artifact.experiment.attack
+    if (kind, attack) != ("victim", "clean"):
         raise InputError(
-            f"{directory} holds no clean model but a {clean.manifest['kind']} one ({clean.experiment.attack}). "
+            f"{artifact.directory} holds no clean model but a {kind} one ({attack}). "
             "Train one with `bdjax train clean`."
         )
-    return clean
 
 
 def trigger_arrays(attack: str, config: Any, data: Data, seed: int) -> Arrays:

@@ -21,7 +21,7 @@ from bdjax.pipelines.artifact import ModelArtifact, check_same_dataset
 from bdjax.pipelines.context import Context
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.evaluation import Evaluation
-from bdjax.pipelines.opening import EvaluationSource, open_recorded
+from bdjax.pipelines.opening import EvaluationSource, check_clean, open_recorded
 from bdjax.pipelines.results import Rates, ReactivationResult, write_json
 from bdjax.pipelines.training import task_of
 from bdjax.protocols import AttackSpec
@@ -201,11 +201,8 @@ def _clean_variables(artifact: ModelArtifact, request: ReactivationRequest, cont
         experiment, recorder = _training_experiment(artifact), Recorder(context.tick)
         return task_of(experiment, artifact.data, context, recorder, unfinished, Clock()).clean()
     other = _open(directory, request.dataset)
-    if request.attack_clean_model and (other.manifest["kind"], other.experiment.attack) != ("victim", "clean"):
-        raise InputError(
-            f"{directory} holds no clean model but a {other.manifest['kind']} one ({other.experiment.attack}). "
-            "Train one with `bdjax train clean`."
-        )
+    if request.attack_clean_model:
+        check_clean(other)
     for quantity in ("model", "shape", "classes"):
         if other.manifest[quantity] != artifact.manifest[quantity]:
             raise InputError(

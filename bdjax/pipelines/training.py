@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bdjax import attacks, datasets, models, registry
+from bdjax import attacks, datasets, models
 from bdjax.config import Experiment, attack_record, config_of, digest, stage_key, to_json
 from bdjax.datasets._files import read_array
 from bdjax.engine import fit_with_hook, parallel
@@ -58,11 +58,7 @@ def resolve_training(
     Raises:
       InputError: the attack plants nothing.
     """
-    if registry.load("attacks", experiment.attack).trigger is None:
-        raise InputError(
-            f"{experiment.attack} attacks a purified model and plants nothing. Use `bdjax reactivate DIR "
-            f"{experiment.attack}`."
-        )
+    attacks.load_planting(experiment.attack)  # refuses an attack that plants nothing
     hash_ = digest(attack_record(experiment, data.fingerprint))
     directory = directory or victim_directory(experiment, data.fingerprint, store or Path())
     return ResolvedTraining(experiment, data, hash_, Path(directory))
