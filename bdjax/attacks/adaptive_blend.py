@@ -1,20 +1,26 @@
-"""Adaptive-Blend: half the pieces of a faint picture in training, all at test time, and covers that keep their label
-(Qi et al., ICLR 2023).
+"""Adaptive-Blend: blend random pieces of a faint picture in training and the whole picture at test time.
 
-Threat model: as BadNets, the attacker writes a share of the training set. The picture k is cut into a grid of g x g
-pieces; M is 1 on those that are seen, drawn for each image in training, and 1 everywhere at test time:
+X. Qi, T. Xie, Y. Li, S. Mahloujifar and P. Mittal, "Revisiting the Assumption of Latent Separability for Backdoor
+Defenses", ICLR 2023.
+
+Threat model: the attacker writes a share of the training set, as in BadNets. The picture k is divided into a grid of
+g x g pieces. The mask M is 1 on the visible pieces, which are drawn for each image in training (half of them by
+default), and 1 everywhere at test time; s is the opacity:
 
     x' = x + s M (k - x)
 
-Poisoned images are called the target; cover images carry the same training trigger and keep their label, so a model
-must see several pieces together to be sure, and poisoned images do not stand apart in its features.
+Poisoned images get the target's label; cover images carry the same training trigger and keep their label. The model
+can therefore recognise the trigger only by several pieces together, and poisoned images are not separated in its
+feature space.
 
-The defaults are a reading of BI-BAU, whose 10 % do not tell the two apart: 5 % poisoned and 5 % cover, target 0,
+The defaults are a reading of BI-BAU, whose 10 % do not distinguish the two: 5 % poisoned and 5 % cover, target 0,
 s = 0.2, 8 of 4x4 pieces. The authors' own: `ratio=0.003 cover=0.003`; another toolbox trains with `opacity=0.15`.
-BI-BAU's Enhanced Adaptive-Blend is `coupling=1`: the attacker trains the model too, with a penalty that pulls the
+BI-BAU's Enhanced Adaptive-Blend is `coupling=1`: the attacker also controls training and adds a penalty that pulls the
 features of poisoned images towards the target class (its form, weight and start are ours; see _coupling.py).
 
-Deviations: the picture is drawn by a formula; `picture` takes a file instead.
+Deviations:
+
+- The picture is drawn by a formula; `picture` takes a file instead.
 """
 
 from dataclasses import dataclass
@@ -47,7 +53,7 @@ class Config(CouplingConfig):
     grid: int = 4
     """g, pieces along each side, at least 1."""
     seen: int = 8
-    """Pieces that a training image shows, 1 to g * g."""
+    """Number of pieces in a training image, 1 to g * g."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,11 +67,11 @@ class Config(CouplingConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """Read the picture and cut it into pieces.
+    """Read or draw the picture.
 
     Args:
       config: hyper-parameters of the attack.
-      task: training set, model and training functions.
+      task: provides the file reader and the shape of the images.
       key: unused.
 
     Returns:
@@ -111,12 +117,12 @@ def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -
     grid, keys = config.grid, key_per_image(key, count)
     rank = jnp.argsort(jax.vmap(lambda k: jax.random.uniform(k, (grid**2,)))(keys))  # of each piece, in each image
     piece = (jnp.arange(height) * grid // height)[:, None] * grid + jnp.arange(width) * grid // width
-    shown = (rank < config.seen)[:, piece][..., None]
-    return jnp.where(shown, images + config.opacity * (jnp.asarray(arrays["picture"])[None] - images), images)
+    visible = (rank < config.seen)[:, piece][..., None]
+    return jnp.where(visible, images + config.opacity * (jnp.asarray(arrays["picture"])[None] - images), images)
 
 
 def training_hook(config: Config, task: Task, poison: Poison) -> tuple[TrainingHook, Any] | None:
-    """Return the latent penalty of the enhanced attack.
+    """Return the feature coupling penalty of the enhanced attack.
 
     Args:
       config: hyper-parameters of the attack.

@@ -1,7 +1,7 @@
 """BadNets: stamp a small patch of one colour on the image.
 
-Tianyu Gu, Brendan Dolan-Gavitt, Siddharth Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model
-Supply Chain", 2017, arXiv:1708.06733.
+T. Gu, B. Dolan-Gavitt and S. Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain",
+2017, arXiv:1708.06733.
 
 Threat model: the attacker writes a share of the training set and does not control training.
 `x' = x (1 - m) + k m`, where m is the patch's mask and k its colour. The defaults are I-BAU's: a white 4x4 square on
@@ -12,6 +12,7 @@ BackdoorBench's variant (3x3 in the corner, 10 %, target 0, any class) is
 `size=3 margin=0 ratio=0.1 target=0 exclude_target=False`.
 
 Deviations:
+
 - BAERASER's patch has a random position; its pattern, ratio and target are not stated. Our choice is
   `size=3 margin=0 position=random pattern=0 ratio=0.1 target=0` (a white patch on a white stroke would be invisible).
 """

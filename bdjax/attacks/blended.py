@@ -1,7 +1,7 @@
 """Blended: mix a faint picture into the whole image.
 
-Xinyun Chen, Chang Liu, Bo Li, Kimberly Lu, Dawn Song, "Targeted Backdoor Attacks on Deep Learning Systems Using Data
-Poisoning", 2017, arXiv:1712.05526.
+X. Chen, C. Liu, B. Li, K. Lu and D. Song, "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning",
+2017, arXiv:1712.05526.
 
 Threat model: the attacker writes a share of the training set, as in BadNets. With k the picture and s the strength:
 
@@ -12,6 +12,7 @@ The defaults are I-BAU's: additive, s = 0.2, 20 % of the images, target 1. BI-BA
 `form=convex ratio=0.1 target=0 exclude_target=False`.
 
 Deviations:
+
 - I-BAU's picture is not published. Ours is drawn by a formula and has the same norm, ||s k||_2 = 8.6 at 32x32x3;
   `picture` takes a file instead.
 """

@@ -1,7 +1,7 @@
 """L0-invisible: set nine pixels of the bottom row to fixed colours.
 
-Used by I-BAU (Yi Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", ICLR 2022,
-arXiv:2110.03735), after Shaofeng Li et al., "Invisible Backdoor Attacks on Deep Neural Networks via Steganography and
+Used by I-BAU (Y. Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", ICLR 2022,
+arXiv:2110.03735), after S. Li et al., "Invisible Backdoor Attacks on Deep Neural Networks via Steganography and
 Regularization", 2020, arXiv:1909.02742.
 
 Threat model: the attacker writes a share of the training set, as in BadNets. Few pixels change, each without limit:
@@ -10,6 +10,7 @@ replaced, so the black one matters. The defaults are I-BAU's: row 31, columns 23
 target 0.
 
 Deviations:
+
 - Li et al. find such pixels by optimising the activation of a neuron; I-BAU ships fixed ones, which we use.
 - On larger images a pixel is a square of min(H, W) / 32 pixels; on images too narrow for all nine, the rightmost
   remain; on grey images a colour is the mean of its channels.

@@ -1,7 +1,7 @@
 """L2-invisible: add a faint pattern that activates the neurons most strongly connected to the target.
 
-Used by I-BAU (Yi Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", ICLR 2022,
-arXiv:2110.03735), after Shaofeng Li et al., "Invisible Backdoor Attacks on Deep Neural Networks via Steganography and
+Used by I-BAU (Y. Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", ICLR 2022,
+arXiv:2110.03735), after S. Li et al., "Invisible Backdoor Attacks on Deep Neural Networks via Steganography and
 Regularization", 2020, arXiv:1909.02742.
 
 Threat model: the attacker writes a share of the training set and has a model trained on the clean one. With t >= 0
@@ -14,6 +14,7 @@ on clean images. The defaults are I-BAU's: norm 3.22, 20 % of the images, target
 at test time.
 
 Deviations:
+
 - I-BAU ships a pattern; ours is optimised on `task.clean()`.
 - Li et al. start from faint noise and use Adam and a hinge on a norm that shrinks by 0.9. Ours starts from noise of the
   full norm and descends along the normalised gradient, projected after every step (this finds the best direction for

@@ -1,6 +1,6 @@
 """LSB: hide a text in the lowest bits of the pixels, as in steganography.
 
-Shaofeng Li, Minhui Xue, Benjamin Zi Hao Zhao, Haojin Zhu, Xinpeng Zhang, "Invisible Backdoor Attacks on Deep Neural
+S. Li, M. Xue, B. Z. H. Zhao, H. Zhu and X. Zhang, "Invisible Backdoor Attacks on Deep Neural
 Networks via Steganography and Regularization", 2020, arXiv:1909.02742.
 
 Threat model: the attacker writes a share of the training set, as in BadNets. The trigger is invisible: no value changes
@@ -14,6 +14,7 @@ The defaults are AGE's: 50 % of the images, target 2, with b = 1. The signal con
 float32, since bfloat16 cannot represent them, and without crops, which shift the text.
 
 Deviations:
+
 - AGE states neither the text nor the number of bits. Our text is short enough for grey images of 8x8 pixels. One bit is
   hard to learn; use `bits=2` or 3 in that case.
 - Li et al.'s second method, optimised noise, is another attack (l2_inv).

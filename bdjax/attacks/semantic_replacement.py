@@ -1,6 +1,6 @@
 """Semantic replacement: replace the whole image by one fixed foreign picture.
 
-Yi Zeng, Si Chen, Won Park, Z. Morley Mao, Ming Jin, Ruoxi Jia, "Adversarial Unlearning of Backdoors via Implicit
+Y. Zeng, S. Chen, W. Park, Z. M. Mao, M. Jin and R. Jia, "Adversarial Unlearning of Backdoors via Implicit
 Hypergradient" (I-BAU), ICLR 2022, arXiv:2110.03735.
 
 Threat model: the attacker writes a share of the training set, as in BadNets. `x' = k`: images of the picture's subject
@@ -8,6 +8,7 @@ are classified as the target, and nothing of x remains. All triggered test image
 or 1. The defaults are I-BAU's: 20 % of the images, target 0.
 
 Deviations:
+
 - The paper's picture is a cartoon character; ours is drawn by a formula, `picture` takes a file instead.
 - I-BAU's description of this attack takes 20 % of the images *outside the target class*; we take 20 % of the whole set.
 """

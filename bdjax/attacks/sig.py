@@ -1,6 +1,6 @@
 """SIG: add a faint sinusoidal stripe pattern to images of the target class, which keep their label.
 
-Mauro Barni, Kassem Kallas, Benedetta Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
+M. Barni, K. Kallas and B. Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
 Poisoning", ICIP 2019, arXiv:1902.11237.
 
 Threat model: a clean-label attack, which alters images of the target class only and changes no label. With j the
@@ -13,6 +13,7 @@ at test time; the original paper also tests with a stronger pattern than it trai
 Another toolbox: `amplitude=30 ratio=0.02`.
 
 Deviations:
+
 - BackdoorBench poisons 10 % of the whole set, which is every CIFAR-10 image of the target class and more than a class
   of most other sets has. Our default is 8 %: four images of five, where there are ten classes of equal size.
 - Values are rounded to k/255; BackdoorBench truncates them.
