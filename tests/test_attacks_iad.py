@@ -27,7 +27,7 @@ def begun(config, shape, seed=0):
     pattern, mask = iad._networks(config, shape)
     keys = jax.random.split(jax.random.key(seed))
     fixed = {"mask": mask.init(keys[1]), "classes": jnp.int32(4)}
-    return pattern, mask, {**iad._begun(pattern.init(keys[0])), "fixed": fixed}
+    return pattern, mask, {**iad._to_attacker(pattern.init(keys[0])), "fixed": fixed}
 
 
 def rms(values):
@@ -58,7 +58,7 @@ def test_a_step_triggers_its_share_crosses_its_share_and_leaves_the_rest(blobs, 
     own, others, givers = [4, 9], [3, 6, 11], [2, 7, 10]
     role[own], role[others] = 1, 2
     pattern, mask, attacker = begun(config, (8, 8, 1))
-    batch = jax.jit(lambda *args: iad._triggered((config, ()), *args))(
+    batch = jax.jit(lambda *args: iad._joint_step((config, ()), *args))(
         attacker, images, jnp.asarray(before), place_of(role)
     )
     x = images[np.array(own + givers)]
@@ -82,7 +82,7 @@ def test_a_step_triggers_its_share_crosses_its_share_and_leaves_the_rest(blobs, 
 def test_images_of_the_target_class_are_left_as_they_are_when_asked(blobs):
     config = dataclasses.replace(IAD, exclude_target=True)
     images, labels = jnp.asarray(blobs[0][:20], jnp.float32) / 255, jnp.asarray(blobs[1][:20])
-    batch = iad._triggered((config, ()), begun(config, (8, 8, 1))[2], images, labels, place_of([1, 1] + [0] * 18))
+    batch = iad._joint_step((config, ()), begun(config, (8, 8, 1))[2], images, labels, place_of([1, 1] + [0] * 18))
     changed = (np.asarray(batch.images) != np.asarray(images)).any(axis=(1, 2, 3))
     assert list(np.flatnonzero(changed)) == [0] and labels[1] == 1 and float(batch.loss) == 0  # no pair
 
@@ -105,7 +105,7 @@ def test_a_batch_as_full_as_its_capacity_is_triggered_whole(blobs):
     config, images = dataclasses.replace(IAD, ratio=0.1, cross=0.1), jnp.asarray(blobs[0][:30], jnp.float32) / 255
     most = capacity(0.1, 30)
     role = [1] * most + [2] * most + [0] * (30 - 2 * most)
-    batch = iad._triggered(
+    batch = iad._joint_step(
         (config, ()), begun(config, (8, 8, 1))[2], images, jnp.full(30, 2, jnp.int32), place_of(role)
     )
     changed = (np.asarray(batch.images) != np.asarray(images)).any(axis=(1, 2, 3))
@@ -118,7 +118,7 @@ def test_the_mask_network_learns_by_the_sum_of_the_paper(blobs):
     mask = iad._networks(IAD, (8, 8, 1))[1]
     variables = mask.init(KEY)
     setting = dataclasses.replace(IAD, sparsity=3.0, diversity=0.5, density=0.2), ()
-    batch = iad._masked(setting, iad._begun(variables), images, jnp.zeros(9, jnp.int32), place_of([0] * 9))
+    batch = iad._mask_step(setting, iad._to_attacker(variables), images, jnp.zeros(9, jnp.int32), place_of([0] * 9))
     masks = np.tanh(20 * np.asarray(mask.apply(variables, images, weight=jnp.ones(9))[0]) - 10) / 2 + 0.5
     mates = np.array([1, 0, 3, 2, 5, 4, 7, 6, 7])
     apart = rms(images - images[mates]) / rms(masks - masks[mates])
