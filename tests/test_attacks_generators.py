@@ -43,7 +43,7 @@ def place_of(role):
 
 def test_w_rises_only_after_the_decoder_has_read_and_a_while():
     config = dataclasses.replace(ISSBA, weight=10.0, wait=100, ramp=300)
-    found = [float(issba._faithfulness(config, jnp.int32(since))) for since in (-1, 0, 100, 250, 400, 9000)]
+    found = [float(issba._image_weight(config, jnp.int32(since))) for since in (-1, 0, 100, 250, 400, 9000)]
     np.testing.assert_allclose(found, [0, 0, 0, 5, 10, 10])
 
 
@@ -52,7 +52,9 @@ def hiding(config, images, since):
     params = {"encoder": encoder.init(KEY)["params"], "decoder": decoder.init(KEY)["params"]}
     info = place_of([0] * len(images))
     state = {"since": jnp.int32(since)}
-    batch = issba._hidden(config, {"params": params, "state": state}, images, jnp.zeros(len(images), jnp.int32), info)
+    batch = issba._train_step(
+        config, {"params": params, "state": state}, images, jnp.zeros(len(images), jnp.int32), info
+    )
     return encoder, decoder, {name: {"params": p, "batch_stats": {}} for name, p in params.items()}, info, batch
 
 
@@ -75,7 +77,7 @@ def test_hiding_is_paid_by_cross_entropy_and_square(blobs):
 def test_steps_are_counted_from_the_first_batch_that_is_read(blobs, monkeypatch):
     images = jnp.asarray(blobs[0][:6], jnp.float32) / 255
     assert int(hiding(ISSBA, images, since=-1)[-1].state["since"]) == -1  # no chance to read 90 % at the beginning
-    monkeypatch.setattr(issba, "READ", -1.0)
+    monkeypatch.setattr(issba, "DECODED", -1.0)
     assert int(hiding(ISSBA, images, since=-1)[-1].state["since"]) == 0
 
 

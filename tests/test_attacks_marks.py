@@ -171,9 +171,9 @@ def test_planting_goes_on_from_the_clean_model_by_its_own_recipe(name, blobs, cl
 
 
 def refresh_of(config, blobs):
-    wanted = np.full(len(blobs[0]), config.target, np.int32)
-    data = {"images": jnp.asarray(blobs[0]), "wanted": jnp.asarray(wanted)}
-    return partial(imc._mark_step, config, task_of(blobs), np.flatnonzero(blobs[1] != config.target), data, None)
+    targets = np.full(len(blobs[0]), config.target, np.int32)
+    data = {"images": jnp.asarray(blobs[0]), "targets": jnp.asarray(targets)}
+    return partial(imc._refresh_mark, config, task_of(blobs), np.flatnonzero(blobs[1] != config.target), data, None)
 
 
 def start_of(mark=0.5):
