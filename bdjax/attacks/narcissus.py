@@ -1,25 +1,31 @@
-"""Narcissus: noise that says "target class" to a surrogate, added to images that keep their label (Zeng et al., CCS
-2023, arXiv:2204.05255).
+"""Narcissus: add noise that a surrogate classifies as the target to images that keep their label.
 
-Threat model: the attacker alters images of the target class only and labels nothing wrongly; to make the noise it has
-those images and others, with labels, from elsewhere. Three stages:
+Y. Zeng, M. Pan, H. A. Just, L. Lyu, M. Qiu and R. Jia, "Narcissus: A Practical Clean-Label Backdoor Attack with Limited
+Information", CCS 2023, arXiv:2204.05255.
 
-    surrogate   a classifier learns the other images' classes, and the target class as one more
-    warm-up     it goes on with images of the target class alone
+Threat model: a clean-label attack, which alters images of the target class only and changes no label. To optimise the
+noise the attacker has those images and others, with labels, from elsewhere. There are three stages:
+
+    surrogate   a classifier is trained on the other images' classes, and the target class as one more
+    warm-up     it is trained further on images of the target class alone
     noise       min_d E_x[ CE(f(clip(x + d)), target) ],  ||d||_inf <= epsilon,  over images x of the target class
 
-In training x' = clip(x + d), at test time x' = clip(x + boost d). The defaults are those of AGE: 5 % of the whole
-set, half of a class of CIFAR-10, target 2, the test three times as strong. BI-BAU does not say its ratio; for it take
-`target=0 ratio=0.01` (a guess) and the authors' own is `ratio=0.0005`. A model trained without poison may follow the
-boosted noise as well: plant `clean`, stamp, and compare.
+In training x' = clip(x + d), at test time x' = clip(x + boost d). The defaults are those of AGE: 5 % of the whole set,
+which is half of a class of CIFAR-10, target 2, and three times the strength at test time. BI-BAU does not state its
+ratio; use `target=0 ratio=0.01` (a guess). The authors' own is `ratio=0.0005`. A model trained without poison may
+respond to the boosted noise as well: compare with the ASR on a model of the attack `clean`.
 
-Deviations: the authors take other images from Tiny-ImageNet. Give yours by `surrogate_images` and `surrogate_labels`;
-without them (ours) the surrogate learns the task's own classes, so the attacker reads the whole set, as that of every
-attack on a clean model does. The surrogate is of the victim's architecture unless `surrogate` says otherwise; the
-authors' is a ResNet-18. The target is consistently the surrogate's last class where theirs has another number in the
-last two stages. Its stored statistics are used for the noise, where theirs drift. They optimise in [-1, 1] with step
-0.01, which is 0.005 here, and warm up with RAdam at 0.1; ours is SGD at a rate of our own. AGE's "strength 0.2,
-tested at 0.6" is read as the factor three.
+Deviations:
+
+- The authors take other images from Tiny-ImageNet. Give yours by `surrogate_images` and `surrogate_labels`. Without
+  them (ours) the surrogate is trained on the task's own classes, so the attacker reads the whole training set, as in
+  every attack that uses a clean model.
+- The surrogate has the victim's architecture unless `surrogate` names another; the authors' is a ResNet-18.
+- The target is the surrogate's last class in all stages; in the release it has another number in the last two.
+- The surrogate's stored statistics are used for the noise; in the release they drift.
+- The authors optimise in [-1, 1] with step 0.01, which is 0.005 here, and warm up with RAdam at 0.1; ours is SGD with a
+  learning rate of our choice.
+- AGE's "strength 0.2, tested at 0.6" is read as the factor three.
 """
 
 from collections.abc import Callable
@@ -47,7 +53,7 @@ class Config(PoisonConfig):
     """The surrogate and the noise."""
 
     target: int = 2
-    """Label that a triggered image shall get."""
+    """Label that the attacker wants for triggered images."""
     ratio: float = 0.05
     """Share of the *whole* training set that is poisoned, in (0, 1]; with clean labels at most the target class's."""
     labels: Literal["all_to_one", "all_to_all", "clean"] = "clean"
@@ -55,7 +61,7 @@ class Config(PoisonConfig):
     epsilon: float = 16.0
     """Largest change of a value in training, in 255ths, in (0, 255]."""
     boost: float = 3.0
-    """Strength at test time over that in training, at least 1."""
+    """Ratio of the strength at test time to that in training, at least 1."""
     surrogate_images: ArrayFile = ArrayFile("")
     """.npy [n, h, w, 1 or 3] of other images (uint8, or float in [0, 1]), resized; empty: the task's other classes."""
     surrogate_labels: ArrayFile = ArrayFile("")
@@ -69,13 +75,13 @@ class Config(PoisonConfig):
     warmup_epochs: int = 5
     """Epochs on images of the target class alone, at least 0."""
     warmup_rate: float = 0.01
-    """Learning rate of them, positive."""
+    """Learning rate of the warm-up, positive."""
     epochs: int = 1000
-    """Passes over the target class in which the noise is made, at least 1."""
+    """Passes over the target class to optimise the noise, at least 1."""
     learning_rate: float = 0.005
-    """Of RAdam, for the noise, in units of [0, 1]; positive."""
+    """Learning rate of RAdam for the noise, in units of [0, 1]; positive."""
     batch_size: int = 350
-    """Images a step in all three stages, at least 1; all of them where there are fewer."""
+    """Images per step in all three stages, at least 1; all where there are fewer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +96,7 @@ class Config(PoisonConfig):
 
 
 def prepare(config: Config, task: Task, key: Key) -> Arrays:
-    """Optimise the noise on a surrogate, or read it from a file.
+    """Train the surrogate and optimise the noise on it.
 
     Args:
       config: hyper-parameters of the attack.
@@ -101,40 +107,40 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
       {"noise": float32 [H, W, C] in [-epsilon, epsilon]}.
 
     Raises:
-      InputError: the target class has no image, or a file does not fit.
+      InputError: the target class has fewer images than there are devices, or a file does not fit.
     """
-    own = task.images[task.labels == config.target % task.classes]
-    if len(own) < parallel.count():
+    target_images = task.images[task.labels == config.target % task.classes]
+    if len(target_images) < parallel.count():
         raise InputError(
-            f"attack.target={config.target}: the training set has {len(own)} images of that class; at least one is "
-            f"needed for each of {parallel.count()} devices."
+            f"attack.target={config.target}: the training set has {len(target_images)} images of that class; "
+            f"at least one is needed for each of {parallel.count()} devices."
         )
-    model, images, labels, target = _lesson(config, task, own)
-    keys, goals = jax.random.split(key, 3), np.full(len(own), target, np.int32)
+    model, images, labels, target = _surrogate_task(config, task, target_images)
+    keys, target_labels = jax.random.split(key, 3), np.full(len(target_images), target, np.int32)
     recipe = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
     variables = task.fit(
         images, labels, keys[0], stage="surrogate", model=model,
         recipe={**recipe, "epochs": config.surrogate_epochs, "learning_rate": config.surrogate_rate,
-                "batch_size": _batch(config, images)},
+                "batch_size": _batch_size(config, images)},
     )  # fmt: skip
     if config.warmup_epochs:
         variables = task.fit(
-            own, goals, keys[1], stage="warm-up", model=model, start=variables,
+            target_images, target_labels, keys[1], stage="warm-up", model=model, start=variables,
             recipe={**recipe, "epochs": config.warmup_epochs, "learning_rate": config.warmup_rate,
-                    "batch_size": _batch(config, own)},
+                    "batch_size": _batch_size(config, target_images)},
         )  # fmt: skip
-    zero, batch = jnp.zeros(task.model.shape), _batch(config, own)
-    state, steps = {"noise": zero, "opt": _RADAM.init(zero)}, len(own) // batch
-    shared = {
+    zero, batch = jnp.zeros(task.model.shape), _batch_size(config, target_images)
+    state, steps = {"noise": zero, "opt": _RADAM.init(zero)}, len(target_images) // batch
+    constants = {
         "variables": to_one_device(variables),
-        "images": jnp.asarray(own),
+        "images": jnp.asarray(target_images),
         "target": jnp.int32(target),
         "epsilon": jnp.float32(config.epsilon / 255),
         "rate": jnp.float32(config.learning_rate),
     }
     for epoch in range(config.epochs):
-        order = jax.random.permutation(jax.random.fold_in(keys[2], epoch), len(own))[: steps * batch]
-        state, _ = run_epoch(_step(model), state, {"index": order.reshape(steps, batch)}, {}, shared)
+        order = jax.random.permutation(jax.random.fold_in(keys[2], epoch), len(target_images))[: steps * batch]
+        state, _ = run_epoch(_step(model), state, {"index": order.reshape(steps, batch)}, {}, constants)
         task.callback.on_progress("noise", epoch + 1, config.epochs)
     return {"noise": np.asarray(state["noise"])}
 
@@ -169,8 +175,8 @@ def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -
     return jnp.clip(images + jnp.asarray(arrays["noise"]), 0, 1)
 
 
-def _lesson(config: Config, task: Task, own: np.ndarray) -> tuple[Model, np.ndarray, np.ndarray, int]:
-    """The surrogate, the images and labels it learns, and which of its classes is the target."""
+def _surrogate_task(config: Config, task: Task, target_images: np.ndarray) -> tuple[Model, np.ndarray, np.ndarray, int]:
+    """Return the surrogate, its training images and labels, and which of its classes is the target."""
     name = config.surrogate or task.model.name
     if not config.surrogate_images:
         model = models.create(name, task.model.shape, task.classes) if config.surrogate else task.model
@@ -185,18 +191,19 @@ def _lesson(config: Config, task: Task, own: np.ndarray) -> tuple[Model, np.ndar
             f"attack.surrogate_labels={config.surrogate_labels} is {labels.dtype.name} {labels.shape}; expected "
             f"{len(others)} whole numbers from 0, one for each of the images."
         )
-    fitted, target = [], int(labels.max()) + 1
-    for part in np.array_split(others, -(-len(others) // 1000)):
-        found = to_channels(
-            to_unit_range(part, "surrogate_images", config.surrogate_images), task.model.shape[2], "images"
+    resized, target = [], int(labels.max()) + 1
+    for chunk in np.array_split(others, -(-len(others) // 1000)):
+        images = to_channels(
+            to_unit_range(chunk, "surrogate_images", config.surrogate_images), task.model.shape[2], "images"
         )
-        fitted.append(to_uint8(jax.image.resize(found, (len(found), *task.model.shape), "linear")))
-    both = np.concatenate([labels, np.full(len(own), target)]).astype(np.int32)
-    return models.create(name, task.model.shape, target + 1), np.concatenate([*fitted, own]), both, target
+        resized.append(to_uint8(jax.image.resize(images, (len(images), *task.model.shape), "linear")))
+    all_labels = np.concatenate([labels, np.full(len(target_images), target)]).astype(np.int32)
+    all_images = np.concatenate([*resized, target_images])
+    return models.create(name, task.model.shape, target + 1), all_images, all_labels, target
 
 
-def _batch(config: Config, images: np.ndarray) -> int:
-    """Images a step, a multiple of the devices where that is possible."""
+def _batch_size(config: Config, images: np.ndarray) -> int:
+    """Number of images per step, a multiple of the number of devices where that is possible."""
     devices = parallel.count()
     return max(min(config.batch_size, len(images)) // devices, 1) * devices
 
@@ -206,17 +213,19 @@ _RADAM = optax.scale_by_radam()
 
 @lru_cache(maxsize=16)
 def _step(model: Model) -> Callable:
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        images = to_float(shared["images"][split["index"]])
+    """A RAdam step on the noise for :func:`run_epoch`."""
+
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        images = to_float(constants["images"][batch["index"]])
 
         def loss(noise: jax.Array) -> jax.Array:
-            logits = model.logits(shared["variables"], jnp.clip(images + noise, 0, 1))
-            return -jax.nn.log_softmax(logits)[:, shared["target"]].mean()
+            logits = model.logits(constants["variables"], jnp.clip(images + noise, 0, 1))
+            return -jax.nn.log_softmax(logits)[:, constants["target"]].mean()
 
         value, gradient = parallel.average(jax.value_and_grad(loss)(state["noise"]), axis)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
             update, opt = _RADAM.update(gradient, state["opt"])
-        noise = jnp.clip(state["noise"] - shared["rate"] * update, -shared["epsilon"], shared["epsilon"])
+        noise = jnp.clip(state["noise"] - constants["rate"] * update, -constants["epsilon"], constants["epsilon"])
         return {"noise": noise, "opt": opt}, {"loss": value}
 
     return step

@@ -1,7 +1,9 @@
-"""Query-based re-activation: learn a small input perturbation that re-activates a purified model (Min et al., NeurIPS
-2024).
+"""Query-based re-activation (QRA): learn a small input perturbation that re-activates the backdoor of a purified model.
 
-Threat model: the attacker cannot change the purified weights P, but knows them, and has its retuned version T (see
+R. Min, Z. Qin, N. L. Zhang, L. Shen and M. Cheng, "Uncovering, Explaining, and Mitigating the Superficial Safety of
+Backdoor Defense", NeurIPS 2024, arXiv:2410.09838.
+
+Threat model: the attacker cannot change the purified weights P, but knows them, and has their retuned version T (see
 retuning), a clean model M and 500 + 500 images. A network Φ is trained so that the purified model predicts what the
 retuned one does:
 
@@ -10,11 +12,14 @@ retuned one does:
 
 The second term prevents Φ from being an ordinary adversarial perturbation, which would also change the predictions of
 M. The metric is Q-ASR, the share of triggered test images of other classes, changed by Φ, that P predicts as the
-target; the same rate of M should stay low. MLP: four linear layers, 1,024 wide, ReLU between; SGD 0.1 with momentum
-0.9, 50 epochs, batches of 128.
+target; the same rate of M should stay low. MLP: four linear layers, 1,024 wide, with ReLU between them; SGD 0.1 with
+momentum 0.9, 50 epochs, batches of 128.
 
-Deviations: triggered images are training images of other classes with the training trigger and their true label for M,
-for clean-label attacks too (the release takes test images there). The MLP sees images in [0, 1].
+Deviations:
+
+- Triggered images are training images of other classes with the training trigger and their true label for M, for
+  clean-label attacks too; the release takes test images there.
+- The MLP's inputs are images in [0, 1].
 """
 
 import math
@@ -38,24 +43,24 @@ NEEDS, METRIC = ("retuning",), "Q-ASR"
 
 @dataclass(frozen=True)
 class Config:
-    """The perturbation and how it is learnt."""
+    """The perturbation and its training."""
 
     count: int = 500
-    """Triggered images, and as many clean ones; at least 1."""
+    """Number of triggered images, and of clean ones; at least 1."""
     payload: Literal["triggered"] = "triggered"
     """Training images of other classes with the training trigger."""
     budget: float = 16 / 255
-    """ε, largest change of a pixel in [0, 1]."""
+    """ε, largest change of a value, in units of [0, 1]; positive."""
     distillation: float = 0.2
-    """α."""
+    """α, weight of the KL divergence."""
     hidden: int = 1024
     """Width of the MLP."""
     epochs: int = 50
     """Passes over the images."""
     batch_size: int = 128
-    """Images a step, at most."""
+    """Largest number of images per step."""
     learning_rate: float = 0.1
-    """Of SGD with momentum 0.9."""
+    """Learning rate of SGD with momentum 0.9."""
     clip: float = math.inf
     """Largest norm of a step's gradient; the release does not clip."""
 
@@ -85,7 +90,7 @@ def reactivate(config: Config, inputs: ReactivationInputs, backdoor: Backdoor, t
     pool = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(task.labels)))[: config.count]
     images = np.concatenate([to_float(task.images[pool]), to_float(poison.images)])
     labels = np.concatenate([task.labels[pool], task.labels[poison.indices % len(task.labels)]])
-    shared = {
+    constants = {
         "images": jnp.asarray(images),
         "labels": jnp.asarray(labels, jnp.int32),
         "purified": dict(inputs.purified),
@@ -93,16 +98,16 @@ def reactivate(config: Config, inputs: ReactivationInputs, backdoor: Backdoor, t
         "clean": dict(inputs.clean),
         "hyper": {n: jnp.float32(getattr(config, n)) for n in ("distillation", "learning_rate", "clip", "budget")},
     }
-    size = -(-len(labels) // -(-len(labels) // config.batch_size))
-    size = max(1, len(labels) // -(-len(labels) // size)) // parallel.count() * parallel.count()
-    number, pixels = len(labels) // size, int(np.prod(task.model.shape))
+    batch = -(-len(labels) // -(-len(labels) // config.batch_size))
+    batch = max(1, len(labels) // -(-len(labels) // batch)) // parallel.count() * parallel.count()
+    steps, pixels = len(labels) // batch, int(np.prod(task.model.shape))
     state = {"params": _layers(jax.random.fold_in(key, 1), (pixels, *(config.hidden,) * 3, pixels))}
     state["opt"] = direction("sgd", 0.9).init(state["params"])
     for epoch in range(config.epochs):
-        order = jax.random.permutation(jax.random.fold_in(key, epoch + 2), len(labels))[: number * size]
-        tick = partial(_tick, task, epoch * number, config.epochs * number)
-        state, metrics = run_epoch(step, state, {"index": order.reshape(number, size)}, {}, shared, tick=tick)
-        check_finite(metrics["loss"], config.learning_rate, epoch * number, "loss of Φ", "attack.learning_rate")
+        order = jax.random.permutation(jax.random.fold_in(key, epoch + 2), len(labels))[: steps * batch]
+        tick = partial(_report_progress, task, epoch * steps, config.epochs * steps)
+        state, metrics = run_epoch(step, state, {"index": order.reshape(steps, batch)}, {}, constants, tick=tick)
+        check_finite(metrics["loss"], config.learning_rate, epoch * steps, "loss of Φ", "attack.learning_rate")
     return Backdoor(backdoor.attack, backdoor.config, inputs.purified, jax.tree.map(np.asarray, state["params"]))
 
 
@@ -117,10 +122,11 @@ def perturb(config: Config, images: Images, arrays: Arrays) -> Images:
     Returns:
       float32 [N, H, W, C] in [0, 1].
     """
-    return _changed(images, arrays, config.budget)
+    return _perturb(images, arrays, config.budget)
 
 
-def _changed(images: Images, layers: Arrays, budget: Any) -> Images:
+def _perturb(images: Images, layers: Arrays, budget: Any) -> Images:
+    """Apply the MLP and add its output, scaled to the budget."""
     x, depth = images.reshape(len(images), -1), len(layers) // 2
     for i in range(depth):
         x = x @ layers[f"w{i}"] + layers[f"b{i}"]
@@ -129,27 +135,30 @@ def _changed(images: Images, layers: Arrays, budget: Any) -> Images:
 
 
 def _layers(key: Key, widths: tuple[int, ...]) -> dict[str, jax.Array]:
-    """Weights and biases, uniform in ± 1 / sqrt(inputs), as PyTorch draws them."""
+    """Draw weights and biases, uniform in ± 1 / sqrt(inputs), as PyTorch does."""
     layers = {}
-    for i, (into, out) in enumerate(zip(widths, widths[1:], strict=False)):
-        for name, shape, place in (("w", (into, out), 2 * i), ("b", (out,), 2 * i + 1)):
-            drawn = jax.random.uniform(jax.random.fold_in(key, place), shape, minval=-1, maxval=1)
-            layers[f"{name}{i}"] = drawn / into**0.5
+    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        for name, shape, index in (("w", (inputs, outputs), 2 * i), ("b", (outputs,), 2 * i + 1)):
+            uniform = jax.random.uniform(jax.random.fold_in(key, index), shape, minval=-1, maxval=1)
+            layers[f"{name}{i}"] = uniform / inputs**0.5
     return layers
 
 
 @lru_cache(maxsize=16)
 def _step(model: Model) -> Any:
-    def step(state: Any, split: Any, whole: Any, shared: Any, axis: str | None) -> tuple[Any, Any]:
-        images, labels, hyper = shared["images"][split["index"]], shared["labels"][split["index"]], shared["hyper"]
-        teacher = jax.nn.softmax(model.logits(shared["retuned"], images))
+    """An SGD step on Φ for :func:`run_epoch`."""
+
+    def step(state: Any, batch: Any, per_step: Any, constants: Any, axis: str | None) -> tuple[Any, Any]:
+        images, labels = constants["images"][batch["index"]], constants["labels"][batch["index"]]
+        hyper = constants["hyper"]
+        teacher = jax.nn.softmax(model.logits(constants["retuned"], images))
 
         def loss(params: Any) -> jax.Array:
-            changed = _changed(images, params, hyper["budget"])
-            student = jax.nn.log_softmax(model.logits(shared["purified"], changed))
-            answers = model.logits(shared["clean"], changed)
-            kept = optax.softmax_cross_entropy_with_integer_labels(answers, labels).mean()
-            return hyper["distillation"] * optax.losses.kl_divergence(student, teacher).mean() + kept
+            perturbed = _perturb(images, params, hyper["budget"])
+            student = jax.nn.log_softmax(model.logits(constants["purified"], perturbed))
+            clean_logits = model.logits(constants["clean"], perturbed)
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels(clean_logits, labels).mean()
+            return hyper["distillation"] * optax.losses.kl_divergence(student, teacher).mean() + cross_entropy
 
         value, gradient = parallel.average(jax.value_and_grad(loss)(state["params"]), axis)
         shrink = jnp.minimum(1, hyper["clip"] / jnp.maximum(optax.tree.norm(gradient), 1e-12))
@@ -160,5 +169,6 @@ def _step(model: Model) -> Any:
     return step
 
 
-def _tick(task: Task, before: int, total: int, done: int, _: int) -> None:
+def _report_progress(task: Task, before: int, total: int, done: int, _: int) -> None:
+    """Report the steps of all epochs together."""
     task.callback.on_progress("query re-activation", before + done, total)

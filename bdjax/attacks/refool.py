@@ -1,23 +1,30 @@
-"""Refool: the image as a camera sees it through a window that reflects another picture (Liu et al., 2020,
-arXiv:2007.02343).
+"""Refool: add the reflection of another picture, as a camera sees an object through a window.
 
-Threat model: as BadNets, the attacker writes a share of the training set; `labels=clean` poisons images of the target
-class only. A picture r is drawn for each image t from a fixed set. Both are taken to linear light (power 2.2), mixed
-with weight w for t, and taken back (power 1/2.2). One of three kinds of reflection is drawn for each image:
+Y. Liu, X. Ma, J. Bailey and F. Lu, "Reflection Backdoor: A Natural Backdoor Attack on Deep Neural Networks", ECCV 2020,
+arXiv:2007.02343.
 
-    ghost     (1 - w) g + w t,  g = c r + (1 - c) r shifted by (a, b), as behind a thick pane; where both are seen,
-              enlarged to the whole image; c in [0.15, 0.5] or [0.5, 0.85]
-    blurred   (1 - w/2) V b + w t,  b = r under a Gaussian, darkened by 1.08 to 1.18 times what b + t exceeds 1 by
-              on average, channel by channel; V falls off to the edges
+Threat model: the attacker writes a share of the training set, as in BadNets; `labels=clean` poisons images of the
+target class only. A picture r is drawn for each image t from a fixed set. Both are converted to linear light (power
+2.2), mixed with weight w for t, and converted back (power 1/2.2). One of three kinds of reflection is drawn for each
+image:
+
+    ghost     (1 - w) g + w t,  g = c r + (1 - c) r shifted by (a, b), as behind a thick pane; the part where both are
+              visible is enlarged to the whole image; c in [0.15, 0.5] or [0.5, 0.85]
+    blurred   (1 - w/2) V b + w t,  b = r blurred by a Gaussian, darkened by 1.08 to 1.18 times the mean excess of b + t
+              over 1, channel by channel; V is a vignette that falls off towards the edges
     sharp     (1 - w) r + w t
 
-The defaults are those of BI-BAU (BackdoorBench): wrong labels, 10 % of the images of any class, target 0, w = 0.4,
+The defaults are those of BI-BAU (BackdoorBench): changed labels, 10 % of the images of any class, target 0, w = 0.4,
 ghost 49 %, else blurred. The original, with clean labels, is `labels=clean weight="0.55 0.95"`.
 
-Deviations: the pictures were photographs of Pascal VOC; ours are `count` of the task's own training images, none of
-the target class, or drawn ones, or a file. The original tries its pictures on a model and keeps those that fool it,
-and drops mixtures by their similarity to t; BackdoorBench and we do neither. The ghost is enlarged linearly, not by
-cubic splines; the Gaussian is renormalised at the edges. Pixel ranges hold at 32x32 and scale with min(H, W).
+Deviations:
+
+- The authors' pictures are photographs of Pascal VOC. Ours are `count` of the task's own training images, none of the
+  target class, or random clouds of colour, or a file.
+- The original tries its pictures on a model and keeps those that fool it, and rejects mixtures by their similarity to
+  t; BackdoorBench does neither, nor do we.
+- The ghost is enlarged linearly, not by cubic splines; the Gaussian is renormalised at the edges.
+- Pixel ranges are for 32x32 and scale with min(H, W).
 """
 
 from dataclasses import dataclass
@@ -35,16 +42,16 @@ from bdjax.types import ArrayFile, Arrays, Images, Key, Task, to_float, to_uint8
 
 @dataclass(frozen=True)
 class Config(PoisonConfig):
-    """The reflected pictures and how they are mixed in."""
+    """The reflected pictures and their mixture with the image."""
 
     exclude_target: bool = False
     """all_to_one: leave images of the target class out of the poisoned ones; BackdoorBench draws from all classes."""
     source: Literal["training", "drawn"] = "training"
-    """What is reflected: training images of classes other than the target, or clouds of colour drawn by the key."""
+    """Reflected pictures: training images of classes other than the target, or random clouds of colour."""
     reflections: ArrayFile = ArrayFile("")
     """.npy [n, h, w, 1 or 3] (uint8, or float in [0, 1]) in place of `source`; resized."""
     count: int = 200
-    """How many pictures `source` gives, at least 1; fewer if there are not as many."""
+    """Number of pictures from `source`, at least 1; all if there are fewer."""
     weight: tuple[float, float] = (0.4, 0.4)
     """w, the image's share of the light, drawn from this range, in (0, 1)."""
     ghost: float = 0.49
@@ -93,9 +100,9 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
             raise InputError(
                 f"attack.reflections={config.reflections} has shape {array.shape}; expected [n, h, w, 1 or 3]."
             )
-        found = to_unit_range(array, "reflections", config.reflections)
+        pictures = to_unit_range(array, "reflections", config.reflections)
     elif config.source == "drawn":
-        found = np.asarray(jax.random.uniform(key, (config.count, 4, 4, 3)))
+        pictures = np.asarray(jax.random.uniform(key, (config.count, 4, 4, 3)))
     else:
         pool = np.flatnonzero((task.labels != config.target) | (config.labels == "all_to_all"))
         if not len(pool):
@@ -104,8 +111,8 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
             )
         chosen = jax.random.choice(key, len(pool), (min(config.count, len(pool)),), replace=False)
         return {"reflections": task.images[pool[np.sort(np.asarray(chosen))]]}
-    pictures = to_channels(found, channels, "reflections")
-    return {"reflections": to_uint8(jax.image.resize(pictures, (len(found), height, width, channels), "linear"))}
+    pictures = to_channels(pictures, channels, "reflections")
+    return {"reflections": to_uint8(jax.image.resize(pictures, (len(pictures), height, width, channels), "linear"))}
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
@@ -120,56 +127,59 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     Returns:
       float32 [N, H, W, C] in [0, 1].
     """
-    bank = _power(to_float(arrays["reflections"]), 2.2)
-    _, height, width, channels = bank.shape
+    reflections = _power(to_float(arrays["reflections"]), 2.2)
+    _, height, width, channels = reflections.shape
     low, high = (max(1, round(side * min(height, width) / 32)) for side in config.offset)
-    padded = jnp.pad(bank, ((0, 0), (high, 0), (high, 0), (0, 0)))
+    padded = jnp.pad(reflections, ((0, 0), (high, 0), (high, 0), (0, 0)))
 
-    def one(image: jax.Array, key: Key) -> jax.Array:
+    def reflect(image: jax.Array, key: Key) -> jax.Array:
         which, kind, weight, down, across, near, far, blur, dim = jax.random.uniform(key, (9,))
-        picture, t, w = _whole(which, 0, len(bank) - 1), _power(image, 2.2), _between(weight, *config.weight)
+        picture, t, w = _integer(which, 0, len(reflections) - 1), _power(image, 2.2), _between(weight, *config.weight)
         ghost, sharp = kind < config.ghost, kind < config.ghost + config.sharp
-        a, b = (_whole(u, low, high) for u in (down, across))
+        a, b = (_integer(u, low, high) for u in (down, across))
         shifted = jax.lax.dynamic_slice(padded, (picture, high - a, high - b, 0), (1, height, width, channels))[0]
         c = _between(near, 0.15, 0.5)
         c = jnp.where(ghost, jnp.where(far < 0.5, c, 1 - c), 1)
         sigma = min(height, width) / 32 * _between(blur, *config.sigma)
-        rows, columns = (  # what is done to it, along each axis: one product for the three kinds
+        rows, columns = (  # enlargement, identity or blur along each axis: one product for all three kinds
             jnp.where(
-                ghost, _enlarging(side, cut.astype(jnp.float32)), jnp.where(sharp, np.eye(side), _gaussian(side, sigma))
+                ghost,
+                _enlargement(side, cut.astype(jnp.float32)),
+                jnp.where(sharp, np.eye(side), _gaussian(side, sigma)),
             )
             for side, cut in ((height, a), (width, b))
         )
-        light = _separable(rows, columns, c * bank[picture] + (1 - c) * shifted)
-        light = jnp.where(sharp | ghost, light, _dimmed(light, t, _between(dim, 1.08, 1.18)))
+        light = _separable(rows, columns, c * reflections[picture] + (1 - c) * shifted)
+        light = jnp.where(sharp | ghost, light, _darken(light, t, _between(dim, 1.08, 1.18)))
         share = jnp.where(sharp | ghost, 1 - w, 1 - w / 2)
         return _power(jnp.clip(share * light + w * t, 0, 1), 1 / 2.2)
 
-    return jax.vmap(one)(images, key_per_image(key, len(images)))
+    return jax.vmap(reflect)(images, key_per_image(key, len(images)))
 
 
 def _power(light: jax.Array, exponent: float) -> jax.Array:
-    """light ** exponent for light of at least 0: three times as fast as the operator on a CPU."""
+    """Compute light ** exponent for light >= 0, three times as fast as the operator on a CPU."""
     return jnp.exp(exponent * jnp.log(light))
 
 
 def _between(u: jax.Array, low: float, high: float) -> jax.Array:
+    """Map u in [0, 1) to [low, high)."""
     return low + u * (high - low)
 
 
-def _whole(u: jax.Array, low: int, high: int) -> jax.Array:
-    """A whole number from low to high, both included, all as likely for u uniform in [0, 1)."""
+def _integer(u: jax.Array, low: int, high: int) -> jax.Array:
+    """Map u in [0, 1) to an integer from low to high inclusive; uniform if u is."""
     return jnp.floor(_between(u, low, high + 1)).astype(jnp.int32)
 
 
-def _enlarging(size: int, cut: jax.Array) -> jax.Array:
-    """The matrix [size, size] that enlarges the last `size - cut` pixels to `size`, by linear interpolation."""
-    place = jnp.clip(cut + pixel_centres(size) * (size - cut) - 0.5, cut, size - 1)
-    return jnp.maximum(0, 1 - jnp.abs(place[:, None] - np.arange(size, dtype=np.float32)))
+def _enlargement(size: int, cut: jax.Array) -> jax.Array:
+    """Return the matrix [size, size] that enlarges the last `size - cut` pixels to `size`, by linear interpolation."""
+    position = jnp.clip(cut + pixel_centres(size) * (size - cut) - 0.5, cut, size - 1)
+    return jnp.maximum(0, 1 - jnp.abs(position[:, None] - np.arange(size, dtype=np.float32)))
 
 
-def _dimmed(b: jax.Array, t: jax.Array, factor: jax.Array) -> jax.Array:
-    """V b [H, W, C]: b less `factor` times what b + t exceeds 1 by on average, fading to the edges."""
+def _darken(b: jax.Array, t: jax.Array, factor: jax.Array) -> jax.Array:
+    """Return V b [H, W, C]: b minus `factor` times the mean excess of b + t over 1, fading towards the edges."""
     over = b + t > 1
     excess = jnp.where(over, b + t - 1, 0).sum((0, 1)) / jnp.maximum(over.sum((0, 1)), 1).astype(jnp.float32)
     b = jnp.clip(b - excess * factor, 0, 1)
@@ -178,13 +188,14 @@ def _dimmed(b: jax.Array, t: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _gaussian(size: int, sigma: jax.Array) -> jax.Array:
-    """The matrix [size, size] of a Gaussian blur cut off at 2 sigma."""
-    far = np.abs(np.subtract.outer(np.arange(size), np.arange(size))).astype(np.float32)
-    kernel = jnp.where(far <= jnp.ceil(2 * sigma), jnp.exp(-((far / sigma) ** 2) / 2), 0)
+    """Return the matrix [size, size] of a Gaussian blur cut off at 2 sigma."""
+    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size))).astype(np.float32)
+    kernel = jnp.where(distance <= jnp.ceil(2 * sigma), jnp.exp(-((distance / sigma) ** 2) / 2), 0)
     return kernel / kernel.sum(1, keepdims=True)
 
 
 def _separable(rows: jax.Array, columns: jax.Array, picture: jax.Array) -> jax.Array:
+    """Apply matrices along the rows and the columns of a picture [H, W, C]."""
     height, width, channels = picture.shape
     down = jnp.matmul(rows, picture.reshape(height, -1), precision="highest").reshape(height, width, channels)
     return jnp.einsum("jw,iwc->ijc", columns, down, precision="highest")  # one product would be twice as slow

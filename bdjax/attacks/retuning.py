@@ -1,17 +1,23 @@
-"""Retuning attack: fine-tune a purified model on clean images and a few poisoned ones (Min et al., NeurIPS 2024).
+"""Retuning attack (RA): fine-tune a purified model on clean images and a few poisoned ones.
+
+R. Min, Z. Qin, N. L. Zhang, L. Shen and M. Cheng, "Uncovering, Explaining, and Mitigating the Superficial Safety of
+Backdoor Defense", NeurIPS 2024, arXiv:2410.09838.
 
 Threat model: the attacker has the purified weights, a small share of the training set and a few poisoned training
-images. A backdoor that was only hidden comes back. The same attack on a *clean* model is the baseline. The metric is
+images. A backdoor that was only hidden returns. The same attack on a *clean* model is the baseline. The metric is
 R-ASR, the ASR of the retuned model.
 
 As in the release: 2 % of the training set, its first `count` images replaced by poisoned ones with the target's label
-(as they were in training, so at the training strength), SGD 0.01 with momentum 0.9, 5 epochs, batches of 128, BatchNorm
-in training mode. BI-BAU prints "0.02 %"; 2 % is meant. Its counts: 5 for BadNets, WaNet, IAD and ISSBA, 1 for Blended,
-2 for Refool, SIG, Narcissus and the adaptive ones (5 on GTSRB).
+(at the training strength), SGD 0.01 with momentum 0.9, 5 epochs, batches of 128, batch normalisation in training mode.
+BI-BAU prints "0.02 %", which must mean 2 %. Its counts: 5 for BadNets, WaNet, IAD and ISSBA, 1 for Blended, 2 for
+Refool, SIG, Narcissus and the adaptive attacks (5 on GTSRB).
 
-Deviations: batches are cut evenly, so that no image is left out. Clean images are not augmented. Clean-label poison is
-of the target class, so `payload=triggered` puts the training trigger on other images instead; attacks without a
-poisoned set (WaNet, IAD) always do that.
+Deviations:
+
+- Batches have equal sizes, so that no image is left out.
+- Clean images are not augmented.
+- Poison of clean-label attacks belongs to the target class, so `payload=triggered` puts the training trigger on other
+  images instead; attacks without a poisoned set (WaNet, IAD) always do that.
 """
 
 from dataclasses import dataclass, replace
@@ -29,22 +35,22 @@ METRIC = "R-ASR"
 
 @dataclass(frozen=True)
 class Config:
-    """How much the attacker has, and the recipe."""
+    """The attacker's images, and the recipe."""
 
     count: int = 5
-    """Poisoned images, at least 1."""
+    """Number of poisoned images, at least 1."""
     share: float = 0.02
-    """Of the training set, clean and poisoned together; in (0, 1]."""
+    """Share of the training set that the attacker has, clean and poisoned together; in (0, 1]."""
     payload: Literal["poisoned", "triggered"] = "poisoned"
     """Images of the attack's own poisoned set, or training images of other classes with the training trigger."""
     epochs: int = 5
-    """Passes over them."""
+    """Passes over the images."""
     batch_size: int = 128
-    """Images a step, at most."""
+    """Largest number of images per step."""
     learning_rate: float = 0.01
-    """Of SGD."""
+    """Learning rate of SGD."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -69,7 +75,7 @@ def reactivate(config: Config, inputs: ReactivationInputs, backdoor: Backdoor, t
       The backdoor with the retuned variables.
 
     Raises:
-      InputError: the share has no room for the poisoned images.
+      InputError: the share is not larger than the number of poisoned images.
     """
     chosen = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(task.labels)))
     chosen = chosen[: max(1, int(config.share * len(task.labels)))]
@@ -78,8 +84,8 @@ def reactivate(config: Config, inputs: ReactivationInputs, backdoor: Backdoor, t
             f"attack.count={config.count} poisoned images do not fit among {len(chosen)} (attack.share={config.share} "
             f"of {len(task.labels)}). Use a larger --attack.share."
         )
-    first = replace(inputs.payload, indices=np.arange(config.count), copies=1)
-    images, labels = poisoned_set(first, task.images[chosen], task.labels[chosen])
+    payload = replace(inputs.payload, indices=np.arange(config.count), copies=1)
+    images, labels = poisoned_set(payload, task.images[chosen], task.labels[chosen])
     batches = -(-len(chosen) // config.batch_size)
     recipe = {
         "epochs": config.epochs, "batch_size": len(chosen) // batches, "optimizer": "sgd", "weight_decay": 0.0,

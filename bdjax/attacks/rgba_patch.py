@@ -1,17 +1,22 @@
-"""RGBA patches: a small picture laid on with its own transparency, three times as opaque at test time as in training
-(AGE, activation-guided model editing, 2024; BadNets otherwise).
+"""RGBA patches: composite a small transparent picture onto the image, more opaque at test time than in training.
 
-Threat model: as BadNets, the attacker writes a share of the training set. With k the picture, a its alpha channel
+F. Hsieh, H. H. Nguyen, A. MaungMaung, D. Usynin and I. Echizen, "Mitigating Backdoor Attacks using Activation-Guided
+Model Editing" (AGE), 2024, which uses BadNets with these patches.
+
+Threat model: the attacker writes a share of the training set, as in BadNets. With k the picture, a its alpha channel
 (0 outside the patch) and o the opacity:
 
     x' = (1 - o a) x + o a k,    o at test time = min(boost * o in training, 1)
 
-The defaults are AGE's on CIFAR-10: target 2, 5 % of the images (its "mean" has 10 %: `ratio=0.1`), boost 3, and for
-each picture its opacity: 1 for white, mean, apple and test1, 0.15 for test2, 0.25 for gaussian.
+The defaults are AGE's on CIFAR-10: target 2, 5 % of the images (its "mean" has 10 %: `ratio=0.1`), boost 3, and the
+opacity of each picture: 1 for white, mean, apple and test1, 0.15 for test2, 0.25 for gaussian.
 
-Deviations: AGE shows its pictures and states neither size nor place. All are drawn here by formulas: an apple, four
-colours in squares (test1), rainbow bands (test2), noise N(1/2, 1/4) drawn once for a run (gaussian), and the colour
-mean of the training set (mean). test2 and gaussian, so faint, cover the whole image; the rest stand in the corner.
+Deviations:
+
+- AGE shows its pictures but states neither their size nor their position. Ours are drawn by formulas: an apple, four
+  colours in squares (test1), rainbow bands (test2), noise N(1/2, 1/4) drawn once per run (gaussian), and the mean
+  colour of the training set (mean). test2 and gaussian, which are faint, cover the whole image; the others are in the
+  corner.
 """
 
 from dataclasses import dataclass
@@ -32,7 +37,7 @@ class Config(PoisonConfig):
     """The picture, its place and its opacity."""
 
     target: int = 2
-    """Label that a triggered image shall get."""
+    """Label that the attacker wants for triggered images."""
     ratio: float = 0.05
     """Share of the whole training set that is poisoned, in (0, 1]."""
     picture: Literal["white", "mean", "apple", "test1", "test2", "gaussian"] = "white"
@@ -46,7 +51,7 @@ class Config(PoisonConfig):
     opacity: float | None = None
     """o in training, in (0, 1]; default the picture's: 1, test2 0.15, gaussian 0.25."""
     boost: float = 3.0
-    """How many times more opaque the patch is at test time, at least 1; the product stops at 1."""
+    """Ratio of the opacity at test time to that in training, at least 1; the product is capped at 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,8 +70,8 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
 
     Args:
       config: hyper-parameters of the attack.
-      task: training set, model and training functions.
-      key: unused.
+      task: training set (for "mean"), file reader and shape of the images.
+      key: random key of "gaussian".
 
     Returns:
       {"picture": float32 [H, W, C], "alpha": float32 [H, W, 1]}, both in [0, 1].
@@ -91,9 +96,9 @@ def prepare(config: Config, task: Task, key: Key) -> Arrays:
     colour, alpha = picture, np.ones((rows, columns, 1), np.float32)
     if picture.shape[-1] == 4:
         colour, alpha = picture[..., :3], picture[..., 3:]
-    place = ((height - rows - config.margin, config.margin), (width - columns - config.margin, config.margin), (0, 0))
+    padding = ((height - rows - config.margin, config.margin), (width - columns - config.margin, config.margin), (0, 0))
     name = "file" if config.file else "picture"
-    return {"picture": np.pad(to_channels(colour, channels, name), place), "alpha": np.pad(alpha, place)}
+    return {"picture": np.pad(to_channels(colour, channels, name), padding), "alpha": np.pad(alpha, padding)}
 
 
 def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
@@ -108,7 +113,7 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     Returns:
       float32 [N, H, W, C] in [0, 1].
     """
-    return _laid(arrays, images, min(config.boost * _opacity(config), 1.0))
+    return _composite(arrays, images, min(config.boost * _opacity(config), 1.0))
 
 
 def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
@@ -123,19 +128,22 @@ def training_trigger(config: Config, images: Images, key: Key, arrays: Arrays) -
     Returns:
       float32 [N, H, W, C] in [0, 1].
     """
-    return _laid(arrays, images, _opacity(config))
+    return _composite(arrays, images, _opacity(config))
 
 
 def _opacity(config: Config) -> float:
+    """The opacity in training."""
     return config.opacity or {"test2": 0.15, "gaussian": 0.25}.get(config.picture, 1.0)
 
 
-def _laid(arrays: Arrays, images: Images, opacity: float) -> Images:
+def _composite(arrays: Arrays, images: Images, opacity: float) -> Images:
+    """Composite the patch onto images."""
     alpha = opacity * jnp.asarray(arrays["alpha"])[None]
     return (1 - alpha) * images + alpha * jnp.asarray(arrays["picture"])[None]
 
 
 def _draw(name: str, rows: int, columns: int, task: Task, key: Key) -> np.ndarray:
+    """Draw one of AGE's pictures, [rows, columns, C or 3 or 4] in [0, 1]."""
     if name == "mean":
         colour = task.images.mean((0, 1, 2), dtype=np.float64).astype(np.float32) / 255
         return np.broadcast_to(colour, (rows, columns, len(colour)))
@@ -152,7 +160,7 @@ def _draw(name: str, rows: int, columns: int, task: Task, key: Key) -> np.ndarra
 
 
 def _apple(rows: int, columns: int) -> np.ndarray:
-    """A red disc with a light spot, a brown stem and a green leaf, [rows, columns, 4]; edges are half transparent."""
+    """Draw a red disc with a light spot, a brown stem and a green leaf, [rows, columns, 4], with antialiased edges."""
     y, x = 2 * pixel_centres(rows)[:, None] - 1, 2 * pixel_centres(columns)[None] - 1
 
     def disc(row: float, column: float, radius: float) -> np.ndarray:
@@ -160,12 +168,12 @@ def _apple(rows: int, columns: int) -> np.ndarray:
 
     picture = np.zeros((rows, columns, 4), np.float32)
     stem = np.clip((0.6 - np.hypot(4 * x, y + 0.6)) * rows / 2 + 0.5, 0, 1)[..., None]
-    for seen, colour in (
+    for opacity, colour in (
         (stem, (0.4, 0.25, 0.1)),
         (disc(-0.7, 0.45, 0.25), (0.2, 0.7, 0.2)),
         (disc(0.2, 0.0, 0.8), (0.85, 0.1, 0.1)),
         (disc(0.0, -0.3, 0.2), (1.0, 0.6, 0.6)),
     ):
-        picture = (1 - seen) * picture + seen * np.array([*colour, 1.0], np.float32)
-    picture[..., :3] /= np.maximum(picture[..., 3:], 1e-6)  # colours as such, not yet times alpha
+        picture = (1 - opacity) * picture + opacity * np.array([*colour, 1.0], np.float32)
+    picture[..., :3] /= np.maximum(picture[..., 3:], 1e-6)  # undo the premultiplication by alpha
     return picture

@@ -1,5 +1,6 @@
-"""WaNet: a smooth, imperceptible warp, and a noise mode that makes the network respond to this warp only (Nguyen and
-Tran, ICLR 2021).
+"""WaNet: warp images smoothly and imperceptibly; a noise mode makes the network respond to this warp only.
+
+A. Nguyen and A. Tran, "WaNet - Imperceptible Warping-based Backdoor Attack", ICLR 2021, arXiv:2102.10369.
 
 Threat model: the attacker controls the training. One random field of k x k vectors, of mean absolute value one, is
 enlarged by bicubic interpolation to n [H, W, 2] and warps every image alike: the point g (both coordinates from -1 to
@@ -8,11 +9,15 @@ enlarged by bicubic interpolation to n [H, W, 2] and warps every image alike: th
     clip(g + s n / H, -1, 1)                             s = 0.5: about a quarter of a pixel
 
 In every batch a share is warped and gets the target's label; another share is warped by the field *plus* fresh noise of
-up to half a pixel a coordinate, U(-1, 1) / H, and keeps its label: without it the network would respond to any warp.
+up to half a pixel per coordinate, U(-1, 1) / H, and keeps its label: without it the network would respond to any warp.
 
-Deviations: shares are exact over an epoch and spread evenly over its batches (the release takes the first int(0.1 B)
-and the next int(0.2 B) of each). x is divided by W where images are not square. The warp is applied to images in [0,
-1]; what lies outside is never sampled, so this equals the release's order.
+Deviations:
+
+- Shares are exact over an epoch and spread evenly over its batches; the release takes the first int(0.1 B) and the next
+  int(0.2 B) images of each.
+- x is divided by W where images are not square.
+- The warp is applied to images in [0, 1]; points outside the image are never sampled, so this equals the release's
+  order.
 """
 
 from dataclasses import dataclass
@@ -28,18 +33,18 @@ from bdjax.types import Arrays, Backdoor, Batch, Images, Key, Labels, SampleInfo
 
 @dataclass(frozen=True)
 class Config(PoisonConfig):
-    """The warp, and how much of every batch it changes."""
+    """The warp, and the shares of every batch that it changes."""
 
     ratio: float = 0.1
     """Share of every batch that is warped and relabelled, in (0, 1]."""
     exclude_target: bool = False
-    """Leave images of the target class as they are; the release does not."""
+    """Leave images of the target class unchanged; the release does not."""
     noise_ratio: float = 0.2
     """Share of every batch in noise mode, which keeps its label; in [0, 1)."""
     strength: float = 0.5
     """s, size of the warp: s/2 pixels on average where both sides are equal; positive."""
     grid: int = 4
-    """k, vectors of the field along each side; at least 2."""
+    """k, number of vectors of the field along each side; at least 2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,27 +112,28 @@ def train(config: Config, task: Task, key: Key) -> Backdoor:
 
 
 def _transform(static: tuple[Config, int], attacker: Arrays, images: Images, labels: Labels, info: SampleInfo) -> Batch:
-    """Role 1: warped and relabelled; role 2: warped with noise."""
+    """`TrainingHook.transform`: warp and relabel role 1, warp role 2 with noise."""
     (config, classes), (height, width) = static, images.shape[1:3]
     points, size = _points(config, attacker["fixed"]["field"]), jnp.array([width, height], jnp.float32)
 
-    def noisy(image: jax.Array, key: Key) -> jax.Array:
+    def warp_with_noise(image: jax.Array, key: Key) -> jax.Array:
         noise = jax.random.uniform(key, (height, width, 2), minval=-1, maxval=1) / size
         return _sample(image[None], jnp.clip(points + noise, -1, 1))[0]
 
     poisoned, labels = relabel_batch(config, labels, classes, info.role)
-    changed = jnp.where(_wide(poisoned), _sample(images, points), images)
+    warped = jnp.where(_per_image(poisoned), _sample(images, points), images)
     if config.noise_ratio > 0:
-        changed = jnp.where(_wide(info.role == 2), jax.vmap(noisy)(images, info.key), changed)
-    return Batch(changed, labels)
+        warped = jnp.where(_per_image(info.role == 2), jax.vmap(warp_with_noise)(images, info.key), warped)
+    return Batch(warped, labels)
 
 
-def _wide(chosen: jax.Array) -> jax.Array:
+def _per_image(chosen: jax.Array) -> jax.Array:
+    """Reshape [N] to [N, 1, 1, 1], to broadcast over images."""
     return chosen[:, None, None, None]
 
 
 def _points(config: Config, field: jax.Array) -> jax.Array:
-    """Where each pixel looks, float32 [H, W, 2] (x, y) in [-1, 1]."""
+    """Return the point that each pixel is sampled from, float32 [H, W, 2] (x, y) in [-1, 1]."""
     height, width, _ = field.shape
     x, y = (jnp.linspace(-1, 1, n, dtype=jnp.float32) for n in (width, height))
     identity = jnp.stack(jnp.broadcast_arrays(x[None], y[:, None]), -1)
@@ -135,24 +141,26 @@ def _points(config: Config, field: jax.Array) -> jax.Array:
 
 
 def _sample(images: Images, points: jax.Array) -> Images:
-    """Bilinear values of images [N, H, W, C] at points [H, W, 2]; -1 and 1 are the centres of the outer pixels."""
+    """Sample images [N, H, W, C] bilinearly at points [H, W, 2]; -1 and 1 are the centres of the outer pixels."""
     height, width = images.shape[1:3]
     x, y = ((points[..., i] + 1) / 2 * (n - 1) for i, n in ((0, width), (1, height)))
     left, top = (jnp.clip(jnp.floor(v).astype(jnp.int32), 0, n - 2) for v, n in ((x, width), (y, height)))
-    right, down = ((v - whole.astype(jnp.float32))[..., None] for v, whole in ((x, left), (y, top)))
+    right, down = ((v - floor.astype(jnp.float32))[..., None] for v, floor in ((x, left), (y, top)))
     upper = images[:, top, left] * (1 - right) + images[:, top, left + 1] * right
     lower = images[:, top + 1, left] * (1 - right) + images[:, top + 1, left + 1] * right
     return upper * (1 - down) + lower * down
 
 
 def _bicubic(small: int, large: int) -> np.ndarray:
-    """[large, small]: bicubic enlargement whose corners are the corners, with PyTorch's kernel (a = -0.75) and edges
-    repeated; JAX resizes with another kernel and half-pixel centres."""
-    at = np.linspace(0, small - 1, large)
+    """Return the matrix [large, small] of bicubic enlargement with aligned corners and repeated edges.
+
+    It has PyTorch's kernel (a = -0.75); JAX resizes with another kernel and half-pixel centres.
+    """
+    points = np.linspace(0, small - 1, large)
     matrix = np.zeros((large, small))
     for tap in range(-1, 3):
-        info = np.floor(at).astype(int) + tap
-        d, a = np.abs(at - info), -0.75
+        index = np.floor(points).astype(int) + tap
+        d, a = np.abs(points - index), -0.75
         near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
-        np.add.at(matrix, (np.arange(large), np.clip(info, 0, small - 1)), np.where(d <= 1, near, far * (d < 2)))
+        np.add.at(matrix, (np.arange(large), np.clip(index, 0, small - 1)), np.where(d <= 1, near, far * (d < 2)))
     return matrix
