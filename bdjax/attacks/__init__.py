@@ -1,7 +1,7 @@
-"""Attacks: one module a method, and the common procedure that turns its functions into a planted backdoor.
+"""Attacks: one module per method, and the common procedure that turns its functions into a planted backdoor.
 
-A module defines `Config` (a frozen dataclass that extends :class:`PoisonConfig`) and `trigger`, what is done to an
-image at test time:
+A module defines `Config` (a frozen dataclass that extends :class:`PoisonConfig`) and `trigger`, which is
+applied to images at test time:
 
     trigger(config, images, key, arrays) -> images         images float32 [N, H, W, C] in [0, 1]
 
@@ -51,12 +51,12 @@ from bdjax.attacks._helpers import (
     goal,
     key_per_image,
     keys_of,
-    own_arrays,
     part_arrays,
     poisoned_set,
     relabel,
     select,
     select_cover,
+    without_previews,
 )
 from bdjax.errors import InputError
 from bdjax.protocols import AttackSpec
@@ -64,7 +64,8 @@ from bdjax.types import Arrays, Backdoor, Images, Key, Poison, Task, Trigger, qu
 
 __all__ = [
     "CoverConfig", "Part", "PoisonConfig", "SourceConfig", "fit_key", "goal", "key_per_image", "keys_of",
-    "load_planting", "own_arrays", "parts_of", "payload", "plant", "poison", "poisoned_set", "stamped", "trigger_of",
+    "load_planting", "parts_of", "payload", "plant", "poison", "poisoned_set", "stamped", "trigger_of",
+    "without_previews",
 ]  # fmt: skip
 
 CHUNK = 500
@@ -101,7 +102,7 @@ def plant(attack: str, config: Any, task: Task, key: Key) -> Backdoor:
     if spec.edit is not None:
         return spec.edit(config, task.clean(), task, key)
     if spec.poison is None:
-        candidates_of(config, task.labels)  # refuses a ratio before what may take long
+        candidates_of(config, task.labels)  # check the ratio before the slow stages
     arrays = {} if spec.prepare is None else spec.prepare(config, task, keys_of(key).prepare)
     poisoned = poison(attack, config, task, key, arrays)
     images, labels = poisoned_set(poisoned, task.images, task.labels)
@@ -242,7 +243,7 @@ def stamped(
         out[start : start + CHUNK] = np.asarray(program(chunk, key, arrays, start))[: len(images) - start]
 
     if len(images):
-        stamp(0)  # alone, for it compiles
+        stamp(0)  # alone, because it compiles
     with ThreadPoolExecutor(3) as pool:  # one chunk is copied in and one out while another is computed
         list(pool.map(stamp, range(CHUNK, len(images), CHUNK)))
     return out

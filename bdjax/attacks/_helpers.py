@@ -102,7 +102,7 @@ def fit_key(key: Key) -> Key:
     return keys_of(key).fit
 
 
-def own_arrays(stored: Arrays) -> Arrays:
+def without_previews(stored: Arrays) -> Arrays:
     """Return the arrays of the attack itself, without the trigger previews that are stored with them."""
     return {name: value for name, value in stored.items() if not name.startswith("on_")}
 

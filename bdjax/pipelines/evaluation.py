@@ -77,7 +77,7 @@ class Evaluation:
             images, labels = images[keep], labels[keep]
         self.images, self.labels = images, labels
         self.has_trigger = experiment.attack != "clean"
-        self._stamp(experiment, attacks.own_arrays(arrays), classes)
+        self._stamp(experiment, attacks.without_previews(arrays), classes)
 
     def _stamp(self, experiment: Experiment, arrays: Arrays, classes: int) -> None:
         """Put the trigger of each part on all images, and set what the ASR counts."""

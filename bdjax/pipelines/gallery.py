@@ -145,7 +145,7 @@ def _from_victim(source: str, directory: Path, manifest: dict[str, Any], data: D
             "Give data of its shape with --dataset."
         )
     experiment = experiment_of(manifest)
-    arrays = attacks.own_arrays(checkpoint.read_arrays(directory, "trigger"))
+    arrays = attacks.without_previews(checkpoint.read_arrays(directory, "trigger"))
     return _StampSource(experiment.attack, source, experiment.attack_config, arrays)
 
 

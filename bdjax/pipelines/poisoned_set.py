@@ -40,7 +40,7 @@ def poisoned_set(directory: Path, dataset: str | None = None) -> tuple[Data, np.
     check_same_dataset(manifest, data, directory)
     model = models.create(experiment.model, data.shape, len(data.classes))
     task = Task(data.x_train, data.y_train, model, read_array)
-    arrays = attacks.own_arrays(checkpoint.read_arrays(directory, "trigger"))
+    arrays = attacks.without_previews(checkpoint.read_arrays(directory, "trigger"))
     key = stage_key(experiment.seed, "attack")
     poison = attacks.poison(experiment.attack, experiment.attack_config, task, key, arrays)
     if poison_record(poison)["sha256"] != manifest["poison"]["sha256"]:

@@ -86,7 +86,7 @@ class _Attacker:
         directory = self.artifact.directory
         unfinished = directory.with_name(f".{directory.name}.{attack}-{name}")
         task = task_of(experiment, self.artifact.data, self.context, self.recorder, unfinished, self.clock)
-        arrays = attacks.own_arrays(checkpoint.read_arrays(directory, "trigger"))
+        arrays = attacks.without_previews(checkpoint.read_arrays(directory, "trigger"))
         keys = jax.random.fold_in(self.key, 0), stage_key(experiment.seed, "attack")
         payload = attacks.payload(
             experiment.attack, experiment.attack_config, task, keys, arrays, config.count,
