@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Plant a backdoor and remove it
 #
-# A white square makes a classifier of handwritten digits predict class 0. I-BAU removes this backdoor with clean images
+# A white square makes a classifier of handwritten digits predict class 8. I-BAU removes this backdoor with clean images
 # only: it knows neither the square nor the class.
 
 # %%
