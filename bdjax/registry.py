@@ -92,16 +92,23 @@ def load_module(kind: str, name: str) -> ModuleType:
 def load_file(path: Path) -> ModuleType:
     """A Python file as a module; the same file gives the same module. It is executed, which the log "bdjax" says.
 
+    A file beside an `__init__.py` is loaded as a module of that package, so that it may import its neighbours by
+    relative imports (`from ._shared import name`).
+
     Raises InputError when there is none.
     """
     if not path.is_file():
         raise InputError(f"no such file: {path}.")
     path = path.resolve()
-    name = f"{_OWN}{path.stem}_{abs(hash(path)):x}"
+    name, folders = f"{_OWN}{path.stem}_{abs(hash(path)):x}", None
+    if path.name == "__init__.py":
+        name, folders = f"{_OWN}{path.parent.name}_{abs(hash(path)):x}", [str(path.parent)]
+    elif (package := path.with_name("__init__.py")).is_file():
+        name = f"{load_file(package).__name__}.{path.stem}"
     if name in sys.modules:
         return sys.modules[name]
     _LOG.info("%s is code of your own and is executed.", path)
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} cannot be loaded as a Python module.")
     module = importlib.util.module_from_spec(spec)

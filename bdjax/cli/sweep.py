@@ -10,6 +10,7 @@ from typing import Any
 from bdjax.cli._options import DeviceFlags
 from bdjax.cli._output import say
 from bdjax.cli._parsing import first_argument, parse_flags
+from bdjax.text import parse_names
 
 ORDER = 70
 USAGE = "experiments/FILE.py [--OPTION ..] [--seeds 0,1,2] [--shard I/N] [--workers K] [--out DIR]"
@@ -21,7 +22,7 @@ class Flags(DeviceFlags):
     """Flags of `bdjax sweep`."""
 
     out: Path | None = None
-    """Directory of the results; default: runs/NAME, with the name of the file."""
+    """Directory of the results; default: runs/PAPER/TABLE, the path of the file below experiments/."""
     seeds: str = ""
     """Comma-separated seeds, such as 0,1,2; default: those of the file."""
     shard: str = "0/1"
@@ -63,8 +64,25 @@ def _fields_of(kind: type) -> list[tuple[str, Any, Any]]:
     return [
         (
             field.name,
-            hints[field.name],
+            _comma_separated(hints[field.name]),
             dataclasses.field(default=field.default, metadata={"help": documented.get(field.name, "")}),
         )
         for field in dataclasses.fields(kind)
     ]
+
+
+def _comma_separated(hint: Any) -> Any:
+    """A tuple of texts or numbers as a flag with one value such as 0,1,2; other types unchanged."""
+    import tyro
+
+    if typing.get_origin(hint) is not tuple:
+        return hint
+    kind = typing.get_args(hint)[0]
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{kind.__name__.upper()},..",
+        instance_from_str=lambda words: tuple(kind(part) for part in parse_names(words[0])),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+    return typing.Annotated[hint, spec]

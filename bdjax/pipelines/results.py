@@ -117,6 +117,31 @@ class RunResult(TypedDict):
     """Which cell of a grid this run is, with the published cell beside it."""
 
 
+class VictimResult(TypedDict):
+    """result.json of a cell without a defense: a victim that was trained and measured."""
+
+    kind: str
+    """"victim"."""
+    attack: str
+    dataset: str
+    model: str
+    seed: int
+    n_test: int
+    """Test images that the accuracy is measured on."""
+    n_asr: int
+    before: Rates
+    """Rates of the victim."""
+    clean: Rates | None
+    """Rates of a model trained alike without poison, with the same trigger."""
+    seconds: dict[str, float]
+    """Of the training and of its compilation."""
+    attack_config: dict[str, Any]
+    fit: dict[str, Any]
+    victim_hash: str
+    env: dict[str, Any]
+    cell: dict[str, Any]
+
+
 class EvaluationResult(TypedDict):
     """What `bdjax evaluate` prints."""
 

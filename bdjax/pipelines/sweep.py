@@ -11,18 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bdjax import datasets
-from bdjax.config import Experiment, attack_record, digest
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
+from bdjax.pipelines import cells
 from bdjax.pipelines.context import Context
 from bdjax.pipelines.experiment_options import Cell, ExperimentOptions, Grid, load_grid
-from bdjax.pipelines.results import RunResult, read_result
-from bdjax.pipelines.run import RunRequest, directory_of, run
+from bdjax.pipelines.summary import write_summary
 from bdjax.text import parse_integers
 
 _ATTEMPTS = 2  # a worker that dies without a word (out of memory, killed) is tried once more
@@ -34,10 +31,6 @@ class _Job:
     seed: int
     cell: Cell
     attempt: int = 1
-
-    @property
-    def experiment(self) -> Experiment:
-        return replace(self.cell.experiment, seed=self.seed)
 
     @property
     def name(self) -> str:
@@ -60,7 +53,8 @@ def sweep(
 
     Args:
       file: of the experiments.
-      out: directory of the results, which gets cells.json, victims/, HASH/ for each run and logs/; None: runs/NAME.
+      out: directory of the results, which gets cells.json, victims/, HASH/ for each run, logs/ and, for a file that
+        summarises its results, summary.md; None: runs/PAPER/TABLE, the path of the file below experiments/.
       options: of a file that has options; None: the defaults.
       seeds: comma-separated; "": the file's SEEDS.
       shard: "i/n", the i-th of n parts; cells that share a victim stay in one part.
@@ -75,7 +69,8 @@ def sweep(
     Raises:
       InputError: the file defines no experiments, or an option is out of range.
     """
-    grid, out = load_grid(file, options), Path(out) if out else Path("runs") / Path(file).stem
+    grid = load_grid(file, options)
+    out = Path(out) if out else grid.out
     chosen = parse_integers("--seeds", seeds, "0,1,2") if seeds else grid.seeds
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}.")
@@ -87,7 +82,7 @@ def sweep(
     waiting: deque[_Job] = deque()
     for job in jobs:
         try:
-            finished = read_result(_directory(job, out)) is not None
+            finished = cells.read(job.cell, job.seed, out) is not None
         except InputError as error:
             failures.append(f"{job.name}: {error}")
             continue
@@ -118,6 +113,7 @@ def sweep(
     finally:
         for process in running:
             process.terminate()
+    write_summary(grid, out, chosen)
     if failures:
         say(f"{len(failures)} of {len(jobs)} cells failed:\n" + "\n".join(f"  {line}" for line in failures))
     return failures
@@ -125,7 +121,7 @@ def sweep(
 
 def run_cell(
     file: Path, index: int, seed: int, out: Path, devices: int = 0, options: Mapping[str, Any] | None = None
-) -> RunResult:
+) -> Mapping[str, Any]:
     """Run one cell of a file of experiments in this process.
 
     Args:
@@ -137,12 +133,11 @@ def run_cell(
       options: of the file, as JSON values.
 
     Returns:
-      The result of the run.
+      The result of the run, or of the victim in a cell without a defense.
     """
     cell = load_grid(file, options).cells[index]
     extra = {"cell": {"index": index, "label": cell.label, "scale": cell.scale, "paper": cell.paper}}
-    request = RunRequest(replace(cell.experiment, seed=seed), out, None, cell.clean, extra)
-    return run(request, Context(devices))[0]
+    return cells.carry_out(cell, seed, out, Context(devices), extra)
 
 
 def _shard(jobs: list[_Job], shard: str) -> list[_Job]:
@@ -152,25 +147,13 @@ def _shard(jobs: list[_Job], shard: str) -> list[_Job]:
             raise ValueError
     except ValueError:
         raise InputError(f"--shard must be i/n with 0 <= i < n, such as 0/4; got {shard!r}.") from None
-    victims = {victim: number for number, victim in enumerate(dict.fromkeys(_victim(job) for job in jobs))}
-    return [job for job in jobs if victims[_victim(job)] % parts == part]
-
-
-def _victim(job: _Job) -> str:
-    return digest(attack_record(job.experiment, job.experiment.dataset))
-
-
-@lru_cache
-def _fingerprint(dataset: str) -> str:
-    return datasets.load(dataset).fingerprint
-
-
-def _directory(job: _Job, out: Path) -> Path:
-    return directory_of(job.experiment, out, _fingerprint(job.experiment.dataset))
+    hashes = [cells.victim_hash(job.cell, job.seed) for job in jobs]
+    numbers = {victim: number for number, victim in enumerate(dict.fromkeys(hashes))}
+    return [job for job, victim in zip(jobs, hashes, strict=True) if numbers[victim] % parts == part]
 
 
 def _write_plan(grid: Grid, out: Path, seeds: tuple[int, ...]) -> None:
-    cells = [
+    planned = [
         {
             "index": index,
             "label": cell.label,
@@ -184,9 +167,10 @@ def _write_plan(grid: Grid, out: Path, seeds: tuple[int, ...]) -> None:
         }
         for index, cell in enumerate(grid.cells)
     ]
-    plan: dict[str, Any] = {"file": f"experiments/{grid.file.name}", "title": grid.title, "cells": cells}
+    plan: dict[str, Any] = {"file": grid.shown_file, "command": grid.command(seeds), "title": grid.title}
     if (options := grid.options_record) is not None:
         plan["options"] = options
+    plan["cells"] = planned
     checkpoint.write_text(out / "cells.json", json.dumps(plan, indent=1) + "\n")
 
 
