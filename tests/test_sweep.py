@@ -49,10 +49,11 @@ def test_sweep_shares_victims_lists_failures_and_does_nothing_twice(blobs_npz, c
 
 def test_sweep_starts_a_killed_worker_again(blobs_npz, tmp_path, monkeypatch):
     from bdjax.pipelines import sweep
+    from bdjax.pipelines.backends import Resources, local
 
     (tmp_path / "grid.py").write_text(GRID.format(data=blobs_npz).replace('cell("bad"', 'cell("third"').replace(
         ', "npz:nowhere.npz"', ""))  # fmt: skip
-    real, started, said = sweep._start, [], []
+    real, started, said = local._start, [], []
 
     def start(*arguments):
         process = real(*arguments)
@@ -61,8 +62,9 @@ def test_sweep_starts_a_killed_worker_again(blobs_npz, tmp_path, monkeypatch):
         started.append(process)
         return process
 
-    monkeypatch.setattr(sweep, "_start", start)
-    failed = sweep.sweep(tmp_path / "grid.py", tmp_path / "out", devices=1, workers=2, say=said.append)
+    monkeypatch.setattr(local, "_start", start)
+    request = sweep.SweepRequest(tmp_path / "grid.py", tmp_path / "out", devices=1, resources=Resources(workers=2))
+    failed = sweep.sweep(request, say=said.append)
     assert not failed and len(started) == 4
     assert any("was killed (signal 9); starting it again" in line for line in said)
 
@@ -82,4 +84,4 @@ def test_seeds_that_are_no_numbers_are_named(tmp_path):
 
     (tmp_path / "grid.py").write_text('TITLE, SEEDS, CELLS = "nothing", (0,), ()\n')
     with pytest.raises(InputError, match="--seeds must be whole numbers.*such as 0,1,2; got '0;1'"):
-        sweep.sweep(tmp_path / "grid.py", tmp_path / "out", seeds="0;1")
+        sweep.sweep(sweep.SweepRequest(tmp_path / "grid.py", tmp_path / "out", seeds="0;1"))

@@ -5,7 +5,7 @@ import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bdjax.cli._options import DeviceFlags
 from bdjax.cli._output import say
@@ -13,7 +13,7 @@ from bdjax.cli._parsing import first_argument, parse_flags
 from bdjax.text import parse_names
 
 ORDER = 70
-USAGE = "experiments/FILE.py [--OPTION ..] [--seeds 0,1,2] [--shard I/N] [--workers K] [--out DIR]"
+USAGE = "experiments/FILE.py [--OPTION ..] [--seeds 0,1,2] [--backend local|slurm|ray] [--workers K] [--out DIR]"
 SUMMARY = "run the unfinished cells of a grid of experiments"
 
 
@@ -27,14 +27,27 @@ class Flags(DeviceFlags):
     """Comma-separated seeds, such as 0,1,2; default: those of the file."""
     shard: str = "0/1"
     """I/N: run only part I, from 0, of N parts of the grid; cells that share a victim are in the same part."""
-    workers: int = 1
-    """Number of processes at a time on this machine."""
+    workers: int = 0
+    """Number of cells at a time; default (0): one on this machine, as many as there is room for on a cluster."""
+    backend: Literal["local", "slurm", "ray"] = "local"
+    """Where the cells are carried out: local: processes of this machine; slurm: job arrays, submitted here; ray: tasks
+    of a Ray cluster (pip install 'bdjax[ray]'). All machines must see the same files."""
+    gpus_per_cell: float = 0.0
+    """GPUs of a cell on a cluster; with ray a fraction shares one."""
+    cpus_per_cell: int = 1
+    """CPU cores of a cell on a cluster."""
+    slurm_options: str = ""
+    """Further options of sbatch, with an equals sign: --slurm-options="--partition=gpu --time=4:00:00"."""
+    ray_address: str = ""
+    """Address of the Ray cluster, HOST:PORT; default: the one that runs on this machine, else Ray is started here."""
+    print: bool = False
+    """Print the scripts or commands of the unfinished cells and run nothing."""
 
 
 def main(argv: list[str]) -> None:
     """Run the command with the arguments that follow its name."""
     file = Path(first_argument("sweep", argv))
-    from bdjax.pipelines import sweep
+    from bdjax.pipelines import backends, sweep
     from bdjax.pipelines.experiment_options import options_class
     from bdjax.reports.progress import bar
 
@@ -44,11 +57,17 @@ def main(argv: list[str]) -> None:
     chosen = None
     if kind is not None:
         chosen = kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+    resources = backends.Resources(
+        options.workers, options.gpus_per_cell, options.cpus_per_cell, options.slurm_options, options.ray_address
+    )
+    request = sweep.SweepRequest(
+        file, options.out, chosen, options.seeds, options.shard, options.devices, options.backend, resources
+    )
+    if options.print:
+        say(sweep.describe(request))
+        return
     with bar() as tick:
-        failed = sweep.sweep(
-            file, options.out, options=chosen, seeds=options.seeds, shard=options.shard, workers=options.workers,
-            devices=options.devices, tick=tick, say=say,
-        )  # fmt: skip
+        failed = sweep.sweep(request, tick=tick, say=say)
     sys.exit(1 if failed else 0)
 
 

@@ -24,7 +24,13 @@ from bdjax.pipelines.experiment_options import Cell, CellResult, Stage
 from bdjax.pipelines.opening import EvaluationSource, open_recorded
 from bdjax.pipelines.results import VictimResult, read_result, write_json
 from bdjax.pipelines.run import RunRequest, directory_of, run
-from bdjax.pipelines.training import ResolvedTraining, clean_experiment, resolve_training, train_resolved
+from bdjax.pipelines.training import (
+    ResolvedTraining,
+    clean_experiment,
+    resolve_training,
+    train_resolved,
+    victim_directory,
+)
 
 
 def victim_hash(cell: Cell, seed: int) -> str:
@@ -32,6 +38,26 @@ def victim_hash(cell: Cell, seed: int) -> str:
     if cell.stored is not None:
         return str(cell.stored)
     return digest(attack_record(_experiment(cell, seed), cell.experiment.dataset))
+
+
+def trained_victim(cell: Cell, seed: int, out: Path) -> Path | None:
+    """The directory of the victim that a cell trains, unless it is there already; None for a stored one.
+
+    Args:
+      cell: the cell.
+      seed: of the run.
+      out: directory of all results.
+
+    Returns:
+      out/victims/HASH.
+
+    Raises:
+      InputError: the data set cannot be loaded.
+    """
+    if cell.stored is not None:
+        return None
+    experiment = _experiment(cell, seed)
+    return victim_directory(experiment, _fingerprint(experiment.dataset), out.resolve() / "victims")
 
 
 def read(cell: Cell, seed: int, out: Path) -> CellResult | None:

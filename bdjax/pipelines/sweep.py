@@ -1,28 +1,45 @@
 """A grid of experiments: every unfinished cell runs in a process of its own, and failures are listed at the end.
 
-:mod:`bdjax.pipelines.experiment_options` describes a file of experiments. Cells that share a victim train it once; the
-cell of a worker that was killed is started again and continues from the last epoch.
+:mod:`bdjax.pipelines.experiment_options` describes a file of experiments, :mod:`bdjax.pipelines.backends` where its
+cells are carried out. Cells that share a victim train it once; the cell of a worker that was killed is started again
+and continues from the last epoch.
 """
 
 import json
-import subprocess
-import sys
-import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bdjax.errors import InputError
 from bdjax.io import checkpoint
-from bdjax.pipelines import cells
+from bdjax.pipelines import backends, cells
 from bdjax.pipelines.context import Context
 from bdjax.pipelines.experiment_options import Cell, ExperimentOptions, Grid, load_grid
 from bdjax.pipelines.summary import write_summary
 from bdjax.text import parse_integers
 
-_ATTEMPTS = 2  # a worker that dies without a word (out of memory, killed) is tried once more
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """A file of experiments, what of it is carried out, and where."""
+
+    file: Path
+    out: Path | None = None
+    """Directory of the results, which gets cells.json, victims/, HASH/ for each run, logs/ and, for a file that
+    summarises its results, summary.md; None: runs/PAPER/TABLE, the path of the file below experiments/."""
+    options: ExperimentOptions | None = None
+    """Of a file that has options; None: the defaults."""
+    seeds: str = ""
+    """Comma-separated; "": the file's SEEDS."""
+    shard: str = "0/1"
+    """"i/n", the i-th of n parts; cells that share a victim stay in one part."""
+    devices: int = 0
+    """Local devices that each cell uses, 0 for all."""
+    backend: backends.Name = "local"
+    """Where the cells are carried out."""
+    resources: backends.Resources = backends.Resources()
+    """What each cell is given there."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,6 @@ class _Job:
     index: int
     seed: int
     cell: Cell
-    attempt: int = 1
 
     @property
     def name(self) -> str:
@@ -38,28 +54,15 @@ class _Job:
 
 
 def sweep(
-    file: Path,
-    out: Path | None = None,
+    request: SweepRequest,
     *,
-    options: ExperimentOptions | None = None,
-    seeds: str = "",
-    shard: str = "0/1",
-    workers: int = 1,
-    devices: int = 0,
     tick: Callable[[str, int, int], None] = lambda stage, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Run the cells of a file of experiments that have no result yet.
 
     Args:
-      file: of the experiments.
-      out: directory of the results, which gets cells.json, victims/, HASH/ for each run, logs/ and, for a file that
-        summarises its results, summary.md; None: runs/PAPER/TABLE, the path of the file below experiments/.
-      options: of a file that has options; None: the defaults.
-      seeds: comma-separated; "": the file's SEEDS.
-      shard: "i/n", the i-th of n parts; cells that share a victim stay in one part.
-      workers: processes at a time.
-      devices: local devices that each cell uses, 0 for all.
+      request: the file, and what of it is carried out where.
       tick: called with the progress.
       say: called with a line for each cell that ends.
 
@@ -69,54 +72,58 @@ def sweep(
     Raises:
       InputError: the file defines no experiments, or an option is out of range.
     """
-    grid = load_grid(file, options)
-    out = Path(out) if out else grid.out
-    chosen = parse_integers("--seeds", seeds, "0,1,2") if seeds else grid.seeds
-    if workers < 1:
-        raise InputError(f"--workers must be at least 1, got {workers}.")
-    jobs = _shard([_Job(i, s, cell) for s in chosen for i, cell in enumerate(grid.cells)], shard)
+    grid, seeds, jobs = _jobs(request)
+    out = request.out or grid.out
     out.mkdir(parents=True, exist_ok=True)
-    _write_plan(grid, out, chosen)
+    _write_plan(grid, out, seeds)
     (out / "logs").mkdir(exist_ok=True)
-    failures: list[str] = []
-    waiting: deque[_Job] = deque()
-    for job in jobs:
-        try:
-            finished = cells.read(job.cell, job.seed, out) is not None
-        except InputError as error:
-            failures.append(f"{job.name}: {error}")
-            continue
-        waiting.extend([] if finished else [job])
-    done = len(jobs) - len(waiting)
-    say(f"{grid.title}: {len(jobs)} cells, {done - len(failures)} finished before, {len(waiting)} to do")
+    plan, failures = _unfinished(request, grid, out, jobs)
+    done = len(jobs) - len(plan.tasks)
+    say(f"{grid.title}: {len(jobs)} cells, {done - len(failures)} finished before, {len(plan.tasks)} to do")
     tick("grid", done, len(jobs))
-    running: dict[subprocess.Popen[bytes], tuple[_Job, Path, float]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.popleft()
-                log = out / "logs" / f"cell-{job.index}-seed-{job.seed}.log"
-                running[_start(grid, job, out, devices, log)] = (job, log, time.monotonic())
-            time.sleep(0.1)
-            for process in [p for p in running if p.poll() is not None]:
-                job, log, began = running.pop(process)
-                if process.returncode < 0 and job.attempt < _ATTEMPTS:
-                    say(f"{job.name}: the worker was killed (signal {-process.returncode}); starting it again")
-                    waiting.append(replace(job, attempt=job.attempt + 1))
-                    continue
-                done += 1
-                if process.returncode:
-                    failures.append(f"{job.name}: {_last_line(log, process.returncode)}")
-                state = "failed" if process.returncode else "finished"
-                say(f"[{done}/{len(jobs)}] {job.name}: {state} after {time.monotonic() - began:.0f} s")
-                tick("grid", done, len(jobs))
-    finally:
-        for process in running:
-            process.terminate()
-    write_summary(grid, out, chosen)
+    if plan.tasks:
+        for ended in backends.load(request.backend).run(plan, request.resources, say):
+            done += 1
+            failures += [f"{ended.task.name}: {ended.error}"] if ended.error else []
+            state = "failed" if ended.error else "finished"
+            say(f"[{done}/{len(jobs)}] {ended.task.name}: {state} after {ended.seconds:.0f} s")
+            tick("grid", done, len(jobs))
+    write_summary(grid, out, seeds)
     if failures:
         say(f"{len(failures)} of {len(jobs)} cells failed:\n" + "\n".join(f"  {line}" for line in failures))
     return failures
+
+
+def describe(request: SweepRequest) -> str:
+    """What :func:`sweep` would carry out, as the scripts or commands of the backend; nothing is written or run.
+
+    Raises InputError as :func:`sweep` does, and for a cell whose result is damaged or whose data set is missing.
+    """
+    grid, _, jobs = _jobs(request)
+    plan, failures = _unfinished(request, grid, request.out or grid.out, jobs)
+    if failures:
+        raise InputError("; ".join(failures))
+    return backends.load(request.backend).describe(plan, request.resources) if plan.tasks else "nothing is left to do"
+
+
+def _jobs(request: SweepRequest) -> tuple[Grid, tuple[int, ...], list[_Job]]:
+    """The loaded file, the seeds, and the cells of the shard with each of them."""
+    grid = load_grid(request.file, request.options)
+    seeds = parse_integers("--seeds", request.seeds, "0,1,2") if request.seeds else grid.seeds
+    return grid, seeds, _shard([_Job(i, s, cell) for s in seeds for i, cell in enumerate(grid.cells)], request.shard)
+
+
+def _unfinished(request: SweepRequest, grid: Grid, out: Path, jobs: list[_Job]) -> tuple[backends.Plan, list[str]]:
+    """The cells without a result, and a line for each that cannot be carried out."""
+    tasks, failures = [], []
+    for job in jobs:
+        try:
+            if cells.read(job.cell, job.seed, out) is None:
+                victim = cells.trained_victim(job.cell, job.seed, out)
+                tasks.append(backends.CellTask(job.index, job.seed, job.cell.label, victim))
+        except InputError as error:
+            failures.append(f"{job.name}: {error}")
+    return backends.Plan(grid.file, out, tuple(tasks), grid.options_record, request.devices), failures
 
 
 def run_cell(
@@ -172,17 +179,3 @@ def _write_plan(grid: Grid, out: Path, seeds: tuple[int, ...]) -> None:
         plan["options"] = options
     plan["cells"] = planned
     checkpoint.write_text(out / "cells.json", json.dumps(plan, indent=1) + "\n")
-
-
-def _start(grid: Grid, job: _Job, out: Path, devices: int, log: Path) -> "subprocess.Popen[bytes]":
-    arguments = [str(grid.file), str(job.index), str(job.seed), str(out), str(devices)]
-    command = [sys.executable, "-m", "bdjax", "_cell", *arguments]
-    if (options := grid.options_record) is not None:
-        command.append(json.dumps(options))
-    with open(log, "wb") as sink:
-        return subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
-
-
-def _last_line(log: Path, code: int) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"{lines[-1].strip() if lines else f'exit code {code}'} (log: {log})"
