@@ -10,7 +10,7 @@ from PIL import Image
 
 from bdjax.config import config_of
 from bdjax.io import checkpoint
-from bdjax.registry import load_file
+from bdjax.pipelines.experiment_options import CellResult, load_grid
 from bdjax.reports import figure, papers, table
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -83,11 +83,9 @@ def test_the_table_of_one_run_lists_suspected_labels_only_when_the_defense_detec
     [("table1", 36, 0), ("table2", 36, 0), ("table3", 54, 0), ("figure_holding", 21, 21), ("figure_curve", 3, 3)],
 )
 def test_every_cell_is_of_its_defense_and_finds_its_published_row(name, count, without, published):
-    module = load_file(EXPERIMENTS / f"baeraser_{name}.py")
-    assert module.TITLE and module.SEEDS
-    assert len(module.CELLS) == count and sum(cell.paper is None for cell in module.CELLS) == without
-    assert len({cell.label for cell in module.CELLS}) == count
-    for cell in module.CELLS:
+    grid = load_grid(EXPERIMENTS / f"baeraser/{name}.py")
+    assert len(grid.cells) == count and sum(cell.paper is None for cell in grid.cells) == without
+    for cell in grid.cells:
         experiment = cell.experiment
         assert isinstance(experiment.defense_config, config_of("defenses", experiment.defense))
         assert experiment.split.source == "test" and cell.scale == ""
@@ -97,21 +95,18 @@ def test_every_cell_is_of_its_defense_and_finds_its_published_row(name, count, w
 
 
 def test_the_sweep_of_the_trade_off_keeps_the_ratio():
-    module = load_file(EXPERIMENTS / "baeraser_table3.py")
-    for cell in module.CELLS:
+    for cell in load_grid(EXPERIMENTS / "baeraser/table3.py").cells:
         config = cell.experiment.defense_config
         ratio = float(cell.paper["defense_setting"].split(";")[0].removeprefix("beta/alpha="))
         assert config.beta / config.alpha == pytest.approx(ratio) and max(config.alpha, config.beta) == 1
 
 
 def test_the_figure_of_clean_images_is_drawn_from_results(tmp_path):
-    module = load_file(EXPERIMENTS / "baeraser_figure_holding.py")
-    for place, (attack, size) in enumerate([("badnets", 500), ("badnets", 2500), ("imc", 500)]):
-        run = tmp_path / f"runs/{place}"
-        run.mkdir(parents=True)
+    grid, results = load_grid(EXPERIMENTS / "baeraser/figure_holding.py"), []
+    for attack, size in (("badnets", 500), ("badnets", 2500), ("imc", 500)):
         rates = {"before": {"acc": 0.6, "asr": 0.9}, "after": {"acc": 0.5, "asr": 0.1}}
         result = {"attack": attack, "n_defender": size, **rates}
-        (run / "result.json").write_text(json.dumps(result))
-    module.draw(tmp_path / "runs", tmp_path / "h.png")
-    with Image.open(tmp_path / "h.png") as picture:
+        results.append(CellResult(grid.cells[0], 0, tmp_path, result, {}))
+    grid.draw(results, tmp_path)
+    with Image.open(tmp_path / "holding.png") as picture:
         assert picture.width > 1000

@@ -55,7 +55,7 @@ def read_directory(directory: Path) -> tuple[dict[Path, dict[str, Any]], dict[Pa
     """Read the plans and results below a directory.
 
     Returns:
-      The sweeps ("file", "title", "rows") by folder, and the runs by the path of their result.json.
+      The sweeps ("command", "title", "rows") by folder, and the runs by the path of their result.json.
 
     Raises:
       InputError: when the directory does not exist or holds neither, and for a damaged file.
@@ -132,13 +132,16 @@ def _read(path: Path, parse: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _sweep(value: Any) -> dict[str, Any]:
-    """File, title and rows of a cells.json."""
-    rows = {}
+    """Command, title and rows of a cells.json; its cells without a defense are in the sweep's own summary."""
+    rows, seeds = {}, sorted({int(seed) for cell in value["cells"] for seed in cell["seeds"]})
     for cell in value["cells"]:
+        if cell["defense"] is None:
+            continue
         index, label, scale, query = _cell(cell)
-        names, seeds = [str(cell[name]) for name in NAMES], {int(seed) for seed in cell["seeds"]}
-        rows[index, label, scale] = Row(names, label, scale, query, seeds)
-    return {"file": str(value["file"]), "title": str(value["title"]), "rows": rows}
+        names, planned = [str(cell[name]) for name in NAMES], {int(seed) for seed in cell["seeds"]}
+        rows[index, label, scale] = Row(names, label, scale, query, planned)
+    command = value.get("command") or f"bdjax sweep {value['file']} --seeds {','.join(map(str, seeds))}"
+    return {"command": str(command), "title": str(value["title"]), "rows": rows}
 
 
 def _run(value: Any) -> dict[str, Any]:

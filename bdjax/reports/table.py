@@ -63,6 +63,9 @@ def report(
 ) -> str:
     """Make a table of the runs below a directory: a row per cell of a sweep, or per configuration without its seed.
 
+    The summaries of sweeps whose files of experiments make one (summary.md) follow it; cells without a defense are in
+    these alone.
+
     Args:
       directory: searched for result.json, and for the cells.json of sweeps, whose unfinished cells get a row, too.
       form: "text" for 160 columns; "markdown"; "csv" with percent in full precision and empty fields for missing ones.
@@ -85,7 +88,10 @@ def report(
         return _csv(rows)
     titles = [sweep["title"] for sweep in sweeps.values()]
     notes = _notes(rows, list(sweeps.values()), len(runs) - sum(len(row.runs) for row in rows))
-    return (_markdown if form == "markdown" else _text)(rows, titles, notes)
+    summaries = [f"\n{(folder / 'summary.md').read_text()}" for folder in sweeps if (folder / "summary.md").is_file()]
+    if summaries and not rows:
+        return "\n".join([*titles, *summaries])
+    return "\n".join([(_markdown if form == "markdown" else _text)(rows, titles, notes), *summaries])
 
 
 def _fields(row: Row) -> dict[str, Any]:
@@ -170,9 +176,7 @@ def _notes(rows: list[Row], sweeps: list[dict[str, Any]], duplicates: int) -> li
         notes.append("missing: planned, but there is no result yet.")
     if duplicates:
         notes.append(f"Not counted: {duplicates} result.json with the configuration and seed of another one.")
-    for sweep in sweeps:
-        seeds = ",".join(map(str, sorted(set().union(*(row.planned for row in sweep["rows"].values())))))
-        notes.append(f"Made by: bdjax sweep {sweep['file']} --seeds {seeds}")
+    notes += [f"Made by: {sweep['command']}" for sweep in sweeps]
     return [*notes, *([f"Software: {_distinct(run['software'] for run in runs)}"] if runs else [])]
 
 

@@ -1,4 +1,8 @@
-"""The whole run: packages, steps, archives. `run.sh` calls this; its options are explained in README.md."""
+"""The whole run: packages, steps, archives. `run.sh` calls this; its options are explained in README.md.
+
+It is no file of cells, because it measures a machine within a limit of time and must be of use when a step fails. Its
+options are argparse's, because it begins before the carried wheels, tyro among them, are unpacked.
+"""
 
 import argparse
 import os
@@ -9,8 +13,8 @@ import time
 from pathlib import Path
 
 from accelerator import packing, records, schedule, wheels
+from accelerator.environment import of_steps
 
-ROOT = Path(__file__).parents[2]
 CARRIED = Path(__file__).parent / "carry"
 
 
@@ -29,7 +33,7 @@ def main(argv: list[str]) -> int:
     note.write_text(str(out))  # for run.sh, should this process be killed before it has packed
     signal.signal(signal.SIGTERM, _stop)
     try:
-        env = environment(work, site, options.smoke)
+        env = of_steps(work, site, options.smoke)
         commit = (CARRIED / "commit.txt").read_text().strip() if (CARRIED / "commit.txt").exists() else None
         records.append(file, {"kind": "begin", "command": _command(argv), "commit_prepared": commit})
         _install(site, file)
@@ -52,22 +56,6 @@ def main(argv: list[str]) -> int:
         sys.stdout.flush()
     ended = [record["status"] for record in records.read(file) if record["kind"] == "step"]
     return int(any(status in ("failed", "timeout") for status in ended))
-
-
-def environment(work: Path, site: Path, smoke: bool) -> dict[str, str]:
-    """What the steps' processes are given: where modules lie, no second start for large pages, memory, the cache."""
-    env = dict(os.environ)
-    paths = [str(site), str(ROOT), str(ROOT / "experiments"), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
-    env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.8")
-    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "jax"))
-    env |= {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
-    if smoke:  # quick to compile, slow to run: there is next to nothing to run
-        env.setdefault("JAX_PLATFORMS", "cpu")
-        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {quick}".strip()
-    return env
 
 
 def _install(site: Path, file: Path) -> None:
@@ -95,7 +83,7 @@ def _stop(*_: object) -> None:
 def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.sh", description=(__doc__ or "").partition("\n")[0])
     packed = CARRIED / "images.npz"
-    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="new directory; default $OUT")
+    parser.add_argument("--out", type=Path, required=True, help="new directory")
     parser.add_argument("--work", type=Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--images", default=str(packed) if packed.exists() else "", help="images.npz, or npz:FILE")
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
@@ -103,9 +91,6 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="every step at tiny sizes on a CPU")
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter with PyTorch")
     options = parser.parse_args(argv)
-    if options.out is None:
-        parser.error("give --out DIR, or set OUT.")
-    options.out = Path(options.out)
     known = [step.name for step in schedule.STEPS]
     if wrong := [name for name in options.only.split(",") if name and name not in known]:
         parser.error(f"--only {','.join(wrong)}: there are {', '.join(known)}.")

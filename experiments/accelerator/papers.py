@@ -33,7 +33,7 @@ _TAKEN = ("acc", "asr")
 
 
 def ibau(run: Run) -> None:
-    """I-BAU's Table 1, BadNets on CIFAR-10: small_vgg, 50 epochs, three seeds (experiments/ibau_table1.py).
+    """I-BAU's Table 1, BadNets on CIFAR-10: small_vgg, 50 epochs, three seeds (experiments/ibau/table1.py).
 
     A seed that would take longer than is left is not begun.
     """
@@ -56,7 +56,7 @@ def ibau(run: Run) -> None:
 
 
 def bibau(run: Run) -> None:
-    """BI-BAU (U) on resnet18 in bfloat16, then the retuning attack on what it purified (experiments/bibau_table2.py).
+    """BI-BAU (U) on resnet18 in bfloat16, then the retuning attack on what it purified (experiments/bibau/table2.py).
 
     10 epochs of training for the paper's 200, 6 of unlearning for its 20: these numbers are not the paper's.
     """
@@ -86,7 +86,7 @@ def bibau(run: Run) -> None:
 
 
 def age(run: Run) -> None:
-    """AGE without backdoor knowledge on resnet18_imagenet, ten epochs of training (experiments/age_table1.py)."""
+    """AGE without backdoor knowledge on resnet18_imagenet, ten epochs of training (experiments/age/table1.py)."""
     fit = FitConfig(10, 128, "sgd", 0.1, 0.9, 5e-4, "cosine", "crop_flip")
     model, split = "resnet18_imagenet", SplitConfig(source="test", size=512, order="stratified", validation=0.0)
     if run.smoke:

@@ -4,7 +4,6 @@ The reference is computed by a process of its own that sees no accelerator (`pyt
 this one compiles: there the library's CPU convolutions take float64 to matrix products, where XLA's own would be slow.
 """
 
-import os
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from accelerator.environment import child_environment
 from accelerator.records import Run
 from bdjax import hypergrad, models
 from bdjax.cli._devices import prepare_jax
@@ -190,7 +190,7 @@ def _ask(run: Run, name: str, given: Path) -> subprocess.Popen:
     """A process that computes the reference of one model on the CPU; it ends with this step."""
     size = "smoke" if run.smoke else "full"
     command = [sys.executable, "-m", "accelerator.parity", name, size, str(given), str(_target(run, name))]
-    return subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    return subprocess.Popen(command, env=child_environment(JAX_PLATFORMS="cpu"))
 
 
 def _answer(run: Run, name: str, process: subprocess.Popen) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything worth measuring in nine minutes of one accelerator, unattended and without a network (README.md):
 #   experiments/accelerator/run.sh --out DIR [--smoke] [--images FILE] [--budget SECONDS] [--only STEP,STEP]
-#   BDJAX_PYTHON chooses the interpreter; OUT=DIR stands for --out DIR.
+#   BDJAX_PYTHON chooses the interpreter.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${BDJAX_PYTHON:-python3}

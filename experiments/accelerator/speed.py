@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from accelerator.records import Run, SkipStep
 from bdjax import bench as benchmarks
 
@@ -58,7 +60,7 @@ def compare(run: Run) -> None:
         sys.executable, str(ROOT / "benchmarks" / "compare.py"), "--suite", "gpu", "--only", ",".join(names),
         "--repeats", str(repeats), "--out", str(out), "--torch-python", run.torch_python,
         "--threads", str(max(1, min(8, os.cpu_count() or 1))), "--pages", "small",
-        "--limit", "60", "--compile-limit", "45", "--cache", os.environ["JAX_COMPILATION_CACHE_DIR"],
+        "--limit", "60", "--compile-limit", "45", "--cache", str(jax.config.jax_compilation_cache_dir),
         *(["--small"] if run.smoke else []),
     ]  # fmt: skip
     recorded = 0

@@ -1,0 +1,1 @@
+"""Experiments on AGE (Hsieh et al., 2024)."""

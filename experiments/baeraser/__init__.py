@@ -1,0 +1,1 @@
+"""Experiments on BAERASER (Liu et al., INFOCOM 2022)."""

@@ -1,0 +1,1 @@
+"""Experiments on defenses on models that they were not tuned for."""

@@ -1,0 +1,1 @@
+"""Experiments on I-BAU (Zeng et al., ICLR 2022)."""
