@@ -44,7 +44,7 @@ def plan(directory, *cells, seeds=(0, 1, 2)):
     names = {"attack": "badnets", "defense": "ibau", "dataset": "cifar10", "model": "small_vgg", "seeds": list(seeds)}
     directory.mkdir(parents=True, exist_ok=True)
     content = {
-        "file": "experiments/ibau_table1.py",
+        "file": "experiments/ibau/table1.py",
         "title": "I-BAU, Table 1",
         "cells": [{**c, **names} for c in cells],
     }

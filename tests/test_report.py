@@ -79,7 +79,7 @@ def test_planned_cells_without_a_result_are_missing(tmp_path):
     *_, one, two = (line for line in table.report(tmp_path, "markdown", None).splitlines() if line.startswith("|"))
     assert "| 2/3 |" in one
     assert two == f"| second | cifar10 | small_vgg | 0/3 |{' missing |' * 10}"
-    assert "bdjax sweep experiments/ibau_table1.py --seeds 0,1,2" in table.report(tmp_path, "text", None)
+    assert "bdjax sweep experiments/ibau/table1.py --seeds 0,1,2" in table.report(tmp_path, "text", None)
 
 
 def test_only_a_plan_is_a_table_too(tmp_path):

@@ -66,7 +66,7 @@ def cells(options: Options) -> list[Cell]:
 def _defense(options: Options, name: str, row: str) -> Defense:
     defenses: dict[str, Defense] = {
         "none": None,
-        "I-BAU": ("ibau", config_of("defenses", "ibau")(schedule="release")),
+        "I-BAU": ("ibau", config_of("defenses", "ibau")(schedule="release", norm_bound=10.0)),  # the release's notebook
         "IBU": ("ibu", config_of("defenses", "ibu")()),
         "BI-BAU (T)": ("bibau", bibau_config(options, name, variant="targeted")),
         "BI-BAU (U)": ("bibau", bibau_config(options, name)),
