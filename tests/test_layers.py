@@ -7,12 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "bdjax"
 LAYERS = (
-    {"errors", "types", "text"},
+    {"errors", "types", "pair_types", "text"},
     {"registry", "protocols", "config", "io"},
     {"datasets", "models", "metrics", "hypergrad"},
     {"engine", "interop"},
     {"attacks", "defenses", "detectors"},
-    {"bench", "pipelines"},
+    {"bench", "pipelines", "vision_language"},
     {"reports"},
     {"api"},
     {"cli", "__main__"},

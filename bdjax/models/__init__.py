@@ -5,7 +5,7 @@ A model is a module with one Linen class `Net(classes, dtype, axis_name)`, whose
 down-sampling allows. If `Net` has the field `width`, this is the number of channels of the first convolution, and all
 other layers scale with it. `VARIANTS`, if present, lists further options of `Net` (depth, stem, ...): names of fields
 and their allowed values. `autoencoder`, `message_encoder`, `message_decoder`, `sampler` and `unet` create networks that
-methods train.
+methods train. `dual_encoder` creates CLIP, which is no classifier (:mod:`bdjax.pair_types`).
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from bdjax import registry
 from bdjax.errors import InputError
+from bdjax.models._clip import PRESETS, ClipConfig, dual_encoder
 from bdjax.models._generators import Generator, autoencoder, message_decoder, message_encoder, sampler, unet
 from bdjax.models._input import MEANS, STDS, Input
 from bdjax.models._layers import pooling_matrix
@@ -27,12 +28,15 @@ from bdjax.types import Images, Key, Model, Variables
 
 __all__ = [
     "MEANS",
+    "PRESETS",
     "STDS",
+    "ClipConfig",
     "Generator",
     "Input",
     "as_dtype",
     "autoencoder",
     "create",
+    "dual_encoder",
     "head",
     "kernels",
     "message_decoder",
