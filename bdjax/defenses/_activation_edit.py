@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import models
+from bdjax.defenses._batch import shuffled_batches
 from bdjax.engine import predict
 from bdjax.metrics import anomaly_index, class_accuracy
 from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_float
@@ -124,7 +125,7 @@ def _editor(model: Model, static: _Static) -> Callable:
     def edit(variables: Variables, images: jax.Array, key: Key, hyper: Any) -> Variables:
         batch_count = -(-len(images) // static.batch_size)
         batch_size = len(images) // batch_count
-        order = jax.random.permutation(key, len(images))[: batch_count * batch_size].reshape(batch_count, batch_size)
+        order = shuffled_batches(key, len(images), batch_count, batch_size)
         kernels = models.kernels(variables["params"])
 
         def mean_outputs(stats: Any, index: jax.Array) -> tuple[Any, dict[str, jax.Array]]:

@@ -1,4 +1,4 @@
-"""The number of images per step, and batches in file order."""
+"""The number of images per step, and batches in file order or shuffled."""
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,21 @@ def sequential_batches(total: int, size: int, devices: int) -> dict[str, jax.Arr
         "weight": jnp.asarray(is_real / image_counts[:, None], jnp.float32),
         "images": jnp.asarray(image_counts, jnp.float32),
     }
+
+
+def shuffled_batches(key: Key, total: int, steps: int, size: int) -> jax.Array:
+    """Draw an epoch of batches without repetition; what does not fill the last batch is left out.
+
+    Args:
+      key: random key that shuffles the images.
+      total: number of images, at least steps * size.
+      steps: number of batches.
+      size: images per batch.
+
+    Returns:
+      Positions of the images, int32 [steps, size].
+    """
+    return jax.random.permutation(key, total)[: steps * size].reshape(steps, size)
 
 
 def draw_patched(weight: jax.Array, size: int, count: int, key: Key) -> jax.Array:

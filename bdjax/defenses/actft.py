@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax import models
-from bdjax.defenses._batch import batch_of
+from bdjax.defenses._batch import batch_of, shuffled_batches
 from bdjax.defenses._trigger import triggered
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
@@ -104,7 +104,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     for epoch in range(config.epochs):
         tick = partial(view.callback.on_progress, f"actFT epoch {epoch + 1} of {config.epochs}")
         keys = jax.random.split(jax.random.fold_in(key, epoch + 1))
-        order = jax.random.permutation(keys[0], total)[: steps * batch_size].reshape(steps, batch_size)
+        order = shuffled_batches(keys[0], total, steps, batch_size)
         is_triggered = jax.vmap(lambda k: jax.random.permutation(k, template))(jax.random.split(keys[1], steps))
         state, metrics = run_epoch(step, state, {"index": order, "triggered": is_triggered}, {}, constants, tick=tick)
         check_finite(metrics["loss"], config.learning_rate, epoch * steps, "loss", "defense.learning_rate")

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bdjax.defenses._batch import shuffled_batches
 from bdjax.defenses._universal import perturbed_loss, universal
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.epoch import check_finite
@@ -92,9 +93,7 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     for round_ in range(config.rounds):
         tick = partial(view.callback.on_progress, f"adversarial training, round {round_ + 1} of {config.rounds}")
         keys = jax.random.split(jax.random.fold_in(key, round_), config.passes + 1)
-        passes = [
-            jax.random.permutation(k, len(view.labels))[: steps * batch_size].reshape(steps, batch_size) for k in keys
-        ]
+        passes = [shuffled_batches(k, len(view.labels), steps, batch_size) for k in keys]
         inner_constants = {**constants, "params": state["params"]}
         delta = universal(victim.model, inner_constants, jnp.concatenate(passes[1:]), tick)
         state, metrics = run_epoch(step, state, {"index": passes[0]}, {}, {**constants, "delta": delta}, tick=tick)

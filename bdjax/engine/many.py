@@ -6,6 +6,9 @@ and each run continues with its own result. `fit` and the methods need no change
 
 Runs may differ in all values: seeds, images (poison ratios, triggers), learning rates. They must share the compiled
 step and the shapes of its arguments. Arrays that are the *same object* in all runs are not copied.
+
+This is a public building block (docs/performance.md shows its use); within bdjax `bdjax bench` alone uses it. `bdjax
+sweep` does not, because each of its cells is a process that may fail, be killed and be started again on its own.
 """
 
 import contextvars
