@@ -66,6 +66,8 @@ class Cell:
     """Largest number of held-out images that the rates are measured on, drawn at random; 0: all."""
     estimate: bool = False
     """Also estimate the success rate without the trigger."""
+    victim: str = ""
+    """Name of the victim, for leaderboards of victims that a list names."""
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,9 @@ def run_cell(
       The result of the run, or of the victim in a cell without a defense.
     """
     cell = load_grid(file, options).cells[index]
-    extra = {"cell": {"index": index, "label": cell.label, "scale": cell.scale, "paper": cell.paper}}
-    return cells.carry_out(cell, seed, out, Context(devices), extra)
+    record = {"index": index, "label": cell.label, "scale": cell.scale, "paper": cell.paper}
+    record |= {"victim": cell.victim} if cell.victim else {}
+    return cells.carry_out(cell, seed, out, Context(devices), {"cell": record})
 
 
 def _shard(jobs: list[_Job], shard: str) -> list[_Job]:
