@@ -1,4 +1,4 @@
-"""Types of the second family of models, encoders of images and captions, and of the methods that attack and defend them.
+"""Types of the second family of models, encoders of images and captions, and of the methods for them.
 
 A classifier is described by `bdjax.types.Model` and is trained on labelled images. A dual encoder is trained on pairs
 of an image and a caption, and classifies only by comparison with captions of the classes ("zero-shot"), so its methods
@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from bdjax.types import Arrays, Callback, Images, Key, Variables
-
 
 VisualFunction: TypeAlias = Callable[..., tuple[jax.Array, jax.Array, Any]]
 """`f(variables, images, train=False, axis_name=None) -> (embeddings [N, D], features before the projection [N, F], new
@@ -148,8 +147,8 @@ class PairView:
 
 
 TriggerFunction: TypeAlias = Callable[[Any, Images, Key, Arrays], Images]
-"""`trigger(config, images, key, arrays)`: put a trigger on float32 images [N, H, W, C] in [0, 1], inside jit; the caller
-clips the result to [0, 1]."""
+"""`trigger(config, images, key, arrays)`: put a trigger on float32 images [N, H, W, C] in [0, 1], inside jit; the
+caller clips the result to [0, 1]."""
 PrepareFunction: TypeAlias = Callable[[Any, PairTask, Key], Arrays]
 """`prepare(config, task, key)`: make the arrays that the trigger needs; they are stored with the victim."""
 PoisonFunction: TypeAlias = Callable[[Any, PairTask, Key, Arrays], PairPoison]

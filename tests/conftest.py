@@ -37,8 +37,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 LARGE = (
     "clip_vit_b_32", "convnext_tiny", "densenet121", "efficientnet_b3", "efficientnet_v2_s", "googlenet",
-    "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "resnet", "resnet_cifar", "senet18", "vgg16", "vgg19", "vgg19_bn",
-    "vgg_cifar", "vit_b_32", "wide_resnet",
+    "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "resnet", "resnet_cifar", "senet18", "vgg16", "vgg19",
+    "vgg19_bn", "vgg_cifar", "vit_b_32", "wide_resnet",
 )  # fmt: skip
 """Networks of many layers, which take seconds to trace and compile; smaller ones of the same kinds are tested first."""
 

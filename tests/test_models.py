@@ -18,9 +18,9 @@ CASES = large_are_slow(NAMES)
 SHAPE, CLASSES = (8, 8, 1), 4
 NARROW = {
     "clip_vit_b_32": 12, "densenet121": 4, "efficientnet_v2_s": 4, "googlenet": 8, "mobilenet_v3_small": 4,
-    "preact_resnet18": 4, "resnet18": 4, "resnet18_imagenet": 4, "vgg16": 1, "vgg16_bn": 1, "vgg19": 1, "vgg19_bn": 1, "vit_b_16": 12,
-    "vit_b_32": 12, "mobilenet_v2": 4, "mobilenet_v3_large": 4, "resnet": 4, "resnet_cifar": 4, "senet18": 4,
-    "vgg_cifar": 1, "wide_resnet": 4, "convnext_tiny": 4, "efficientnet_b3": 4,
+    "preact_resnet18": 4, "resnet18": 4, "resnet18_imagenet": 4, "vgg16": 1, "vgg16_bn": 1, "vgg19": 1, "vgg19_bn": 1,
+    "vit_b_16": 12, "vit_b_32": 12, "mobilenet_v2": 4, "mobilenet_v3_large": 4, "resnet": 4, "resnet_cifar": 4,
+    "senet18": 4, "vgg_cifar": 1, "wide_resnet": 4, "convnext_tiny": 4, "efficientnet_b3": 4,
 }  # fmt: skip
 """Channels that compile and compute in no time; the rest are small anyway."""
 

@@ -128,7 +128,7 @@ def entries(naming: Naming, model: Model) -> list[Entry]:
                 path = (collection, layer, leaf) if leaf else (collection, layer)
                 shape = flat if naming.flattened and (layer, leaf) == (naming.flattened[0], "kernel") else None
                 convolved = leaf == "kernel" and layer in naming.convolved
-                pairs.append(_entry(path, naming.layer(layer), leaf, tuple(array.shape), shape, convolved))
+                pairs.append(entry(path, naming.layer(layer), leaf, tuple(array.shape), shape, convolved))
     return pairs
 
 
@@ -138,10 +138,22 @@ def variable_shapes(model: Model) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def _entry(
+def entry(
     path: tuple[str, ...], layer: str, leaf: str, shape: tuple[int, ...], flat: tuple[int, ...] | None, convolved: bool
 ) -> Entry:
-    """Return the counterpart of one array; `flat` is the shape of the flattened feature, if any."""
+    """Return the counterpart of one array in PyTorch's usual layout.
+
+    Args:
+      path: its path in the variables.
+      layer: name of its layer in PyTorch.
+      leaf: "kernel", "scale", "bias", "mean" or "var"; "" for an array without a layer.
+      shape: its shape.
+      flat: shape (H, W, C) of the feature that was flattened before this dense layer; None otherwise.
+      convolved: whether the dense layer is a 1x1 convolution in PyTorch.
+
+    Returns:
+      The counterpart.
+    """
     name = layer if not leaf else f"{layer}{'_' if layer.endswith('in_proj') else '.'}{_LEAVES[leaf]}"
     if leaf != "kernel":
         return Entry(path, name, shape, lambda a: a, lambda a: a)

@@ -1,6 +1,7 @@
 """The modified ResNet of CLIP (Radford et al., ICML 2021).
 
-Three convolutions first, strides by mean-pooling, and attention in place of the global mean. Layers have the names of OpenAI's state dict, without the prefix "visual.".
+Three convolutions first, strides by mean-pooling, and attention in place of the global mean. Layers have the names of
+OpenAI's state dict, without the prefix "visual.".
 """
 
 from typing import Any
