@@ -157,6 +157,8 @@ class DetectorSpec:
     detect: DetectFunction
     on_request: bool = False
     """Runs only when it is named (the module's ON_REQUEST)."""
+    needs_images: bool = True
+    """Whether it uses clean images (the module's NEEDS_IMAGES)."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,10 @@ def _defense(name: str, module: ModuleType) -> DefenseSpec:
 
 def _detector(name: str, module: ModuleType) -> DetectorSpec:
     detect = _function(name, module, "detect(config, victim, view, key)", "which makes it a detector")
-    return DetectorSpec(name, _config(name, module), detect, getattr(module, "ON_REQUEST", False))
+    options = {
+        field.lower(): getattr(module, field) for field in ("ON_REQUEST", "NEEDS_IMAGES") if hasattr(module, field)
+    }
+    return DetectorSpec(name, _config(name, module), detect, **options)
 
 
 def _model(name: str, module: ModuleType) -> ModelSpec:

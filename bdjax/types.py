@@ -283,11 +283,20 @@ class Scores:
     """Anomaly score of that class, and so of the model."""
     poisoned: bool
     """Whether the model is judged to be backdoored."""
+    p_value: float | None = None
+    """Probability of so high a score in a clean model, corrected for the number of classes; None for a detector that
+    has no null distribution."""
+    targets: tuple[int, ...] = ()
+    """All classes that the detector accuses, the most suspicious first; empty where it accuses none or `target` alone
+    by a rule without p-values."""
 
     def plain(self) -> dict[str, Any]:
         """Return the scores as JSON values, with None in place of NaN and infinity."""
         values = [float(value) if np.isfinite(value) else None for value in (self.score, *self.classes)]
-        return {"poisoned": self.poisoned, "target": self.target, "score": values[0], "classes": values[1:]}
+        return {
+            "poisoned": self.poisoned, "target": self.target, "score": values[0], "classes": values[1:],
+            "p_value": self.p_value, "targets": list(self.targets),
+        }  # fmt: skip
 
 
 Trigger: TypeAlias = Callable[[Images, Key], Images]

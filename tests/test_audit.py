@@ -1,5 +1,6 @@
 """`bdjax audit`: every method that can judge is asked, the verdict is theirs, evidence is written."""
 
+import dataclasses
 import json
 
 import jax
@@ -26,7 +27,12 @@ DETECTORS = registry.names("detectors")
 @pytest.fixture(scope="module")
 def quick():
     """Configs that make the methods short."""
-    short = {"neural_cleanse": {"epochs": 2}, "baeraser": {"iterations": 2, "hidden": 8, "noise_size": 8}}
+    short = {
+        "neural_cleanse": {"epochs": 2}, "baeraser": {"iterations": 2, "hidden": 8, "noise_size": 8},
+        "additive": {"steps": 4}, "mm_bd": {"steps": 4}, "patch": {"steps": 4},
+        "synthetic": {"images": 8, "image_steps": 4, "steps": 4},
+        "leaves": {"images": 8, "steps": 4},
+    }  # fmt: skip
     return {name: registry.load("detectors", name).Config(**fields) for name, fields in short.items()}
 
 
@@ -57,7 +63,11 @@ def test_a_method_that_takes_long_is_asked_only_by_name(finished, monkeypatch):
     for name in DETECTORS:
         monkeypatch.setattr(registry.load_module("detectors", name), "detect", lambda *_, name=name: said(name))
     audit.audit(finished[0] / "victim", size=20, context=Context(1))
-    assert asked == [name for name in DETECTORS if name != "baeraser"] and "baeraser" in DETECTORS
+    assert asked == ["additive", "patch"]
+    assert {"age", "baeraser", "neural_cleanse", "universal"} <= set(DETECTORS) - set(asked)
+    asked.clear()
+    audit.audit(finished[0] / "victim", dataset="none", context=Context(1))
+    assert asked == ["leaves", "mm_bd", "synthetic"]
 
 
 def test_the_same_seed_gives_the_same_judgement_and_the_methods_are_those_chosen(audited, finished):
@@ -69,7 +79,7 @@ def test_the_same_seed_gives_the_same_judgement_and_the_methods_are_those_chosen
     assert purified["hash"] != again["hash"] and purified["truth"] is None
 
 
-NOBODY = {"poisoned": False, "target": None, "accused_by": []}
+NOBODY = {"poisoned": False, "target": None, "targets": [], "accused_by": [], "p_value": None}
 
 
 @pytest.mark.parametrize(
@@ -79,12 +89,85 @@ NOBODY = {"poisoned": False, "target": None, "accused_by": []}
         ([("a", False, 3), ("b", True, 1)], NOBODY),
         ([("a", True, 3), ("b", True, 1)], NOBODY),
         ([("a", False, 1), ("b", True, 1)], NOBODY),  # a names the class, but does not accuse
-        ([("a", True, 3)], {"poisoned": True, "target": 3, "accused_by": ["a"]}),
-        ([("a", True, 3), ("b", True, 1), ("c", True, 1)], {"poisoned": True, "target": 1, "accused_by": ["b", "c"]}),
+        ([("a", True, 3)], {"poisoned": True, "target": 3, "targets": [3], "accused_by": ["a"]}),
+        (
+            [("a", True, 3), ("b", True, 1), ("c", True, 1)],
+            {"poisoned": True, "target": 1, "targets": [1], "accused_by": ["b", "c"]},
+        ),
     ],
 )
 def test_two_accusers_of_one_class_are_needed_or_the_only_one_asked(says, expected):
-    assert audit.combine({name: {"poisoned": p, "target": t} for name, p, t in says}) == expected
+    assert audit.combine({name: {"poisoned": p, "target": t} for name, p, t in says}) == {**NOBODY, **expected}
+
+
+def finding(p_value, target, targets=None):
+    poisoned = p_value is None or p_value <= 0.01
+    return {"poisoned": poisoned, "target": target, "targets": targets or [], "p_value": p_value}
+
+
+def test_p_values_are_corrected_for_the_number_of_detectors_and_decide_alone():
+    weak = {"a": finding(0.02, 3), "b": finding(0.5, 1), "c": finding(0.9, 2)}  # 0.02 * 3 > 0.05
+    assert audit.combine(weak) == {**NOBODY, "p_value": pytest.approx(0.06)}
+    strong = {**weak, "a": finding(0.01, 3), "d": finding(None, 3), "e": finding(None, 1)}
+    verdict = audit.combine(strong)
+    assert (verdict["poisoned"], verdict["target"], verdict["targets"]) == (True, 3, [3])
+    assert verdict["accused_by"] == ["a", "d"] and verdict["p_value"] == pytest.approx(0.03)
+    assert not audit.combine({"a": finding(0.5, 3), "d": finding(None, 1), "e": finding(None, 1)})["poisoned"]
+    assert not audit.combine(strong, 0.02)["poisoned"]
+
+
+def test_several_targets_are_reported_the_surest_first():
+    verdict = audit.combine({"a": finding(0.01, 3, [3, 5]), "b": finding(0.0001, 7, [7]), "c": finding(0.6, 0)})
+    assert verdict["targets"] == [7, 3, 5] and verdict["target"] == 7 and verdict["accused_by"] == ["b"]
+
+
+def test_the_budget_stops_before_the_next_detector_and_says_what_did_not_run(finished, quick):
+    spoken = []
+    settings = AuditSettings(configs=quick, budget=1e-3)
+    result, _ = audit.audit(
+        finished[0] / "victim", ["mm_bd", "additive", "patch"], size=20, settings=settings, context=Context(1),
+        say=lambda name, found: spoken.append((name, found["target"])),
+    )  # fmt: skip
+    assert list(result["methods"]) == ["mm_bd"] and result["skipped"] == ["additive", "patch"]
+    assert spoken == [("mm_bd", result["methods"]["mm_bd"]["target"])]
+    assert "not run, because the budget was spent: additive, patch" in report.table(result)
+
+
+def test_without_images_only_detectors_run_that_need_none(finished, quick, tmp_path):
+    settings = AuditSettings(configs=quick)
+    result, arrays = audit.audit(finished[0] / "victim", dataset="none", settings=settings, context=Context(1))
+    assert (
+        list(result["methods"]) == ["leaves", "mm_bd", "synthetic"]
+        and result["n"] == 0
+        and result["level"] == 0.03
+        and "accuracy" not in result
+    )
+    assert "without clean images" in report.table(result)
+    assert report.draw(result, arrays, tmp_path / "a.png").stat().st_size > 5000
+    with pytest.raises(InputError, match="additive need clean images. Give some by --clean-data"):
+        audit.audit(finished[0] / "victim", ["additive"], dataset="none")
+
+
+def test_reference_models_replace_the_comparison_of_the_classes(finished, quick):
+    """The model beside two copies of itself: nothing of it is unusual."""
+    victim, settings = finished[0] / "victim", AuditSettings(configs=quick)
+    twin = open_recorded(victim)
+    copies = dataclasses.replace(settings, references=(twin, twin))
+    alone, _ = audit.audit(victim, ["additive"], size=20, settings=settings, context=Context(1))
+    beside, _ = audit.audit(victim, ["additive"], size=20, settings=copies, context=Context(1))
+    assert beside["methods"]["additive"]["classes"] == alone["methods"]["additive"]["classes"]
+    assert beside["references"] == [str(victim)] * 2 and alone["references"] == []
+    assert beside["methods"]["additive"]["p_value"] == 1 and not beside["poisoned"]
+    with pytest.raises(InputError, match="two clean reference models"):
+        AuditSettings(references=(twin,))
+    with pytest.raises(InputError, match="is the audited model itself"):
+        audit.audit(victim, ["additive"], size=20, references=[victim], context=Context(1))
+    for fields, message in (
+        ({"level": 0.5}, r"level of an audit must be in \(0, 0.3\]"),
+        ({"budget": 0}, "must be positive"),
+    ):
+        with pytest.raises(InputError, match=message):
+            AuditSettings(**fields)
 
 
 def test_the_columns_of_the_table_stand_under_their_heads():
@@ -96,7 +179,7 @@ def test_the_columns_of_the_table_stand_under_their_heads():
     for column, values in (("verdict", ("poisoned", "clean", "poisoned")), ("class", ("1 (cat)",) * 3)):
         ends = [row.index(word) + len(word) for row, word in zip(rows, (column, *values), strict=True)]
         assert len(set(ends)) == 1, column
-    assert len({len(row) for row in rows}) == 1 and "score: of that class" in lines[-1]
+    assert len({len(row) for row in rows}) == 1 and "p-value: probability" in lines[-1]
 
 
 def test_table_and_picture_name_the_class_and_the_accusers(audited, tmp_path):
@@ -123,8 +206,8 @@ def test_what_cannot_be_audited_is_refused(finished, tmp_path, capsys):
         audit.audit(finished[0], ["ibau"])
     with pytest.raises(InputError, match=r"--size must be from 1 to 40.* got 0"):
         audit.audit(finished[0], size=0)
-    with pytest.raises(InputError, match=r"no clean image of class"):
-        audit.audit(finished[0], size=1)
+    with pytest.raises(InputError, match=r"additive got 1 clean images; it needs two"):
+        audit.audit(finished[0], ["additive"], size=1)
     assert "nowhere" in refused(capsys, "audit", tmp_path / "nowhere")
     assert "usage: bdjax audit" in refused(capsys, "audit")
 

@@ -11,7 +11,7 @@ from bdjax.cli._parsing import first_argument, parse_flags
 from bdjax.text import parse_names
 
 ORDER = 41
-USAGE = "DIR [--clean-data D] [--methods A,B] [--size N] [--seed S] [--out DIR]"
+USAGE = "DIR [--clean-data D] [--methods A,B] [--size N] [--budget SECONDS] [--reference DIR,DIR] [--out DIR]"
 SUMMARY = "detect a backdoor in the model in DIR, and its target class"
 
 
@@ -21,11 +21,21 @@ class Flags(DeviceFlags):
 
     clean_data: str | None = None
     """Data set of labelled clean images: digits, npz:PATH, folder:PATH or tfds:NAME; the test split is used. Default:
-    the data set that the model was trained on. Required for an imported model."""
+    the data set that the model was trained on. Without one (an imported model), or with none, only the detectors run
+    that need no images."""
     methods: str = ""
-    """Comma-separated names of detectors; default: all but baeraser, which takes minutes on a CPU."""
+    """Comma-separated names of detectors; default: additive and patch; without images leaves, mm_bd and synthetic. age,
+    baeraser, neural_cleanse and universal run on request: they take long, or accuse clean models too often."""
     size: int | None = None
-    """Number of clean images to use; default: 1,000, or all if there are fewer."""
+    """Number of clean images to use; default: 1,000, or all if there are fewer. 100 are enough."""
+    budget: float | None = None
+    """Seconds after which no further detector is started; default: all run."""
+    level: float | None = None
+    """Level of the verdict, in (0, 0.3]: the largest p-value, corrected for the number of detectors, that convicts.
+    Default: 0.05, and 0.03 without images."""
+    reference: str = ""
+    """Comma-separated directories of at least two clean models of the same kind and data set. Each class is then
+    compared with itself in those models, which is more reliable than a comparison with the other classes."""
     seed: int = 0
     """Seed of the choice of images and of the methods' random numbers."""
     out: Path | None = None
@@ -40,10 +50,12 @@ def main(argv: list[str]) -> None:
     from bdjax.pipelines.audit import AuditSettings, audit
     from bdjax.reports import audit as report
 
+    settings = AuditSettings(options.seed, level=options.level, budget=options.budget)
     with run_context(options) as context:
         result, arrays = audit(
-            directory, parse_names(options.methods), dataset=options.clean_data, size=options.size,
-            settings=AuditSettings(options.seed), context=context,
+            directory, parse_names(options.methods), dataset=options.clean_data, size=options.size, settings=settings,
+            references=[Path(path) for path in parse_names(options.reference)], context=context,
+            say=lambda name, finding: say(f"{name}: {report.sentence(finding)}"),
         )  # fmt: skip
         out = options.out or directory.with_name(f"{directory.name}-audit")
         out.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,10 @@ class SearchConfig:
     """Consecutive epochs after which λ is changed."""
     anomaly: float = 2.0
     """Anomaly index above which a class is suspected; positive."""
+    schedule: Literal["bench", "original"] = "bench"
+    """bench: λ is `cost` from the first step on, as in BackdoorBench; original: masks and patterns start at random
+    values, and λ is 0 until the patch has reached the threshold in `patience` consecutive epochs, as in the authors'
+    code."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -86,9 +90,9 @@ def search(config: SearchConfig, victim: Victim, view: DefenderView, key: Key) -
         "variables": dict(victim.variables),
         "rate": jnp.float32(config.step_size),
     }
-    latent = {"mask": jnp.ones((classes, height, width, 1)), "pattern": jnp.ones((classes, height, width, channels))}
+    latent = _initial_latent(config, classes, (height, width, channels), jax.random.fold_in(key, config.epochs))
     state: Any = {"latent": latent, "opt": _ADAM.init(latent)}
-    cost = np.full(classes, config.cost, np.float32)
+    cost = np.full(classes, config.cost if config.schedule == "bench" else 0, np.float32)
     epochs_above, epochs_below = np.zeros(classes, int), np.zeros(classes, int)
     best = Patches(
         np.ones((classes, height, width, 1), np.float32),
@@ -114,8 +118,8 @@ def search(config: SearchConfig, victim: Victim, view: DefenderView, key: Key) -
         )
         epochs_above, epochs_below = np.where(succeeded, epochs_above + 1, 0), np.where(succeeded, 0, epochs_below + 1)
         increase, decrease = epochs_above >= config.patience, epochs_below >= config.patience
-        cost = np.where(increase, cost * config.multiplier, np.where(decrease, cost / config.multiplier**1.5, cost))
-        cost = cost.astype(np.float32)
+        raised = np.where(cost == 0, config.cost, cost * config.multiplier)
+        cost = np.where(increase, raised, np.where(decrease, cost / config.multiplier**1.5, cost)).astype(np.float32)
         epochs_above, epochs_below = np.where(increase, 0, epochs_above), np.where(decrease, 0, epochs_below)
     return best
 
@@ -142,6 +146,19 @@ def patch_scores(config: SearchConfig, patches: Patches) -> Scores:
     index = np.asarray(anomaly_index(-jnp.asarray(patches.norms)))
     target = int(np.argmin(patches.norms))
     return Scores(index, target, float(index[target]), bool(index[target] > config.anomaly))
+
+
+def _initial_latent(
+    config: SearchConfig, classes: int, shape: tuple[int, int, int], key: Key
+) -> dict[str, jax.Array]:  # fmt: skip
+    """Masks and patterns before the hyperbolic tangent: ones, or of uniformly random values in (0, 1)."""
+    shapes = {"mask": (classes, *shape[:2], 1), "pattern": (classes, *shape)}
+    if config.schedule == "bench":
+        return {name: jnp.ones(size) for name, size in shapes.items()}
+    return {
+        name: jnp.arctanh((jax.random.uniform(jax.random.fold_in(key, place), size) - 0.5) * 1.999)
+        for place, (name, size) in enumerate(shapes.items())
+    }
 
 
 def _to_unit(latent: jax.Array) -> jax.Array:

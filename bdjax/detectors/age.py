@@ -22,6 +22,8 @@ from bdjax.defenses._activation_edit import Edit, detect_by_edit
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Scores, Victim
 
+ON_REQUEST = True
+
 
 @dataclass(frozen=True)
 class Config:

@@ -17,25 +17,41 @@ norm (the distance below the median in units of 1.4826 median absolute deviation
 All classes are searched in one program: they share the victim's weights, so their images form one batch, and the
 gradients of different classes are independent.
 
+`schedule="original"` (the default) starts at random masks with λ = 0 and lets it rise once the threshold holds;
+`schedule="bench"` is BackdoorBench's, which starts at λ = `cost` and masks that cover most of the image.
+
 Deviations:
 
-- The constants are BackdoorBench's. The original has threshold 0.99.
 - There is no early stopping, because all classes run together.
 - An epoch has at least eight steps, so that a few hundred images are enough (ours).
 - A class for which no mask reached the threshold counts with the largest possible norm, H W (ours).
+- The p-value compares the logarithms of the norms (:func:`bdjax.metrics.outlier_p_values`; ours). The verdict is the
+  paper's, by the anomaly index.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax
+import numpy as np
 
 from bdjax.detectors._smallest_patches import SearchConfig, patch_scores, search
+from bdjax.metrics import model_p_value, outlier_p_values
 from bdjax.types import DefenderView, Key, Scores, Victim
+
+ON_REQUEST = True
 
 
 @dataclass(frozen=True)
 class Config(SearchConfig):
     """Hyper-parameters of the search and of the decision."""
+
+    threshold: float = 0.99
+    """Fraction of the images that a patch must send to its class, in (0, 1]."""
+    schedule: Literal["bench", "original"] = "original"
+    """original: masks and patterns start at random values, and λ is 0 until the patch has reached the threshold in
+    `patience` consecutive epochs; bench: λ is `cost` from the first step on, as in BackdoorBench (with threshold
+    0.98)."""
 
 
 def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scores:
@@ -48,8 +64,9 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
       key: shuffles the images.
 
     Returns:
-      The anomaly index of each class, and whether the largest index exceeds `config.anomaly`.
+      The anomaly index of each class, whether the largest index exceeds `config.anomaly`, and the p-value of the model.
     """
     patches = search(config, victim, view, jax.random.fold_in(key, 0))
     view.callback.on_round_end(0, victim.variables, **patches.as_arrays())
-    return patch_scores(config, patches)
+    p_value = model_p_value(outlier_p_values(-np.log(np.maximum(patches.norms, 1e-3))))
+    return replace(patch_scores(config, patches), p_value=p_value)

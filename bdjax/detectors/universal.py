@@ -34,6 +34,8 @@ from bdjax.engine import parallel, predict
 from bdjax.errors import InputError, check_fields
 from bdjax.types import DefenderView, Key, Scores, Victim, to_float
 
+ON_REQUEST = True
+
 
 @dataclass(frozen=True)
 class Config:

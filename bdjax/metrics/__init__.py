@@ -10,13 +10,15 @@ from bdjax.metrics.cka import linear_cka
 from bdjax.metrics.ctca import class_accuracy, ctca
 from bdjax.metrics.detection import Detection, anomaly_index, detection
 from bdjax.metrics.embedding import silhouette, tsne
-from bdjax.metrics.interval import wilson
+from bdjax.metrics.interval import clopper_pearson, wilson
 from bdjax.metrics.score import score
+from bdjax.metrics.significance import Prior, holm, model_p_value, outlier_p_values, outliers, reference_p_values
 from bdjax.metrics.similarity import distance, psnr, ssim, ssim_window
 from bdjax.metrics.tac import tac
 
 __all__ = [
-    "BecResult", "Detection", "accuracy", "anomaly_index", "attack_success_rate", "bec", "bec_sigmoid",
-    "class_accuracy", "ctca", "detection", "distance", "linear_cka", "psnr", "score", "silhouette", "ssim",
-    "ssim_window", "tac", "tsne", "wilson",
+    "BecResult", "Detection", "Prior", "accuracy", "anomaly_index", "attack_success_rate", "bec", "bec_sigmoid",
+    "class_accuracy", "clopper_pearson", "ctca", "detection", "distance", "holm", "linear_cka", "model_p_value",
+    "outlier_p_values", "outliers", "psnr", "reference_p_values", "score", "silhouette", "ssim", "ssim_window", "tac",
+    "tsne", "wilson",
 ]  # fmt: skip

@@ -173,13 +173,23 @@ class AuditResult(TypedDict):
     n: int
     """Clean images that the detectors were given."""
     seed: int
+    level: float
+    """Level of the verdict: largest corrected p-value that convicts."""
+    references: list[str]
+    """Directories of the clean models that the p-values compare with; empty: the classes are compared."""
     methods: dict[str, dict[str, Any]]
-    """By detector: poisoned, target, score, classes, seconds, compile, config and its own scalars."""
+    """By detector: poisoned, target, targets, score, p_value, classes, seconds, compile, config and its own scalars."""
+    skipped: list[str]
+    """Detectors that did not run because the budget was spent."""
     poisoned: bool
     """The verdict."""
     target: int | None
+    targets: list[int]
+    """All accused classes, the one with the smallest p-value first."""
     accused_by: list[str]
     """Detectors that accuse the target."""
+    p_value: float | None
+    """Smallest p-value of the detectors, corrected for their number; None when no detector has one."""
     truth: dict[str, Any] | None
     """Of a victim that was trained here: whether it is poisoned, and by which attack."""
     env: dict[str, Any]

@@ -13,37 +13,76 @@ _MAX_IMAGES = 8  # in a row of the picture
 
 def table(result: Mapping[str, Any]) -> str:
     """The verdict, then a line for each method."""
-    width = max(16, *(len(name) for name in result["methods"]))
+    width = max(16, *(len(name) for name in result["methods"])) if result["methods"] else 16
+    images = f"n = {result['n']} clean images" if result["n"] else "without clean images"
     lines = [
         f"{result['directory']}: {verdict(result)}",
-        f"{result['model']} on {result['dataset']}, n = {result['n']} clean images, seed {result['seed']}",
-        f"{'method':{width}s}{'verdict':>10s}{'class':>14s}{'score':>9s}{'seconds':>9s}",
+        f"{result['model']} on {result['dataset']}, {images}, seed {result['seed']}",
+        f"{'method':{width}s}{'verdict':>10s}{'class':>14s}{'score':>9s}{'p-value':>10s}{'seconds':>9s}",
     ]
-    for name, scores in result["methods"].items():
-        method_verdict = "poisoned" if scores["poisoned"] else "clean"
-        score = "-" if scores["score"] is None else f"{scores['score']:.2f}"
-        label = class_label(result, scores["target"])
-        lines.append(f"{name:{width}s}{method_verdict:>10s}{label:>14s}{score:>9s}{scores['seconds']:>9.1f}")
+    lines += [line(result, name, scores, width) for name, scores in result["methods"].items()]
     lines.append("class: the most suspicious one for the method, whatever its verdict.")
     lines.append("score: of that class; scales differ between methods. seconds: without compilation.")
+    lines.append("p-value: probability of so suspicious a class in a clean model; not yet corrected for the methods.")
+    if result.get("skipped"):
+        lines.append(f"not run, because the budget was spent: {', '.join(result['skipped'])}")
     return "\n".join(lines)
+
+
+def line(result: Mapping[str, Any], name: str, scores: Mapping[str, Any], width: int = 16) -> str:
+    """One line of the table.
+
+    Args:
+      result: the audit's; only "classes" is used.
+      name: of the method.
+      scores: its finding.
+      width: of the first column, in characters.
+
+    Returns:
+      The line.
+    """
+    method_verdict = "poisoned" if scores["poisoned"] else "clean"
+    score = "-" if scores["score"] is None else f"{scores['score']:.2f}"
+    p_value = "-" if scores.get("p_value") is None else format_p_value(scores["p_value"])
+    label = class_label(result, scores["target"])
+    return f"{name:{width}s}{method_verdict:>10s}{label:>14s}{score:>9s}{p_value:>10s}{scores['seconds']:>9.1f}"
+
+
+def sentence(scores: Mapping[str, Any]) -> str:
+    """A finding in words, as it is printed when a detector has finished."""
+    accused = "accuses" if scores["poisoned"] else "does not accuse"
+    p_value = "" if scores.get("p_value") is None else f", p = {format_p_value(scores['p_value'])}"
+    return f"{accused} class {scores['target']}, its most suspicious one{p_value} ({scores['seconds']:.1f} s)"
+
+
+def format_p_value(value: float) -> str:
+    """A p-value with two digits, in exponential form below 0.001."""
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
 def verdict(result: Mapping[str, Any]) -> str:
     """The verdict as one sentence, without a capital letter and full stop."""
     methods = result["methods"]
     if result["poisoned"]:
-        accusers = ", ".join(result["accused_by"])
-        return f"suspected of a backdoor towards class {class_label(result, result['target'])}, by {accusers}"
-    lone = [name for name, scores in methods.items() if scores["poisoned"]]
+        targets = result.get("targets") or [result["target"]]
+        classes = "class" if len(targets) == 1 else "classes"
+        labels = ", ".join(class_label(result, label) for label in targets)
+        return f"suspected of a backdoor towards {classes} {labels}, by {', '.join(result['accused_by'])}" + _p(result)
+    lone = [name for name, scores in methods.items() if scores["poisoned"] and scores.get("p_value") is None]
     counted = f"{len(methods)} method{'s' * (len(methods) != 1)}"
     if lone:
         finding = (
             f"{counted} do not agree on a backdoor; {', '.join(lone)} flagged a class that no other method flagged"
         )
     else:
-        finding = f"no backdoor found by {counted}"
+        finding = f"no backdoor found by {counted}{_p(result)}"
     return f"{finding} (this does not prove that the model is clean)"
+
+
+def _p(result: Mapping[str, Any]) -> str:
+    """The corrected p-value of the verdict, with a leading blank; empty when there is none."""
+    value = result.get("p_value")
+    return "" if value is None else f" (p = {format_p_value(value)})"
 
 
 def draw(result: Mapping[str, Any], arrays: Mapping[str, np.ndarray], path: Path) -> Path:
@@ -62,7 +101,7 @@ def draw(result: Mapping[str, Any], arrays: Mapping[str, np.ndarray], path: Path
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 
-    rows = recovered_images(result, arrays)
+    rows = recovered_images(result, arrays) or [("", [], [])]
     figure, axes = plt.subplots(
         len(rows), _MAX_IMAGES, figsize=(9, 1.35 * len(rows) + 0.5), squeeze=False, layout="constrained"
     )
@@ -93,7 +132,7 @@ def recovered_images(
       Rows of ("clean" or the method's name, at most 8 images [h, w, C] in [0, 1], their titles).
     """
     clean = list(_unit(arrays["clean"]))[:_MAX_IMAGES]
-    rows = [("clean", clean, [""] * _MAX_IMAGES)]
+    rows = [("clean", clean, [""] * _MAX_IMAGES)] if clean else []
     for name in result["methods"]:
         if f"{name}/recovered" in arrays:
             triggers, labels = arrays[f"{name}/recovered"], arrays[f"{name}/recovered_labels"]
