@@ -79,6 +79,7 @@ SMALL = {
     "pam": INVERSION,
     "auto": {"methods": ("finetune",), "largest_drop": 1.0},
     "neural_cleanse": {"threshold": 0.01, "anomaly": 1e-6, "unlearning_epochs": 1},  # somebody is suspected
+    "tabor": {"threshold": 0.01, "anomaly": 1e-6, "unlearning_epochs": 1},
 }
 """What else a method's contract is tested with, where its defaults take long."""
 
