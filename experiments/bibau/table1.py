@@ -27,16 +27,21 @@ from ._rows import ATTACKS, CPU, PAPER, QUICKEST, Rows, cell_of
 
 TITLE = "BI-BAU Tables 1 (CIFAR-10) and 11 (GTSRB)"
 SEEDS = (0, 1, 2)
+VARIANTS = ("targeted", "untargeted")
+TABLE_11 = tuple(name for name in ATTACKS if name != "Narcissus")
 
 
 @dataclass(frozen=True)
 class Options(Rows):
     """Options of the table."""
 
+    variants: tuple[str, ...] = ()
+    """targeted, untargeted: rows of BI-BAU beside I-BAU's; default: the scale's."""
+
     SCALES: ClassVar = {
-        "paper": {**PAPER, "attacks": tuple(ATTACKS)},
-        "cpu": {**CPU, "attacks": tuple(name for name in ATTACKS if name != "Narcissus")},  # Table 11 has none
-        "smoke": {**QUICKEST, "attacks": ("BadNets",)},
+        "paper": {**PAPER, "attacks": tuple(ATTACKS), "variants": VARIANTS},
+        "cpu": {**CPU, "attacks": TABLE_11, "variants": VARIANTS},
+        "smoke": {**QUICKEST, "attacks": ("BadNets",), "variants": ("untargeted",)},
     }
 
 
@@ -49,7 +54,7 @@ def _cells(options: Options, dataset: str, name: str) -> list[Cell]:
     preset: Any = ATTACKS[name][2]
     table = "11" if dataset == "gtsrb" else "1"
     quick: dict[str, Any] = {"epochs": 1, "batch_size": 64, "steps": 2} if options.scale == "smoke" else {}
-    variants: tuple[Any, ...] = ("targeted", "untargeted")
+    variants: tuple[Any, ...] = options.variants
     defenses = [
         (
             f"BI-BAU ({variant[0].upper()})",

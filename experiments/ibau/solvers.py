@@ -62,7 +62,7 @@ class Options(SeveralDatasets):
             "steps": 2,
             "datasets": ("mnist",),
             "attacks": ("badnets",),
-            "solvers": ("one_step", "fixed_point"),
+            "solvers": ("fixed_point",),
             "iterations": (5,),
         },
     }
