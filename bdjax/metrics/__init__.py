@@ -8,6 +8,7 @@ from bdjax.metrics.asr import attack_success_rate
 from bdjax.metrics.bec import BecResult, bec, bec_sigmoid
 from bdjax.metrics.cka import linear_cka
 from bdjax.metrics.ctca import class_accuracy, ctca
+from bdjax.metrics.der import der
 from bdjax.metrics.detection import Detection, anomaly_index, detection
 from bdjax.metrics.embedding import silhouette, tsne
 from bdjax.metrics.interval import clopper_pearson, wilson
@@ -18,7 +19,7 @@ from bdjax.metrics.tac import tac
 
 __all__ = [
     "BecResult", "Detection", "Prior", "accuracy", "anomaly_index", "attack_success_rate", "bec", "bec_sigmoid",
-    "class_accuracy", "clopper_pearson", "ctca", "detection", "distance", "holm", "linear_cka", "model_p_value",
+    "class_accuracy", "clopper_pearson", "ctca", "der", "detection", "distance", "holm", "linear_cka", "model_p_value",
     "outlier_p_values", "outliers", "psnr", "reference_p_values", "score", "silhouette", "ssim", "ssim_window", "tac",
     "tsne", "wilson",
 ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""All defenses under one protocol."""
