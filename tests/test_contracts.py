@@ -13,7 +13,7 @@ import pytest
 from conftest import normalised, perceptron, untrained_task
 
 from bdjax import attacks, models, registry
-from bdjax.attacks import _helpers
+from bdjax.attacks import _poisoning
 from bdjax.engine import FitConfig, fit
 from bdjax.engine.clock import compiled_programs
 from bdjax.errors import InputError
@@ -72,6 +72,7 @@ SMALL = {
     "ep": {"u": 0.0},
     "anp": {"threshold": 1.0, "batch_size": 8, "augment": "none"},  # whatever the masks are, some channel goes
     "rnp": {"threshold": 1.0, "mask_epochs": 1, "augment": "none"},
+    "ban_finetune": {"augment": "none"},
     "fine_pruning": {"augment": "none"},
     "fst": {"augment": "none"},
     "nad": {"teacher_epochs": 1},
@@ -79,6 +80,7 @@ SMALL = {
     "pam": INVERSION,
     "auto": {"methods": ("finetune",), "largest_drop": 1.0},
     "neural_cleanse": {"threshold": 0.01, "anomaly": 1e-6, "unlearning_epochs": 1},  # somebody is suspected
+    "deepinspect": {"anomaly": 1e-6, "unlearning_epochs": 1, "hidden": 8, "noise_size": 8},
     "tabor": {"threshold": 0.01, "anomaly": 1e-6, "unlearning_epochs": 1},
 }
 """What else a method's contract is tested with, where its defaults take long."""
@@ -188,7 +190,7 @@ class TestAttack:
         np.testing.assert_allclose(floats, stored / np.float32(255), atol=0.5 / 255 + 1e-6)
 
 
-NORMED = ("anp", "bnp", "clp", "ep", "rnp")
+NORMED = ("anp", "ban_finetune", "bnp", "clp", "ep", "rnp")
 """Defenses that need batch normalisation."""
 
 
@@ -267,11 +269,11 @@ class TestDefense:
 
 def test_selection_draws_all_when_asked_and_names_the_largest_ratio():
     labels = np.tile(np.arange(4, dtype=np.int32), 5)
-    config = _helpers.PoisonConfig(ratio=0.75, target=1)
-    chosen = _helpers.select(config, labels, jax.random.key(0))
+    config = _poisoning.PoisonConfig(ratio=0.75, target=1)
+    chosen = _poisoning.select(config, labels, jax.random.key(0))
     np.testing.assert_array_equal(chosen, np.flatnonzero(labels != 1))
     with pytest.raises(InputError, match="0.75"):
-        _helpers.select(dataclasses.replace(config, ratio=0.8), labels, jax.random.key(0))
+        _poisoning.select(dataclasses.replace(config, ratio=0.8), labels, jax.random.key(0))
 
 
 def test_fit_is_a_task_recipe(blobs):

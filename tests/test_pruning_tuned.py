@@ -71,7 +71,7 @@ def test_mask_steps_equal_numpy(noise_steps):
         x, y = images.reshape(16, -1)[place, :5].astype(np.float64), labels[place]
         gradient = alpha * slopes(x, y, masks * gamma, beta)[0] * gamma
         if noise_steps:
-            drawn = _masks._draw_noise(key, {"norm": jnp.ones(5)}, jnp.float32(epsilon))
+            drawn = _masks.draw_noise(key, {"norm": jnp.ones(5)}, jnp.float32(epsilon))
             xi, delta = (np.asarray(drawn[kind]["norm"], np.float64) for kind in ("scale", "bias"))
             assert np.abs([xi, delta]).max() <= epsilon and not np.allclose(xi, delta)
             for _ in range(noise_steps):

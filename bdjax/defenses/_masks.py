@@ -238,7 +238,7 @@ def mask_step(model: Model, noise_steps: int, policy: str) -> Callable:
 
         noise = None
         if noise_steps:
-            noise = _draw_noise(per_step["noise"], state["masks"], values["epsilon"])
+            noise = draw_noise(per_step["noise"], state["masks"], values["epsilon"])
             for _ in range(noise_steps):
                 uphill = parallel.average(jax.grad(loss, 1)(state["masks"], noise), axis)
                 noise = jax.tree.map(
@@ -259,8 +259,17 @@ def mask_step(model: Model, noise_steps: int, policy: str) -> Callable:
     return step
 
 
-def _draw_noise(key: Key, like: Channels, epsilon: jax.Array) -> dict[str, dict[str, jax.Array]]:
-    """Return ξ ("scale") and δ ("bias") of every layer, uniform in [-ε, ε]."""
+def draw_noise(key: Key, like: Channels, epsilon: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    """Draw the noise of every layer.
+
+    Args:
+      key: random key.
+      like: an array [C] by the path of each layer, whose values are not used.
+      epsilon: ε.
+
+    Returns:
+      ξ ("scale") and δ ("bias"), uniform in [-ε, ε], by the path of the layer.
+    """
     return {
         name: {
             layer: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, kind), index), mask.shape, mask.dtype,

@@ -41,9 +41,9 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from bdjax.defenses._patch_unlearning import unlearn_patches
+from bdjax.defenses._patch_unlearning import unlearn_triggers
 from bdjax.defenses._tabor_search import RegularisedConfig, search
-from bdjax.detectors._smallest_patches import patch_scores
+from bdjax.detectors._smallest_patches import patch_scores, stamp
 from bdjax.engine import FitConfig
 from bdjax.errors import check_fields
 from bdjax.types import DefenderView, Key, Variables, Victim
@@ -97,5 +97,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     if len(suspected_classes) == 0:
         return victim.variables
     recipe = FitConfig(config.unlearning_epochs, config.batch_size, "sgd", config.learning_rate, 0.9)
-    chosen = patches.masks[suspected_classes], patches.patterns[suspected_classes]
-    return unlearn_patches(victim, view, chosen, config.stamped, recipe, jax.random.fold_in(key, 1), before=1)
+    masks, patterns = patches.masks[suspected_classes], patches.patterns[suspected_classes]
+    return unlearn_triggers(
+        victim, view, lambda images, index: stamp(images, masks[index], patterns[index]), len(masks), config.stamped,
+        recipe, jax.random.fold_in(key, 1), before=1,
+    )  # fmt: skip
