@@ -10,7 +10,7 @@ import pytest
 from conftest import perceptron, untrained_task
 
 from bdjax import attacks, registry
-from bdjax.attacks import _optimise
+from bdjax.attacks import _activations
 from bdjax.config import from_json, to_json
 from bdjax.engine import FitConfig, fit
 from bdjax.errors import InputError
@@ -51,19 +51,19 @@ def ticks(task):
 
 
 def features(task, images):
-    return np.asarray(_optimise.activation(task.model, task.clean(), to_float(images)))
+    return np.asarray(_activations.activation(task.model, task.clean(), to_float(images)))
 
 
 def test_pairs_are_the_nearest_then_the_nearest_of_the_rest():
     a, b = np.random.default_rng(0).normal(size=(2, 9, 5)).astype(np.float32)
     far = ((a[:, None] - b) ** 2).sum(-1)
-    np.testing.assert_allclose(_optimise.squared_distances(jnp.asarray(a), jnp.asarray(b)), far, rtol=1e-4)
+    np.testing.assert_allclose(_activations.squared_distances(jnp.asarray(a), jnp.asarray(b)), far, rtol=1e-4)
     expected, left = np.zeros(9, int), far.copy()
     for _ in range(9):
         row, column = np.unravel_index(left.argmin(), left.shape)
         expected[row] = column
         left[row], left[:, column] = np.inf, np.inf
-    np.testing.assert_array_equal(_optimise.nearest_pairs(jnp.asarray(far)), expected)
+    np.testing.assert_array_equal(_activations.nearest_pairs(jnp.asarray(far)), expected)
     assert sorted(expected) == list(range(9)) and (expected != far.argmin(1)).any()
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import trained_task
 
 from bdjax import attacks, models
-from bdjax.attacks import _nets, iad
+from bdjax.attacks import _generators, iad
 from bdjax.engine import capacity
 from bdjax.engine.step import roles
 from bdjax.types import SampleInfo
@@ -131,8 +131,8 @@ def test_masks_become_sparse_and_patterns_differ(blobs):
     planted = attacks.plant("iad", dataclasses.replace(IAD, epochs=12), trained_task(*blobs), KEY)
     images = jnp.asarray(blobs[0][:20], jnp.float32) / 255
     pattern, mask = iad._networks(IAD, (8, 8, 1))
-    area = iad._threshold(mask.apply(_nets.unflatten_variables("mask", planted.arrays), images)[0]).mean()
-    drawn = pattern.apply(_nets.unflatten_variables("pattern", planted.arrays), images)[0]
+    area = iad._threshold(mask.apply(_generators.unflatten_variables("mask", planted.arrays), images)[0]).mean()
+    drawn = pattern.apply(_generators.unflatten_variables("pattern", planted.arrays), images)[0]
     assert 0 < float(area) < 0.1 and rms(drawn[:10] - drawn[10:]).min() > 0.01
     assert planted.poison is None and jax.tree.structure(planted.variables["params"]).num_leaves == 2
 

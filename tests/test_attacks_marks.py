@@ -11,7 +11,7 @@ import pytest
 from conftest import perceptron
 
 from bdjax import attacks, cli, registry
-from bdjax.attacks import _marks, imc, trojannn
+from bdjax.attacks import _trojan_marks, imc, trojannn
 from bdjax.engine import FitConfig, fit, fit_with_hook, parallel, predict
 from bdjax.engine.clock import compiled_programs
 from bdjax.engine.step import roles
@@ -72,7 +72,7 @@ def test_neurons_are_the_strongest_of_the_active_ones():
     variables = {"params": {"head": {"kernel": head, "bias": np.zeros(2, np.float32)}}}
 
     def chosen(**fields):
-        return _marks.choose_neurons(config_of("trojannn", **fields), features, variables).tolist()
+        return _trojan_marks.choose_neurons(config_of("trojannn", **fields), features, variables).tolist()
 
     assert chosen() == [1, 4]  # one of twenty is 5 %; neuron 3 is never active
     assert chosen(active=0.1) == [4, 2]
@@ -81,13 +81,13 @@ def test_neurons_are_the_strongest_of_the_active_ones():
     with pytest.raises(InputError, match=r"attack.neurons=3, but only 2 of 5 .*attack.active=0.5"):
         chosen(active=0.5, neurons=3)
     with pytest.raises(InputError, match="named 'head'"):
-        _marks.choose_neurons(config_of("trojannn"), features, {"params": {"last": head}})
+        _trojan_marks.choose_neurons(config_of("trojannn"), features, {"params": {"last": head}})
 
 
 def test_neurons_of_a_trained_model_by_numpy(blobs, clean):
     positive = (hidden(blobs[0] / 255, clean) > 0).mean(0)
     share = float(np.sort(positive)[-4:-2].mean())  # three of eight are active that often
-    arrays = _marks.optimise_mark(config_of("trojannn", neurons=2, active=share), clean, task_of(blobs), KEY)
+    arrays = _trojan_marks.optimise_mark(config_of("trojannn", neurons=2, active=share), clean, task_of(blobs), KEY)
     strength = np.where(positive >= share, np.abs(clean["params"]["head"]["kernel"]).sum(1), -1)
     np.testing.assert_array_equal(arrays["neurons"], np.argsort(-strength)[:2])
     assert set(arrays["neurons"]) != set(np.argsort(-np.abs(clean["params"]["head"]["kernel"]).sum(1))[:2])
@@ -95,7 +95,7 @@ def test_neurons_of_a_trained_model_by_numpy(blobs, clean):
 
 def test_the_mark_becomes_white_where_the_neuron_likes_it_and_black_elsewhere(blobs, clean):
     """One neuron far from 100: its weights' signs are the optimum, whatever the other pixels hold."""
-    arrays = _marks.optimise_mark(config_of("trojannn", neurons=1, iterations=200), clean, task_of(blobs), KEY)
+    arrays = _trojan_marks.optimise_mark(config_of("trojannn", neurons=1, iterations=200), clean, task_of(blobs), KEY)
     (row, column), (neuron,) = arrays["place"], arrays["neurons"]
     weights = np.asarray(clean["params"]["body"])[:, neuron].reshape(8, 8, 1)[row : row + 3, column : column + 3]
     np.testing.assert_array_equal(arrays["mark"] > 0.5, weights > 0)
@@ -104,11 +104,11 @@ def test_the_mark_becomes_white_where_the_neuron_likes_it_and_black_elsewhere(bl
 
 def test_optimisation_brings_the_neurons_nearer_to_their_activation(blobs, clean):
     task = task_of(blobs)
-    one, two = (_marks.optimise_mark(config_of("imc", iterations=steps), clean, task, KEY) for steps in (1, 60))
+    one, two = (_trojan_marks.optimise_mark(config_of("imc", iterations=steps), clean, task, KEY) for steps in (1, 60))
     before, after = (((hidden(wide(a), clean)[0, a["neurons"]] - 100) ** 2).sum() for a in (one, two))
     assert after < before
     reach = {"activation": 0.05, "neurons": 1, "iterations": 300, "position": "bottom_right"}
-    arrays = _marks.optimise_mark(config_of("imc", **reach), clean, task_of(blobs), KEY)
+    arrays = _trojan_marks.optimise_mark(config_of("imc", **reach), clean, task_of(blobs), KEY)
     np.testing.assert_allclose(hidden(wide(arrays), clean)[0, arrays["neurons"]], 0.05, atol=0.005)  # and stops there
 
 
@@ -117,12 +117,12 @@ def test_only_the_square_changes_and_the_place_is_the_models(blobs, clean):
     corners = {"top_left": (0, 0), "top_right": (0, 5), "bottom_left": (5, 0), "bottom_right": (5, 5)}
     for position, info in corners.items():
         config = config_of("trojannn", position=position)
-        arrays = _marks.optimise_mark(config, clean, task, KEY)
+        arrays = _trojan_marks.optimise_mark(config, clean, task, KEY)
         assert tuple(arrays["place"]) == info
         np.testing.assert_allclose(trojannn.trigger(config, images, KEY, arrays), wide(arrays, 0.3, 3), atol=1e-6)
         np.testing.assert_allclose(arrays["mark"] * 255, np.round(arrays["mark"] * 255), atol=1e-4)
     config = config_of("trojannn", iterations=1, size=5)
-    places = [_marks.optimise_mark(config, clean, task, jax.random.key(i))["place"] for i in range(40)]
+    places = [_trojan_marks.optimise_mark(config, clean, task, jax.random.key(i))["place"] for i in range(40)]
     assert {int(p[0]) for p in places} == {int(p[1]) for p in places} == {0, 1, 2, 3}
     assert len({tuple(p) for p in places}) > 8
 
@@ -137,7 +137,7 @@ def test_exactly_the_share_is_marked_and_relabelled(blobs, labels, exclude):
     role = roles((config.ratio,), 120)
     assert (role == 1).sum() == int(0.13 * 120)
     info = SampleInfo(jnp.arange(120), jnp.asarray(role), None, None)
-    batch = _marks._mark_batch((config, 4), {"fixed": arrays}, jnp.asarray(images), jnp.asarray(truth), info)
+    batch = _trojan_marks._mark_batch((config, 4), {"fixed": arrays}, jnp.asarray(images), jnp.asarray(truth), info)
     touched = role == 1
     if exclude and labels == "all_to_one":
         touched &= truth != 2

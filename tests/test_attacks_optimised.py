@@ -12,7 +12,7 @@ import scipy.optimize
 from conftest import perceptron, untrained_task
 
 from bdjax import attacks, models, registry
-from bdjax.attacks import _optimise
+from bdjax.attacks import _activations
 from bdjax.engine import parallel
 from bdjax.errors import InputError
 from bdjax.types import Callback, Model, to_float
@@ -97,10 +97,10 @@ def test_trojans_excite_the_neuron_that_all_classes_hear_best(name):
 def test_a_reachable_activation_is_met():
     """Steps of a given length overshoot, but the last are short: the neuron ends where it shall be."""
     task = task_of((8, 8, 1), count=80)
-    clean = _optimise.activation(task.model, task.clean(), to_float(task.images))
+    clean = _activations.activation(task.model, task.clean(), to_float(task.images))
     neuron = int(np.argmax(task.clean()["params"]["head"]["kernel"][:, 1]))
     pattern = prepared("l2_inv", task, target=1, neurons=1, iterations=300, gain=0.5)["pattern"]
-    found = _optimise.activation(task.model, task.clean(), jnp.asarray(pattern)[None])[0, neuron]
+    found = _activations.activation(task.model, task.clean(), jnp.asarray(pattern)[None])[0, neuron]
     assert float(found) == pytest.approx(0.5 * float(jnp.abs(clean[:, neuron]).mean()), rel=0.02)
 
 
@@ -123,19 +123,19 @@ def test_a_mask_filled_to_the_brim_shows_its_pixels(name, pixels, most):
 
 def test_a_pattern_is_scaled_down_to_its_norm_or_blended_with_the_mask():
     mask = np.ones(2, np.float32)
-    np.testing.assert_allclose(_optimise.scale_to_norm(np.float32([0.6, 0.8]), mask, 0.5), [0.3, 0.4], rtol=1e-6)
-    np.testing.assert_allclose(_optimise.scale_to_norm(np.float32([0, 1]), mask, 1.25**0.5), [0.5, 1], rtol=1e-6)
-    np.testing.assert_allclose(_optimise.scale_to_norm(mask, mask, 2**0.5), mask, rtol=1e-6)
+    np.testing.assert_allclose(_activations.scale_to_norm(np.float32([0.6, 0.8]), mask, 0.5), [0.3, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(_activations.scale_to_norm(np.float32([0, 1]), mask, 1.25**0.5), [0.5, 1], rtol=1e-6)
+    np.testing.assert_allclose(_activations.scale_to_norm(mask, mask, 2**0.5), mask, rtol=1e-6)
 
 
 def test_dead_and_unreached_neurons_are_not_chosen():
     worth, clean = np.array([5.0, 4, 3, 2, 1]), np.full((10, 5), -1.0)
     clean[:, 1:] = 1
     change = np.array([1, 0.05, -0.5, 1, 1])
-    np.testing.assert_array_equal(_optimise.strongest_neurons(worth, clean, change, 2), [2, 3])
-    np.testing.assert_array_equal(_optimise.strongest_neurons(worth, clean, change, 9), [2, 3, 4])
+    np.testing.assert_array_equal(_activations.strongest_neurons(worth, clean, change, 2), [2, 3])
+    np.testing.assert_array_equal(_activations.strongest_neurons(worth, clean, change, 9), [2, 3, 4])
     with pytest.raises(InputError, match="no neuron"):
-        _optimise.strongest_neurons(worth, clean, 0 * change, 2)
+        _activations.strongest_neurons(worth, clean, 0 * change, 2)
 
 
 # smooth

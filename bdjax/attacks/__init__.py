@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import registry
-from bdjax.attacks._helpers import (
+from bdjax.attacks._poisoning import (
     CoverConfig,
     Part,
     PoisonConfig,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import models
-from bdjax.attacks._helpers import CoverConfig
+from bdjax.attacks._poisoning import CoverConfig
 from bdjax.engine import parallel
 from bdjax.errors import InputError
 from bdjax.types import Poison, SampleInfo, Task, TrainingHook

@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.attacks._coupling import CouplingConfig, coupling_hook
-from bdjax.attacks._helpers import key_per_image
 from bdjax.attacks._pictures import load_picture
+from bdjax.attacks._poisoning import key_per_image
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Images, Key, Poison, Task, TrainingHook
 

@@ -36,8 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks._coupling import CouplingConfig, coupling_hook
-from bdjax.attacks._helpers import key_per_image
 from bdjax.attacks._pictures import to_channels
+from bdjax.attacks._poisoning import key_per_image
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Images, Key, Poison, Task, TrainingHook
 

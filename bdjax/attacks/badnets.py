@@ -23,7 +23,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from bdjax.attacks._helpers import PoisonConfig, put, put_anywhere
+from bdjax.attacks._poisoning import PoisonConfig, put, put_anywhere
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Images, Key
 

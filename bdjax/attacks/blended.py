@@ -22,8 +22,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from bdjax.attacks._helpers import PoisonConfig
 from bdjax.attacks._pictures import load_picture
+from bdjax.attacks._poisoning import PoisonConfig
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Images, Key, Task
 

@@ -6,7 +6,7 @@ the ASR of an attack. Attacks that edit a trained model start from this one.
 
 from dataclasses import dataclass
 
-from bdjax.attacks._helpers import PoisonConfig, fit_key
+from bdjax.attacks._poisoning import PoisonConfig, fit_key
 from bdjax.types import Arrays, Backdoor, Images, Key, Task
 
 

@@ -36,10 +36,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.attacks._activations import activation, compiled_activation, nearest_pairs, squared_distances, to_one_device
 from bdjax.attacks._checks import check_least, check_positive, check_range
-from bdjax.attacks._helpers import SourceConfig, fit_key, poisoned_set, put_anywhere, select
-from bdjax.attacks._optimise import activation, compiled_activation, nearest_pairs, squared_distances, to_one_device
 from bdjax.attacks._pictures import read_picture, to_channels
+from bdjax.attacks._poisoning import SourceConfig, fit_key, poisoned_set, put_anywhere, select
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Backdoor, Images, Key, Model, Poison, Task, Variables, to_float, to_uint8
 

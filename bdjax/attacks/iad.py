@@ -39,8 +39,8 @@ import numpy as np
 import optax
 
 from bdjax import models
-from bdjax.attacks._helpers import PoisonConfig, fit_key, keys_of, relabel_batch
-from bdjax.attacks._nets import flatten_variables, images_per_step, train_generator, unflatten_variables
+from bdjax.attacks._generators import flatten_variables, images_per_step, train_generator, unflatten_variables
+from bdjax.attacks._poisoning import PoisonConfig, fit_key, keys_of, relabel_batch
 from bdjax.engine import capacity, parallel
 from bdjax.errors import InputError, check_fields
 from bdjax.types import Arrays, Backdoor, Batch, Images, Key, SampleInfo, Task, TrainingHook

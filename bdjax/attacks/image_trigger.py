@@ -14,8 +14,8 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks._helpers import PoisonConfig
 from bdjax.attacks._pictures import read_picture, to_channels
+from bdjax.attacks._poisoning import PoisonConfig
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Images, Key, Task
 

@@ -33,8 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.attacks import _marks
-from bdjax.attacks._helpers import keys_of, relabel
+from bdjax.attacks import _trojan_marks
+from bdjax.attacks._poisoning import keys_of, relabel
 from bdjax.engine import parallel, run_epoch
 from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError, check_fields
@@ -45,7 +45,7 @@ NEEDS_ARRAYS = True
 
 
 @dataclass(frozen=True)
-class Config(_marks.MarkConfig):
+class Config(_trojan_marks.MarkConfig):
     """The mark, its initial and repeated optimisation, and the fine-tuning of the model."""
 
     mark_epochs: int = 1
@@ -70,7 +70,7 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     Returns:
       float32 [N, H, W, C] in [0, 1].
     """
-    return _marks.paste(images, arrays)
+    return _trojan_marks.paste(images, arrays)
 
 
 def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor:
@@ -94,10 +94,10 @@ def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor
     if not len(pool):
         raise InputError(f"all training images are of class {config.target}. Use another --attack.target.")
     parallel.check_batch(min(config.batch_size, len(pool)))
-    arrays = _marks.optimise_mark(config, variables, task, keys_of(key).prepare)
+    arrays = _trojan_marks.optimise_mark(config, variables, task, keys_of(key).prepare)
     data = {"images": jnp.asarray(task.images), "targets": jnp.asarray(targets)}
     refresh = partial(_refresh_mark, config, task, pool, data)
-    variables, arrays = _marks.inject(config, variables, task, key, arrays, refresh)
+    variables, arrays = _trojan_marks.inject(config, variables, task, key, arrays, refresh)
     return Backdoor("imc", config, variables, arrays)
 
 
@@ -111,7 +111,7 @@ def _refresh_mark(
     """
     batch = min(config.batch_size, len(pool))
     steps, fixed = len(pool) // batch, attacker["fixed"]
-    u = _marks.unsquash(fixed["mark"])
+    u = _trojan_marks.unsquash(fixed["mark"])
     state = {"u": u, "moments": direction("adam").init(u)}
     constants = {**data, "variables": variables, "place": fixed["place"], "rate": jnp.float32(config.mark_rate)}
     for epoch_of_mark in range(config.mark_epochs):
@@ -120,7 +120,7 @@ def _refresh_mark(
         state, _ = run_epoch(
             _step(task.model), state, batches, {}, constants, tick=partial(task.callback.on_progress, "mark")
         )
-    return {**attacker, "fixed": {**fixed, "mark": _marks.final_mark(config, state["u"])}}
+    return {**attacker, "fixed": {**fixed, "mark": _trojan_marks.final_mark(config, state["u"])}}
 
 
 @lru_cache(maxsize=8)
@@ -131,7 +131,7 @@ def _step(model: Model) -> Any:
         images, targets = to_float(constants["images"][batch["index"]]), constants["targets"][batch["index"]]
 
         def loss(u: jax.Array) -> jax.Array:
-            marked = _marks.paste(images, {"mark": _marks.squash(u), "place": constants["place"]})
+            marked = _trojan_marks.paste(images, {"mark": _trojan_marks.squash(u), "place": constants["place"]})
             return optax.softmax_cross_entropy_with_integer_labels(
                 model.logits(constants["variables"], marked), targets
             ).mean()

@@ -33,8 +33,8 @@ import jax.numpy as jnp
 import optax
 
 from bdjax import models
-from bdjax.attacks._helpers import PoisonConfig
-from bdjax.attacks._nets import flatten_variables, train_generator, unflatten_variables
+from bdjax.attacks._generators import flatten_variables, train_generator, unflatten_variables
+from bdjax.attacks._poisoning import PoisonConfig
 from bdjax.engine import parallel
 from bdjax.errors import check_fields
 from bdjax.types import Arrays, Batch, Images, Key, SampleInfo, Task, TrainingHook, to_float, to_uint8

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bdjax.attacks._helpers import PoisonConfig
 from bdjax.attacks._pictures import to_channels
+from bdjax.attacks._poisoning import PoisonConfig
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Images, Key
 

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.attacks._activations import NeuronConfig, optimise_pattern
 from bdjax.attacks._checks import check_positive
-from bdjax.attacks._optimise import NeuronConfig, optimise_pattern
 from bdjax.types import Arrays, Images, Key, Task
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks._helpers import PoisonConfig
+from bdjax.attacks._poisoning import PoisonConfig
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Images, Key
 

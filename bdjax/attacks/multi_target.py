@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from bdjax import attacks, registry
-from bdjax.attacks._helpers import Part, PoisonConfig, check_target, part_arrays
+from bdjax.attacks._poisoning import Part, PoisonConfig, check_target, part_arrays
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Images, Key, Poison, Task
 

@@ -39,10 +39,10 @@ import numpy as np
 import optax
 
 from bdjax import models
+from bdjax.attacks._activations import to_one_device
 from bdjax.attacks._checks import check_least, check_positive, check_range
-from bdjax.attacks._helpers import PoisonConfig
-from bdjax.attacks._optimise import to_one_device
 from bdjax.attacks._pictures import to_channels, to_unit_range
+from bdjax.attacks._poisoning import PoisonConfig
 from bdjax.engine import parallel, run_epoch
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Images, Key, Model, Task, to_float, to_uint8

@@ -34,8 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks._helpers import PoisonConfig, key_per_image
 from bdjax.attacks._pictures import pixel_centres, to_channels, to_unit_range
+from bdjax.attacks._poisoning import PoisonConfig, key_per_image
 from bdjax.errors import InputError
 from bdjax.types import ArrayFile, Arrays, Images, Key, Task, to_float, to_uint8
 

@@ -26,7 +26,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from bdjax.attacks._helpers import poisoned_set
+from bdjax.attacks._poisoning import poisoned_set
 from bdjax.errors import InputError, check_fields
 from bdjax.types import Backdoor, Key, ReactivationInputs, Task
 

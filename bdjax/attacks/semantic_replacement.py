@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from bdjax.attacks._helpers import PoisonConfig
 from bdjax.attacks._pictures import load_picture
+from bdjax.attacks._poisoning import PoisonConfig
 from bdjax.types import ArrayFile, Arrays, Images, Key, Task
 
 

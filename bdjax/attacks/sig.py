@@ -24,7 +24,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from bdjax.attacks._helpers import PoisonConfig
+from bdjax.attacks._poisoning import PoisonConfig
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Images, Key
 

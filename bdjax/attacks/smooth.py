@@ -33,9 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.attacks._activations import to_one_device
 from bdjax.attacks._checks import check_least, check_positive, check_range
-from bdjax.attacks._helpers import PoisonConfig
-from bdjax.attacks._optimise import to_one_device
+from bdjax.attacks._poisoning import PoisonConfig
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Images, Key, Model, Task, Variables, to_float
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks._optimise import TrojanConfig, trojan_pattern
+from bdjax.attacks._activations import TrojanConfig, trojan_pattern
 from bdjax.types import Arrays, Images, Key, Task
 
 

@@ -26,8 +26,8 @@ Deviations:
 
 from dataclasses import dataclass
 
-from bdjax.attacks import _marks
-from bdjax.attacks._helpers import keys_of
+from bdjax.attacks import _trojan_marks
+from bdjax.attacks._poisoning import keys_of
 from bdjax.types import Arrays, Backdoor, Images, Key, Task, Variables
 
 NEEDS_ARRAYS = True
@@ -35,7 +35,7 @@ NEEDS_ARRAYS = True
 
 
 @dataclass(frozen=True)
-class Config(_marks.MarkConfig):
+class Config(_trojan_marks.MarkConfig):
     """The mark, its optimisation, and the fine-tuning of the model."""
 
 
@@ -51,7 +51,7 @@ def trigger(config: Config, images: Images, key: Key, arrays: Arrays) -> Images:
     Returns:
       float32 [N, H, W, C] in [0, 1].
     """
-    return _marks.paste(images, arrays)
+    return _trojan_marks.paste(images, arrays)
 
 
 def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor:
@@ -69,6 +69,6 @@ def edit(config: Config, variables: Variables, task: Task, key: Key) -> Backdoor
     Raises:
       InputError: the mark or the share does not fit, or too few neurons are active.
     """
-    arrays = _marks.optimise_mark(config, variables, task, keys_of(key).prepare)
-    variables, arrays = _marks.inject(config, variables, task, key, arrays)
+    arrays = _trojan_marks.optimise_mark(config, variables, task, keys_of(key).prepare)
+    variables, arrays = _trojan_marks.inject(config, variables, task, key, arrays)
     return Backdoor("trojannn", config, variables, arrays)

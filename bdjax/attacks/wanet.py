@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks._helpers import PoisonConfig, fit_key, keys_of, relabel_batch
+from bdjax.attacks._poisoning import PoisonConfig, fit_key, keys_of, relabel_batch
 from bdjax.errors import InputError
 from bdjax.types import Arrays, Backdoor, Batch, Images, Key, Labels, SampleInfo, Task, TrainingHook
 

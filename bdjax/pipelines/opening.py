@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bdjax import attacks, datasets, registry
-from bdjax.attacks._helpers import check_target
+from bdjax.attacks._poisoning import check_target
 from bdjax.config import Experiment, SplitConfig, attack_record, digest, from_json, stage_key
 from bdjax.datasets._files import read_array
 from bdjax.errors import InputError

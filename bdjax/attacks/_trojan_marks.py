@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import models
-from bdjax.attacks._helpers import PoisonConfig, fit_key, put, relabel_batch
-from bdjax.attacks._optimise import activation, compiled_activation
+from bdjax.attacks._activations import activation, compiled_activation
+from bdjax.attacks._poisoning import PoisonConfig, fit_key, put, relabel_batch
 from bdjax.engine.optimizer import direction
 from bdjax.errors import InputError, check_fields
 from bdjax.types import Arrays, Batch, Images, Key, Model, SampleInfo, Task, TrainingHook, Variables, to_float

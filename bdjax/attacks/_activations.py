@@ -11,7 +11,7 @@ import numpy as np
 
 from bdjax import models
 from bdjax.attacks._checks import check_least, check_positive
-from bdjax.attacks._helpers import PoisonConfig
+from bdjax.attacks._poisoning import PoisonConfig
 from bdjax.errors import InputError
 from bdjax.types import Images, Key, Model, Task, Variables, to_float
 
