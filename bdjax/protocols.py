@@ -4,6 +4,7 @@ A method is a module; the registry reads it once into a Spec. Nothing else looks
 method does not define is None in its Spec.
 """
 
+import inspect
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -221,15 +222,31 @@ def _function(name: str, module: ModuleType, function: str, purpose: str) -> Cal
 def _attack(name: str, module: ModuleType) -> AttackSpec:
     optional = ("trigger", "prepare", "poison", "training_hook", "train", "edit", "parts", "reactivate", "perturb")
     functions = {function: getattr(module, function, None) for function in optional}
+    training_trigger = getattr(module, "training_trigger", functions["trigger"])
+    _check_trigger(name, "trigger", functions["trigger"])
+    _check_trigger(name, "training_trigger", training_trigger)
     return AttackSpec(
         name,
         _config(name, module),
         **functions,
-        training_trigger=getattr(module, "training_trigger", functions["trigger"]),
+        training_trigger=training_trigger,
         needs_arrays=getattr(module, "NEEDS_ARRAYS", False),
         needs=tuple(getattr(module, "NEEDS", ())),
         metric=getattr(module, "METRIC", AttackSpec.metric),
     )
+
+
+def _check_trigger(name: str, function: str, trigger: Any) -> None:
+    """Raise InputError when a trigger function cannot be called with its four arguments."""
+    if trigger is None:
+        return
+    try:
+        inspect.signature(trigger).bind(None, None, None, None)
+    except TypeError:
+        raise InputError(
+            f"{name}: `{function}` must take four arguments, {function}(config, images, key, arrays). The fourth, "
+            "arrays, holds what `prepare` returned and is empty for an attack without it: add it."
+        ) from None
 
 
 def _defense(name: str, module: ModuleType) -> DefenseSpec:

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from commands import FAST, bdjax, refused
 from PIL import Image
 
+from bdjax import registry
+from bdjax.errors import InputError
 from bdjax.io import checkpoint
 
 
@@ -38,6 +41,16 @@ def test_own_attack_in_a_file_outside_the_package(blobs_npz, capsys, tmp_path):
     assert checkpoint.read_manifest(out)["attack"]["config"]["width"] == 2
     again = bdjax(capsys, "evaluate", out, "--code", tmp_path / "stripes.py", "--json").splitlines()[-1]
     assert json.loads(again)["n_test"] == 40
+
+
+@pytest.mark.parametrize("trigger", ["trigger", "training_trigger"])
+def test_a_trigger_without_its_fourth_argument_is_named(tmp_path, trigger):
+    file = tmp_path / f"{trigger}_of_three.py"
+    file.write_text(
+        f"from bdjax.attacks.badnets import Config, trigger\ndef {trigger}(config, images, key):\n    return images\n"
+    )
+    with pytest.raises(InputError, match=rf"`{trigger}` must take four arguments.*arrays, holds .* add it"):
+        registry.load("attacks", str(file))
 
 
 def test_own_defense_in_a_file_outside_the_package(finished, capsys, tmp_path):
