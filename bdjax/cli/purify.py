@@ -35,7 +35,7 @@ class Flags(WeightFileFlags, DeviceFlags):
     held_out: int | None = None
     """Number of these images that the defense does not see, for measuring accuracy and for the audit; default: half."""
     methods: str = ""
-    """Comma-separated names of the audit's detectors; default: all but baeraser, which takes minutes on a CPU."""
+    """Comma-separated names of the audit's detectors; default: additive and patch (see `bdjax audit --help`)."""
     seed: int = 0
     """Seed of the split of the images and of the methods' random numbers."""
     report: bool = True

@@ -260,7 +260,7 @@ def _audit(work: _Work, audited: ModelArtifact, name: str) -> dict[str, Any]:
     pictures = work.reporter.audit_pictures(result, arrays, work.out, name)
     verdict = work.reporter.verdict(result)
     work.say(f"{name}: {verdict}")
-    fields = ("poisoned", "target", "accused_by", "methods", "n", "truth")
+    fields = ("poisoned", "target", "targets", "accused_by", "p_value", "level", "methods", "n", "truth")
     return {**{field: result[field] for field in fields}, "verdict": verdict, "pictures": pictures}  # type: ignore[literal-required]
 
 

@@ -60,6 +60,14 @@ def format_p_value(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
+def p_value_in_words(value: float | None) -> str:
+    """A p-value with how strong the evidence is."""
+    if value is None:
+        return "none"
+    steps = ((0.001, "very strong evidence"), (0.01, "strong evidence"), (0.05, "some evidence"), (1.0, "no evidence"))
+    return f"{format_p_value(value)} ({next(words for most, words in steps if value <= most)})"
+
+
 def verdict(result: Mapping[str, Any]) -> str:
     """The verdict as one sentence, without a capital letter and full stop."""
     methods = result["methods"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from bdjax.io import checkpoint
 from bdjax.reports._html import data_uri, render
-from bdjax.reports.audit import class_label
+from bdjax.reports.audit import class_label, p_value_in_words
 from bdjax.text import UNMEASURED, visible
 
 _ORDINALS = {2: "2nd", 3: "3rd", 4: "4th", 5: "5th"}  # classes listed for each method beside the most suspicious one
@@ -111,6 +111,7 @@ def _audit(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "n_methods": len(methods),
         "n": before["n"],
         "truth": before["truth"],
+        "level": before.get("level", 0.05),
     }
 
 
@@ -122,6 +123,8 @@ def _evidence(result: Mapping[str, Any], method: str, folder: Path) -> dict[str,
         ("most suspicious class", *(class_label(result, scores["target"]) for scores in both)),
         ("score of this class", *(_number(scores["score"]) for scores in both)),
     ]
+    if any(scores.get("p_value") is not None for scores in both):
+        rows.append(("p-value, not corrected", *(p_value_in_words(scores.get("p_value")) for scores in both)))
     if any("norm" in scores for scores in both):
         rows.append(
             ("norm, in units of the distance between classes", *(_number(scores.get("norm")) for scores in both))

@@ -1,0 +1,1 @@
+"""How often an audit is wrong, measured on models that were not used to choose its settings."""
