@@ -87,6 +87,12 @@ class PurifyFunction(Protocol):
     def __call__(self, config: Any, victim: Victim, view: DefenderView, key: Key) -> Variables: ...
 
 
+class DefendedTrainFunction(Protocol):
+    """Train a new model on the task's training set, which is poisoned, so that it learns no backdoor."""
+
+    def __call__(self, config: Any, task: Task, key: Key) -> Variables: ...
+
+
 class DetectFunction(Protocol):
     """Decide whether a model is backdoored, and towards which class."""
 
@@ -138,6 +144,8 @@ class DefenseSpec:
     purify: PurifyFunction
     detect: DetectFunction | None = None
     """Detection by the same Config, for a defense that also detects and does not report it while it purifies."""
+    train: DefendedTrainFunction | None = None
+    """For a defense that is given the poisoned training set in place of the victim; its `purify` is then refused."""
     trigger_needed: bool | str = False
     """Whether the defense is given the true trigger; a string names the Config's field that decides."""
 
@@ -252,14 +260,31 @@ def _check_trigger(name: str, function: str, trigger: Any) -> None:
 def _defense(name: str, module: ModuleType) -> DefenseSpec:
     if not hasattr(module, "purify") and hasattr(module, "detect"):
         raise InputError(f"{name} detects backdoors and removes none. Use `bdjax audit DIR --methods {name}`.")
-    purify = _function(name, module, "purify(config, victim, view, key)", "which makes it a defense")
+    train: DefendedTrainFunction | None = getattr(module, "train", None)
+    if train is not None and not hasattr(module, "purify"):
+        purify: PurifyFunction = _refused_purify(name)
+    else:
+        purify = _function(name, module, "purify(config, victim, view, key)", "which makes it a defense")
     return DefenseSpec(
         name,
         _config(name, module),
         purify,
         getattr(module, "detect", None),
+        train,
         getattr(module, "NEEDS_TRIGGER", False),
     )
+
+
+def _refused_purify(name: str) -> PurifyFunction:
+    """Return the `purify` of a defense that trains a new model: it raises InputError."""
+
+    def purify(config: Any, victim: Victim, view: DefenderView, key: Key) -> Variables:
+        raise InputError(
+            f"{name} trains a new model on the poisoned training set and purifies none. Use `bdjax defend DIR {name}` "
+            "with the directory of a victim, or a defense that purifies."
+        )
+
+    return purify
 
 
 def _detector(name: str, module: ModuleType) -> DetectorSpec:

@@ -225,6 +225,9 @@ def purify(name, seed=0, callback=None):
     variables = model.init(jax.random.key(0))
     view, config = view_of(module, callback), module.Config()
     config = dataclasses.replace(config, **quick_changes(name, config))
+    if module.train is not None:
+        task = dataclasses.replace(untrained_task(view.images, view.labels, model), callback=view.callback)
+        return variables, module.train(config, task, jax.random.key(seed))
     return variables, module.purify(config, Victim(model, variables), view, jax.random.key(seed))
 
 

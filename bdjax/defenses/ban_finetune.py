@@ -118,8 +118,8 @@ def purify(config: Config, victim: Victim, view: DefenderView, key: Key) -> Vari
     constants = {**image_arrays(view.images, view.labels), "hyper": hyper_arrays(config, _DYNAMIC)}
     state = {**training_state(victim.variables, "sgd"), "noise_key": jax.random.fold_in(key, 1)}
     epochs = np.arange(config.epochs)
-    rates = config.learning_rate * 0.1 ** sum((epochs >= milestone) for milestone in config.milestones)
-    table = np.repeat(np.float32(rates)[:, None], number, 1)
+    passed = np.array([epochs >= milestone for milestone in config.milestones]).reshape(-1, config.epochs).sum(0)
+    table = np.repeat((config.learning_rate * 0.1**passed).astype(np.float32)[:, None], number, 1)
     state = run_epochs(
         _step(victim.model, config.noise_steps, config.augment), state, constants, table, size,
         jax.random.fold_in(key, 0), partial(view.callback.on_progress, "BAN fine-tuning"),

@@ -23,6 +23,7 @@ from bdjax.pipelines.context import Context
 from bdjax.pipelines.environment import environment
 from bdjax.pipelines.evaluation import Evaluation
 from bdjax.pipelines.opening import EvaluationSource, open_artifact, open_clean
+from bdjax.pipelines.poisoned_set import poisoned_task
 from bdjax.pipelines.results import SCHEMA, Rates, RunResult, read_result, write_json
 from bdjax.pipelines.training import check_same_run, clean_experiment, victim_directory
 from bdjax.protocols import DefenseSpec
@@ -204,7 +205,10 @@ def _purify(defense: ResolvedDefense, curve: Evaluation, lines: Path, context: C
         view = artifact.view(recorder, defense.spec.needs_trigger(experiment.defense_config))
         split = experiment.split
         view = split_off(view, split.validation, jax.random.fold_in(stage_key(experiment.seed, "split"), 1))
-        variables = guarded(defense.spec, experiment.defense_config, artifact.victim, view, key, split.largest_drop)
+        if defense.spec.train is not None:
+            variables = defense.spec.train(experiment.defense_config, poisoned_task(artifact, recorder), key)
+        else:
+            variables = guarded(defense.spec, experiment.defense_config, artifact.victim, view, key, split.largest_drop)
         jax.block_until_ready(variables)
     return _Cleaned(variables, view, recorder, key, *clock.read(), peak_memory())
 
