@@ -216,7 +216,9 @@ def _defend_stored(
         model = _imported(stored, out)
         with checkpoint.locked(model, context.waiting):
             if not model.exists():
-                interop.import_model(stored, model, model=experiment.model, env=environment(context.devices))
+                height, width, _ = datasets.load(experiment.dataset).shape
+                env = environment(context.devices)
+                interop.import_model(stored, model, model=experiment.model, size=(height, width), env=env)
     else:
         model = stored
     request = DefenseRequest(
