@@ -9,7 +9,7 @@ import pytest
 from conftest import trained_task
 
 from bdjax import attacks, models
-from bdjax.attacks import _generators, iad
+from bdjax.attacks import _dynamic, _generators, iad
 from bdjax.engine import capacity
 from bdjax.engine.step import roles
 from bdjax.types import SampleInfo
@@ -24,10 +24,10 @@ def place_of(role):
 
 def begun(config, shape, seed=0):
     """G and M of a Config, freshly drawn, as the joint step gets them: (G, M, attacker)."""
-    pattern, mask = iad._networks(config, shape)
+    pattern, mask = _dynamic.networks(config, shape)
     keys = jax.random.split(jax.random.key(seed))
     fixed = {"mask": mask.init(keys[1]), "classes": jnp.int32(4)}
-    return pattern, mask, {**iad._to_attacker(pattern.init(keys[0])), "fixed": fixed}
+    return pattern, mask, {**_dynamic.to_attacker(pattern.init(keys[0])), "fixed": fixed}
 
 
 def rms(values):
@@ -35,7 +35,7 @@ def rms(values):
 
 
 def test_masks_are_almost_binary():
-    drawn = iad._threshold(jnp.array([0.0, 0.45, 0.5, 0.55, 1.0]))
+    drawn = _dynamic.threshold(jnp.array([0.0, 0.45, 0.5, 0.55, 1.0]))
     np.testing.assert_allclose(drawn, [0, 0.1192029, 0.5, 0.8807971, 1], atol=1e-6)
 
 
@@ -43,9 +43,9 @@ def test_diversity_is_the_mean_quotient_of_the_pairs_that_count_and_has_a_gradie
     x, z, p, q = np.random.default_rng(0).random((4, 5, 6, 7, 3)).astype(np.float32)
     counts = np.array([True, False, True, True, False])
     expected = (rms(x - z) / (rms(p - q) + 1e-7))[counts].mean()
-    np.testing.assert_allclose(iad._diversity(x, z, p, q, jnp.asarray(counts)), expected, rtol=1e-5)
-    assert float(iad._diversity(x, z, p, q, jnp.zeros(5, bool))) == 0
-    gradient = jax.grad(lambda p: iad._diversity(x, z, p, q, jnp.asarray(counts)))
+    np.testing.assert_allclose(_dynamic.diversity_of(x, z, p, q, jnp.asarray(counts)), expected, rtol=1e-5)
+    assert float(_dynamic.diversity_of(x, z, p, q, jnp.zeros(5, bool))) == 0
+    gradient = jax.grad(lambda p: _dynamic.diversity_of(x, z, p, q, jnp.asarray(counts)))
     assert bool(jnp.isfinite(gradient(jnp.asarray(q))).all()) and bool((gradient(jnp.asarray(p))[1] == 0).all())
 
 
@@ -115,10 +115,11 @@ def test_a_batch_as_full_as_its_capacity_is_triggered_whole(blobs):
 
 def test_the_mask_network_learns_by_the_sum_of_the_paper(blobs):
     images = jnp.asarray(blobs[0][:9], jnp.float32) / 255
-    mask = iad._networks(IAD, (8, 8, 1))[1]
+    mask = _dynamic.networks(IAD, (8, 8, 1))[1]
     variables = mask.init(KEY)
     setting = dataclasses.replace(IAD, sparsity=3.0, diversity=0.5, density=0.2), ()
-    batch = iad._mask_step(setting, iad._to_attacker(variables), images, jnp.zeros(9, jnp.int32), place_of([0] * 9))
+    attacker = _dynamic.to_attacker(variables)
+    batch = _dynamic.mask_step(setting, attacker, images, jnp.zeros(9, jnp.int32), place_of([0] * 9))
     masks = np.tanh(20 * np.asarray(mask.apply(variables, images, weight=jnp.ones(9))[0]) - 10) / 2 + 0.5
     mates = np.array([1, 0, 3, 2, 5, 4, 7, 6, 7])
     apart = rms(images - images[mates]) / rms(masks - masks[mates])
@@ -130,8 +131,8 @@ def test_the_mask_network_learns_by_the_sum_of_the_paper(blobs):
 def test_masks_become_sparse_and_patterns_differ(blobs):
     planted = attacks.plant("iad", dataclasses.replace(IAD, epochs=12), trained_task(*blobs), KEY)
     images = jnp.asarray(blobs[0][:20], jnp.float32) / 255
-    pattern, mask = iad._networks(IAD, (8, 8, 1))
-    area = iad._threshold(mask.apply(_generators.unflatten_variables("mask", planted.arrays), images)[0]).mean()
+    pattern, mask = _dynamic.networks(IAD, (8, 8, 1))
+    area = _dynamic.threshold(mask.apply(_generators.unflatten_variables("mask", planted.arrays), images)[0]).mean()
     drawn = pattern.apply(_generators.unflatten_variables("pattern", planted.arrays), images)[0]
     assert 0 < float(area) < 0.1 and rms(drawn[:10] - drawn[10:]).min() > 0.01
     assert planted.poison is None and jax.tree.structure(planted.variables["params"]).num_leaves == 2
@@ -144,7 +145,7 @@ def test_networks_have_the_authors_sizes():
     pairs += [(128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (32, 3)]
     params = jax.tree.leaves(jax.eval_shape(net.init, KEY)["params"])
     assert sum(np.prod(leaf.shape) for leaf in params) == sum(9 * a * b + 2 * b for a, b in pairs)
-    small = iad._networks(iad.Config(), (28, 28, 1))[0]
+    small = _dynamic.networks(iad.Config(), (28, 28, 1))[0]
     assert jax.eval_shape(small.init, KEY)["params"]["Conv_0"]["kernel"].shape == (3, 3, 1, 16)
 
 
