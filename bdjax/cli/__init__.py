@@ -22,7 +22,10 @@ from bdjax.cli._parsing import load_command
 from bdjax.errors import InputError
 from bdjax.text import visible
 
-HELPERS = {"_devices", "_import_options", "_large_pages", "_methods", "_options", "_output", "_parsing", "_paths"}
+HELPERS = {
+    "_clip_flags", "_devices", "_import_options", "_large_pages", "_methods", "_options", "_output", "_parsing",
+    "_paths",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
