@@ -10,8 +10,10 @@ from bdjax.types import DefenderView, Scores
 
 LARGEST_LEVEL = 0.3
 """Largest level of a test: above it the p-value of a model is not exact (:mod:`bdjax.metrics.significance`)."""
-FREEDOM = 10.0
-"""Weight of a detector's prior for the variance between classes, in degrees of freedom."""
+FREEDOM = 30.0
+"""Weight of the prior for the variance between classes, in degrees of freedom, of detectors with clean images."""
+FREEDOM_WITHOUT_IMAGES = 10.0
+"""The same for detectors without images, whose statistics differ more between models."""
 
 
 def scores_of(statistics: np.ndarray, level: float, prior: Prior | None = None) -> Scores:

@@ -30,9 +30,9 @@ class Config:
 
     steps: int = 160
     """Steps of the search; each has 24 images."""
-    deviation: float = 0.31
+    deviation: float = 0.45
     """Typical standard deviation of the logarithm of the areas between the classes of a clean model, the prior of the
-    measured one; positive. Measured on clean models of five data sets (experiments/audit/error_rates.py)."""
+    measured one; positive. Chosen on 39 clean models (experiments/results/audit)."""
     level: float = 0.05
     """The model is judged to be backdoored when its p-value is at most this, in (0, 0.3]."""
 

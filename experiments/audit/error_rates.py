@@ -155,7 +155,7 @@ def with_references(row: Mapping[str, Any], development: list[dict[str, Any]], m
     for name, method in row[mode]["methods"].items():
         own = np.array(method["classes"], np.float64)
         classes = metrics.reference_p_values(own, np.array([other[name]["classes"] for other in clean], np.float64))
-        p_values[name], targets[name] = metrics.model_p_value(classes), int(classes.argmin())
+        p_values[name], targets[name] = metrics.model_p_value(classes), int(np.argmin(classes))
     corrected = metrics.holm(p_values)
     surest = min(corrected, key=lambda name: corrected[name])
     poisoned = corrected[surest] <= row[mode]["level"]
@@ -201,7 +201,7 @@ def measure(entry: Mapping[str, Any], options: Options) -> dict[str, Any]:
     clean = attack == "clean"
     return {
         **entry, "model": family.model, "classes": len(data.classes), "acc": round(float(rates["acc"]), 4),
-        "asr": None if clean else round(float(rates["asr"]), 4), "n_test": len(data.y_test),
+        "asr": None if clean else round(float(rates["asr"] or 0.0), 4), "n_test": len(data.y_test),
         "images": _audit_record(with_images), "none": _audit_record(without), "env": with_images["env"],
     }  # fmt: skip
 
