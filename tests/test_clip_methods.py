@@ -117,13 +117,14 @@ def test_badclip_lowers_the_loss_of_its_patch_and_needs_a_clean_model():
     assert patch.shape == (4, 4, 3) and patch.min() >= 0 and patch.max() <= 1
     first = np.asarray(jnp.clip(0.5 + 0.25 * jax.random.normal(jax.random.fold_in(KEY, 1), (4, 4, 3)), 0, 1))
     constants = {
-        "variables": variables, "images": jnp.asarray(images[1:5]),
+        "variables": variables, "images": images[1:5],
         "texts": embed.embed_texts(encoder, variables, tokenize(CAPTIONS[1:5])),
         "target_texts": embed.embed_texts(encoder, variables, tokenize(reference.captions)),
         "target_images": embed.embed_images(encoder, variables, reference.images),
         "hyper": {name: jnp.float32(getattr(config, name)) for name in ("text_weight", "image_weight", "margin")},
     }  # fmt: skip
     batch = {name: jnp.arange(4) for name in ("index", "text", "image")}
+    constants = jax.tree.map(jnp.asarray, constants)
     loss = jax.jit(lambda patch: badclip.patch_loss(patch, encoder, batch, constants))
     assert float(loss(patch)) < float(loss(first))
     assert set(badclip.poison(config, task, KEY, {"patch": patch}).captions) <= {"the cat", "a cat"}

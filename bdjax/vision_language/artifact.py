@@ -139,7 +139,16 @@ def config_from_json(values: Mapping[str, Any]) -> ClipConfig:
 
 
 def attack_record(attack: str | None, config: Any, target: str) -> dict[str, Any] | None:
-    """Return the record of an attack for a manifest; None without an attack."""
+    """Return the record of an attack for a manifest.
+
+    Args:
+      attack: its name; None: there is none.
+      config: its Config.
+      target: name of its target class.
+
+    Returns:
+      The record; None without an attack.
+    """
     return None if attack is None else {"name": attack, "config": to_json(config), "target": target}
 
 
