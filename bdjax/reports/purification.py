@@ -50,8 +50,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             f"Accuracy on the validation images fell too far, so the defense returned the model {returned}."
         )
     sentences += [
-        "An audit is evidence, not proof, in either direction: of 23 clean and 24 backdoored models with known truth it "
-        "accused 7 and 19 (experiments/results/audit). "
+        "An audit is evidence, not proof, in either direction: of 23 clean and 24 backdoored models with known truth "
+        "it accused 7 and 19 (experiments/results/audit). "
         "Nothing here proves that a backdoor is gone; only a test with its trigger could."
     ]
     if not result["audit"]["before"]["poisoned"]:

@@ -304,8 +304,7 @@ def _referenced_line(rows: list[dict[str, Any]], development: list[dict[str, Any
     area = _area([row[mode]["p_value"] for row in clean], [row[mode]["p_value"] for row in planted])
     name, level = f"{label}, clean development models as references", rows[0][mode]["level"]
     return (
-        f"| {name} | {level} | {_rate(accused, len(clean))} | {_rate(right, len(planted))} | {wrong} | "
-        f"{area:.2f} | |"
+        f"| {name} | {level} | {_rate(accused, len(clean))} | {_rate(right, len(planted))} | {wrong} | {area:.2f} | |"
     )
 
 
