@@ -13,7 +13,7 @@ from bdjax.errors import InputError
 from bdjax.interop import clip
 from bdjax.io import checkpoint
 from bdjax.pair_types import LabelledImages
-from bdjax.vision_language import artifact, zero_shot
+from bdjax.vision_language import artifact, memory, zero_shot
 from bdjax.vision_language.tokenizer import Tokenizer
 
 VOCABULARY = 514
@@ -114,6 +114,17 @@ def test_export_and_import_by_the_command(stored, tmp_path, capsys):
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), again.variables, first.variables)
     assert jax.tree.all(same) and again.manifest["source"]["assumed"]["vision_heads"] == 2
     assert clip.NAMES == ("openai", "open_clip", "hugging_face")
+
+
+@pytest.mark.parametrize("step", memory.STEPS)
+def test_the_estimate_of_memory_grows_with_the_batch(step):
+    few, many = memory.estimate(VIT, 4, step), memory.estimate(VIT, 16, step)
+    assert 0 < few.temporary < many.temporary and few.arguments < many.arguments
+    shapes = jax.eval_shape(models.dual_encoder(VIT).init, jax.random.key(0))["params"]
+    copies, part = (
+        (5, shapes["visual"]) if step == "bibau_clip" else (3, shapes)
+    )  # with Adam's moments, and the Fishers
+    assert few.arguments > copies * 4 * sum(leaf.size for leaf in jax.tree.leaves(part))
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def estimate(config: ClipConfig, batch_size: int, step: str = "train", dtype: An
     if step == "bibau_clip":
         visual, settings = variables["params"]["visual"], bibau_clip.Config()
         static = _blind_pairs.Static(*(getattr(settings, name) for name in _blind_pairs.Static._fields))
+        static = static._replace(steps=2)  # the steps of PGD follow one another: twenty need no more memory than two
         function = _blind_pairs.unlearning_step(encoder, static)
         state: Any = {"visual": visual, "opt": jax.eval_shape(direction("adam").init, visual)}
         batch: Any = {"index": index, "key": keys}
