@@ -9,7 +9,7 @@ import pytest
 from conftest import trained_task
 
 from bdjax import attacks, registry
-from bdjax.attacks import iad, issba
+from bdjax.attacks import _dynamic, iad, issba
 from bdjax.config import Experiment
 from bdjax.engine import FitConfig, parallel
 from bdjax.errors import InputError
@@ -167,8 +167,8 @@ def test_a_killed_training_resumes_and_the_stored_arrays_make_the_same_trigger(
 @pytest.mark.parametrize("shape", [(28, 28, 1), (9, 11, 3), (32, 32, 3), (64, 48, 1)])
 @pytest.mark.parametrize("name", ["iad", "issba"])
 def test_images_of_any_size(name, shape):
-    module = registry.load_module("attacks", name)
-    net, _ = module._networks(module.Config(), shape)
+    networks = {"iad": _dynamic.networks, "issba": issba._networks}[name]
+    net, _ = networks(registry.load("attacks", name).Config(), shape)
     codes = [jnp.ones((2, 100))] if name == "issba" else []
 
     def run(images):

@@ -14,7 +14,7 @@ from bdjax.errors import InputError
 from bdjax.interop import clip, reader, writer
 from bdjax.interop.clip import FileFacts
 
-HERE = Path(__file__).parent / "fixtures" / "torch"
+HERE = Path(__file__).parent / "fixtures" / "clip"
 CASES = {
     "clip_vit": ("clip_vit.safetensors", FileFacts(vision_heads=4, text_heads=3), "openai"),
     "clip_vit_gelu": ("clip_vit_gelu.pt", FileFacts("gelu", 4, 3), "open_clip"),
