@@ -24,7 +24,9 @@ from bdjax.types import Key, Model, Variables, to_float
 
 STEPS = 80
 """Steps of a search without a given start."""
-_BATCH, _RATE, _COST = 24, 0.2, 0.1
+BATCH = 24
+"""Images per step, the same for all goals."""
+_RATE, _COST = 0.2, 0.1
 _SUCCESS = 0.8  # success rate from which a patch is kept
 _ADAM = optax.scale_by_adam(0.5, 0.9)
 
@@ -52,6 +54,7 @@ def search(
     key: Key,
     start: Patches | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
+    batch_size: int = BATCH,
 ) -> Patches:
     """Search the smallest patch for each goal, from scratch or from given patches.
 
@@ -65,6 +68,7 @@ def search(
       key: draws batches and patterns.
       start: initial patches, or None. Where no patch succeeds, the initial one is returned.
       tick: called with (steps done, steps).
+      batch_size: images per step, the same for all goals.
 
     Returns:
       Patches with these goals.
@@ -82,7 +86,7 @@ def search(
         "images": jnp.asarray(images), "labels": jnp.asarray(labels), "goals": jnp.asarray(goals),
         "variables": dict(variables),
     }  # fmt: skip
-    batch_indices = jnp.asarray(draw_batches(key, len(labels), batch_of(_BATCH, len(labels)), steps))
+    batch_indices = jnp.asarray(draw_batches(key, len(labels), batch_of(batch_size, len(labels)), steps))
     state = run_epoch(_step(model), state, {"index": batch_indices}, {}, constants, tick=tick)[0]
     areas = np.minimum(np.asarray(state["smallest"]), np.prod(model.shape[:2])).astype(np.float32)
     return Patches(goals, state["best"]["mask"], state["best"]["pattern"], areas)

@@ -14,8 +14,8 @@ _HALVINGS = 9
 """Steps of the bisection: the multiple is known to 2 / 2^9."""
 _LARGEST = 2.0
 """Largest multiple of a perturbation."""
-_IMAGES = 256
-"""Images that are counted, at most."""
+_IMAGES, _FEWEST_IMAGES = 256, 64
+"""Images that are counted for each class, at most: with up to ten classes, and with very many."""
 
 
 def norms_at(
@@ -26,14 +26,15 @@ def norms_at(
     Args:
       success: fraction of the images of other classes that must be sent to the class of a perturbation, in (0, 1).
       victim: the model.
-      images: stored [n, H, W, C]; the first 256 are used.
+      images: stored [n, H, W, C]; the first 256 are used, fewer with more than ten classes.
       labels: int32 [n].
       perturbations: P perturbations of any norm.
 
     Returns:
       float64 [P], L2 norms, at least 1e-6; twice the largest perturbation's norm where no multiple reaches the rate.
     """
-    counted, classes = to_float(images[:_IMAGES]), jnp.asarray(labels[:_IMAGES])
+    count = int(np.clip(10 * _IMAGES // len(perturbations.goals), _FEWEST_IMAGES, _IMAGES))
+    counted, classes = to_float(images[:count]), jnp.asarray(labels[:count])
     lower, upper = np.zeros(len(perturbations.goals)), np.full(len(perturbations.goals), _LARGEST)
     ever_reached = np.zeros(len(perturbations.goals), bool)
     goals = [jnp.int32(goal) for goal in perturbations.goals]

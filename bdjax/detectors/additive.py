@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 
 from bdjax.defenses import _smallest
-from bdjax.detectors._evidence import FREEDOM, LARGEST_LEVEL, check_images, pair_scores, scores_of
+from bdjax.detectors._evidence import FREEDOM, LARGEST_LEVEL, check_images, images_per_step, pair_scores, scores_of
 from bdjax.detectors._norms import norms_at
 from bdjax.errors import check_fields
 from bdjax.metrics import Prior
@@ -42,7 +42,8 @@ class Config:
     steps: int = 60
     """Steps of the search."""
     batch_size: int = 20
-    """Images per step and class."""
+    """Images per step for each class, with ten classes or fewer; 200 divided by the number of classes with more, but at
+    least 5."""
     largest_radius: float = 0.3
     """Upper bound of the L2 norm, given as the value of a constant perturbation with that norm, in (0, 1]."""
     success: float = 0.8
@@ -106,7 +107,8 @@ def _search(
     cap = _smallest.norm_limit(victim.model, config.largest_radius)
     return _smallest.search(
         victim.model, victim.variables, view.images[positions], view.labels[positions],
-        _smallest.zero_perturbations(victim.model, cap), config.steps, config.batch_size, cap, key,
+        _smallest.zero_perturbations(victim.model, cap), config.steps,
+        images_per_step(config.batch_size, victim.model.classes), cap, key,
         partial(view.callback.on_progress, "smallest perturbation of every class"),
     )  # fmt: skip
 

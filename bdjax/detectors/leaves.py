@@ -22,7 +22,7 @@ import numpy as np
 
 from bdjax.defenses import _smallest
 from bdjax.detectors._dead_leaves import dead_leaves
-from bdjax.detectors._evidence import FREEDOM_WITHOUT_IMAGES, LARGEST_LEVEL, scores_of
+from bdjax.detectors._evidence import FREEDOM_WITHOUT_IMAGES, LARGEST_LEVEL, images_per_step, scores_of
 from bdjax.detectors._norms import norms_at
 from bdjax.engine import predict
 from bdjax.errors import check_fields
@@ -41,7 +41,7 @@ class Config:
     steps: int = 60
     """Steps of the search."""
     batch_size: int = 20
-    """Images per step and class."""
+    """Images per step for each class, with ten classes or fewer; with more classes fewer, at least 5."""
     largest_radius: float = 0.3
     """Upper bound of the L2 norm, given as the value of a constant perturbation with that norm, in (0, 1]."""
     success: float = 0.8
@@ -81,8 +81,9 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     labels = predict(model, variables, images)
     cap = _smallest.norm_limit(model, config.largest_radius)
     perturbations = _smallest.search(
-        model, variables, images, labels, _smallest.zero_perturbations(model, cap), config.steps, config.batch_size,
-        cap, jax.random.fold_in(key, 1), partial(view.callback.on_progress, "smallest perturbation of random images"),
+        model, variables, images, labels, _smallest.zero_perturbations(model, cap), config.steps,
+        images_per_step(config.batch_size, model.classes), cap, jax.random.fold_in(key, 1),
+        partial(view.callback.on_progress, "smallest perturbation of random images"),
     )  # fmt: skip
     norms = norms_at(config.success, victim, images, labels, perturbations)
     nearest = np.argsort(norms, kind="stable")[:3]

@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 
 from bdjax.defenses import _patches
-from bdjax.detectors._evidence import FREEDOM, LARGEST_LEVEL, check_images, scores_of
+from bdjax.detectors._evidence import FREEDOM, LARGEST_LEVEL, check_images, images_per_step, scores_of
 from bdjax.errors import check_fields
 from bdjax.metrics import Prior
 from bdjax.types import DefenderView, Key, Scores, Victim
@@ -29,7 +29,10 @@ class Config:
     """Hyper-parameters of the search and of the decision."""
 
     steps: int = 160
-    """Steps of the search; each has 24 images."""
+    """Steps of the search."""
+    batch_size: int = 24
+    """Images per step for each class, with ten classes or fewer; 240 divided by the number of classes with more, but at
+    least 5."""
     deviation: float = 0.45
     """Typical standard deviation of the logarithm of the areas between the classes of a clean model, the prior of the
     measured one; positive. Chosen on 39 clean models (experiments/results/audit)."""
@@ -40,7 +43,7 @@ class Config:
         check_fields(
             self,
             "detector",
-            (("steps",), "at least 1", lambda v: v >= 1),
+            (("steps", "batch_size"), "at least 1", lambda v: v >= 1),
             (("deviation",), "positive", lambda v: v > 0),
             (("level",), f"in (0, {LARGEST_LEVEL}]", lambda v: 0 < v <= LARGEST_LEVEL),
         )
@@ -66,6 +69,7 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     patches = _patches.search(
         victim.model, victim.variables, view.images, view.labels, np.arange(victim.model.classes, dtype=np.int32),
         config.steps, key, tick=partial(view.callback.on_progress, "smallest patch of every class"),
+        batch_size=images_per_step(config.batch_size, victim.model.classes),
     )  # fmt: skip
     nearest = np.argsort(patches.areas, kind="stable")[:3]
     view.callback.on_round_end(

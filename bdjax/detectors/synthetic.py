@@ -24,7 +24,7 @@ import optax
 
 from bdjax.defenses import _patches
 from bdjax.detectors._dead_leaves import dead_leaves
-from bdjax.detectors._evidence import FREEDOM_WITHOUT_IMAGES, LARGEST_LEVEL, scores_of
+from bdjax.detectors._evidence import FREEDOM_WITHOUT_IMAGES, LARGEST_LEVEL, images_per_step, scores_of
 from bdjax.engine import parallel, predict, run_epoch
 from bdjax.errors import check_fields
 from bdjax.metrics import Prior
@@ -46,7 +46,7 @@ class Config:
     margin: float = 6.0
     """Margin of an image's class, in logits, above which it does not change any more; positive."""
     steps: int = 160
-    """Steps of the search for patches; each has 24 images."""
+    """Steps of the search for patches; each has 24 images per class, with more than ten classes fewer, at least 5."""
     deviation: float = 0.3
     """Typical standard deviation of the logarithm of the areas between the classes of a clean model, the prior of the
     measured one; positive. Chosen on 39 clean models (experiments/results/audit)."""
@@ -80,6 +80,7 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     patches = _patches.search(
         model, variables, images, labels, goals, config.steps, jax.random.fold_in(key, 1),
         tick=partial(view.callback.on_progress, "smallest patch of synthetic images"),
+        batch_size=images_per_step(_patches.BATCH, model.classes),
     )  # fmt: skip
     nearest = np.argsort(patches.areas, kind="stable")[:3]
     view.callback.on_round_end(
