@@ -59,7 +59,7 @@ def test_the_most_suspicious_classes_are_the_nearest(view):
     scores.classes[3:] = 2.65, 2.55, 1.0
     assert _success.most_suspicious(scores).tolist() == [2, 3, _smallest.ANY]  # above 1 + 0.8 (3 - 1)
     scores.poisoned = False
-    assert _success.most_suspicious(scores).tolist() == [2, 3, 4, _smallest.ANY]
+    assert _success.most_suspicious(scores).tolist() == [2, 3, 4, 5, 0, _smallest.ANY]  # judged clean: all but class 1
 
 
 class Rounds(Seen):

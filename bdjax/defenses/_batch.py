@@ -32,6 +32,19 @@ def batch_of(requested: int, total: int, noun: str = "images") -> int:
     return size
 
 
+def images_per_goal(largest: int, goals: int) -> int:
+    """Return the images per step of a search for many goals at once: with more than ten goals fewer, at least five.
+
+    A step for 10 to 50 goals then costs the same. On GTSRB's 43 classes, an audit's p-values with 5 or 6 images per
+    step are like those with 24 (six `cnn` models, three of them backdoored).
+
+    Args:
+      largest: images per step with ten goals or fewer.
+      goals: number of goals.
+    """
+    return int(np.clip(round(10 * largest / goals), min(5, largest), largest))
+
+
 def device_part(leaf: jax.Array, axis: str | None) -> jax.Array:
     """Return this device's part of a batch [n, ...] that every device has in full."""
     if axis is None:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.defenses import _patches, _targeted_search
+from bdjax.defenses._batch import images_per_goal
 from bdjax.defenses._smallest import ANY, Perturbations, norm_limit, search
 from bdjax.engine import predict
 from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_float
@@ -157,23 +158,22 @@ def suspicious(victim: Victim, view: DefenderView, key: Key) -> np.ndarray:
 def most_suspicious(scores: Scores) -> np.ndarray:
     """Choose from a detector's scores the goals for which triggers are recovered.
 
-    These are the highest-scoring class and the classes with similar scores. When the model is judged clean, the
-    `MAX_CLASSES` highest-scoring classes are taken, whatever their scores.
+    These are the highest-scoring class and the classes with similar scores, at most `MAX_CLASSES`. When the model is
+    judged clean, all classes are taken, because a small patch need not be near in the L2 norm.
 
     Args:
       scores: the scores of all classes.
 
     Returns:
-      int32 [K + 1]: K classes, 1 <= K <= `MAX_CLASSES`, and `ANY`; :func:`recover` chooses between them.
+      int32 [K + 1]: K classes, highest score first, and `ANY`; :func:`recover` chooses between them.
     """
     class_scores = np.nan_to_num(scores.classes, nan=-np.inf)
-    ranked = np.argsort(-class_scores, kind="stable")[:MAX_CLASSES].astype(np.int32)
-    ranked = ranked[
-        : max(1, np.isfinite(class_scores[ranked]).sum())
-    ]  # a class that could not be judged has no trigger
+    ranked = np.argsort(-class_scores, kind="stable").astype(np.int32)
+    # a class that could not be judged has no trigger
+    ranked = ranked[: max(1, int(np.isfinite(class_scores).sum()))]
     if scores.poisoned:
         highest_score = class_scores[ranked[0]]
-        ranked = ranked[class_scores[ranked] >= min(1 + NEAR_SCORE * (highest_score - 1), highest_score)]
+        ranked = ranked[class_scores[ranked] >= min(1 + NEAR_SCORE * (highest_score - 1), highest_score)][:MAX_CLASSES]
     return np.append(ranked, np.int32(ANY))
 
 
@@ -181,7 +181,7 @@ def recover(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) ->
     """Recover the smallest additive perturbation and the smallest patch for each goal.
 
     With `ANY` among the goals, only `ANY` is used if its patch is much smaller than those of the classes; otherwise
-    only the classes whose patches are at most `MAX_SIZE_RATIO` times as large as the smallest one.
+    the classes whose patches are at most `MAX_SIZE_RATIO` times as large as the smallest one, at most `MAX_CLASSES`.
 
     Args:
       victim: the model.
@@ -196,7 +196,11 @@ def recover(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) ->
         areas = _search_patches(victim, labels, view, jax.random.fold_in(key, 2)).areas
         smallest_area = areas[labels != ANY].min()
         to_any = areas[labels == ANY].min() < _targeted_search.ANY_CLASS_AREA_RATIO * smallest_area
-        labels = labels[(labels == ANY) if to_any else (labels != ANY) & (areas <= MAX_SIZE_RATIO * smallest_area)]
+        smallest_first = np.argsort(areas, kind="stable")
+        near = smallest_first[
+            (labels != ANY)[smallest_first] & (areas[smallest_first] <= MAX_SIZE_RATIO * smallest_area)
+        ]
+        labels = np.array([ANY], np.int32) if to_any else labels[near[:MAX_CLASSES]]
     return _recover_triggers(victim, labels, view, key)
 
 
@@ -227,7 +231,8 @@ def _search_patches(victim: Victim, goals: np.ndarray, view: DefenderView, key: 
     """Search the smallest patch for each goal."""
     tick = partial(view.callback.on_progress, "smallest patch of suspicious classes")
     return _patches.search(
-        victim.model, victim.variables, view.images, view.labels, goals, _patches.STEPS, key, tick=tick
+        victim.model, victim.variables, view.images, view.labels, goals, _patches.STEPS, key, tick=tick,
+        batch_size=images_per_goal(_patches.BATCH, len(goals)),
     )  # fmt: skip
 
 

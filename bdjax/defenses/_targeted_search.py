@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.defenses._patches import STEPS, Patches
+from bdjax.defenses._batch import images_per_goal
+from bdjax.defenses._patches import BATCH, STEPS, Patches
 from bdjax.defenses._patches import search as search_patches
 from bdjax.defenses._smallest import ANY, Perturbations, l2_norms, norm_limit, search, zero_perturbations
 from bdjax.errors import InputError
@@ -19,12 +20,15 @@ from bdjax.types import DefenderView, Key, Scores, Variables, Victim
 
 MAX_GROWTH = 3.0
 """Largest radius at which a perturbation is unlearned, as a multiple of the initial radius for its class."""
-NEAREST_CLASSES = 3
-"""Number of classes for which patches are searched when no class is suspicious."""
 ANY_CLASS_AREA_RATIO = 0.8
 """Largest area of a patch with the goal `ANY`, relative to the smallest patch to a single class, at which the backdoor
 is taken for an all-to-all one. The ratio is below 1 because a patch to one class also moves images out of their own
 class."""
+PATCH_THRESHOLD = 0.5
+"""Area below which the smallest patch makes its class suspicious, relative to the median of all classes."""
+RADIUS_SPREAD, AREA_SPREAD = 0.15, 0.45
+"""Typical standard deviations of log radius and log area between the classes of a clean model
+(:mod:`bdjax.detectors.additive`, :mod:`bdjax.detectors.patch`)."""
 TARGET_CLASS_SHARE = 0.15
 """Fraction of a batch that consists of clean images of the suspicious classes."""
 
@@ -112,14 +116,11 @@ class TargetedSearch:
         self._largest_area = settings.largest_patch * float(np.prod(victim.model.shape[:2]))
         smallest = search_all_classes(settings, victim, view, jax.random.fold_in(key, 1), method)
         self._median = float(np.median(smallest.radii))
-        suspicious = _suspicious_classes(settings, smallest)
-        nearest = np.argsort(smallest.radii, kind="stable")[:NEAREST_CLASSES].astype(np.int32)
-        self.patches, self.goal = self._initial_patches(
-            victim.variables, suspicious, nearest, jax.random.fold_in(key, 4)
-        )
+        suspicious, self.goal, patch_goals = self._choose_goals(victim.variables, smallest, jax.random.fold_in(key, 4))
+        self.patches = self._search_patches(victim.variables, patch_goals, STEPS, jax.random.fold_in(key, 5), None)
         self.scores = _with_target(scores(settings, smallest), self.goal)
         view.callback.on_detection(self.scores)
-        others = nearest[:1] if self.goal == ANY else np.array([self.goal], np.int32)
+        others = np.array([np.argmin(smallest.radii) if self.goal == ANY else self.goal], np.int32)
         self.perturbations = _initial_perturbations(
             settings.starts, smallest, suspicious, others, jax.random.fold_in(key, 2)
         )
@@ -200,44 +201,53 @@ class TargetedSearch:
             patterns=jnp.where(is_too_large, previous.patterns, updated.patterns),
         )
 
-    def _initial_patches(
-        self, variables: Variables, suspicious: np.ndarray, nearest: np.ndarray, key: Key
-    ) -> tuple[Patches, int]:
-        """Search the first patches, and decide whether the backdoor leads to a class or to any other class.
+    def _choose_goals(
+        self, variables: Variables, smallest: Perturbations, key: Key
+    ) -> tuple[np.ndarray, int, np.ndarray]:
+        """Choose the classes that triggers are searched for, by their perturbations and by the patches of all classes.
 
-        The patches lead to the suspicious classes or, when there is none, to those of the `nearest` classes that have
-        the smallest patches. When a much smaller patch sends images to any other class, all patches have the goal
-        `ANY`.
+        A small patch need not be near in the L2 norm: the class with the smallest patch is suspicious, too, when that
+        patch is below `PATCH_THRESHOLD` of the median. When a much smaller patch sends images to any class other than
+        their own, all patches have the goal `ANY`.
+
+        Args:
+          variables: of the given model.
+          smallest: the smallest perturbation of every class.
+          key: draws batches and patterns.
 
         Returns:
-          The patches, and the goal: a class or `ANY`.
+          The suspicious classes, most suspicious first, int32 [S], S >= 0; the goal, a class or `ANY`; the goals of the
+          patches, int32 [`Search.patches`].
         """
-        patch_count = self._settings.patches
-        if not patch_count:
-            shape = self._model.shape
-            no_patches = Patches(
-                np.zeros(0, np.int32), jnp.zeros((0, *shape[:2], 1)), jnp.zeros((0, *shape)), np.zeros(0)
-            )
-            return no_patches, int(suspicious[0] if len(suspicious) else nearest[0])
-        classes = np.resize(suspicious, patch_count) if len(suspicious) else nearest
-        goals = np.append(classes, np.int32(ANY))
-        patches = self._search_patches(variables, goals, STEPS, key, None)
-        if patches.areas[-1] < ANY_CLASS_AREA_RATIO * patches.areas[:-1].min():
-            goals = np.full(patch_count, ANY, np.int32)
-            return self._search_patches(variables, goals, STEPS, jax.random.fold_in(key, 1), None), ANY
-        best = (
-            np.arange(patch_count) if len(suspicious) else np.argsort(patches.areas[:-1], kind="stable")[:patch_count]
-        )
-        selected = Patches(goals[best], patches.masks[best], patches.patterns[best], patches.areas[best])
-        return selected, int(suspicious[0] if len(suspicious) else goals[best[0]])
+        count, relative_radii = self._settings.patches, smallest.radii / np.median(smallest.radii)
+        suspicious = _suspicious_classes(self._settings, smallest)
+        if not count:
+            return suspicious, int(np.argmin(relative_radii)), np.zeros(0, np.int32)
+        goals = np.append(np.arange(self._model.classes), ANY).astype(np.int32)
+        areas = self._search_patches(variables, goals, STEPS, key, None).areas
+        smallest_first, relative_areas = np.argsort(areas[:-1], kind="stable"), areas[:-1] / np.median(areas[:-1])
+        nearest = smallest_first[0]
+        if areas[-1] < ANY_CLASS_AREA_RATIO * areas[nearest]:
+            return suspicious, ANY, np.full(count, ANY, np.int32)
+        if relative_areas[nearest] < PATCH_THRESHOLD and nearest not in suspicious:
+            suspicious = np.append(suspicious[: self._settings.starts - 1], nearest).astype(np.int32)
+        if not len(suspicious):
+            return suspicious, int(nearest), smallest_first[:count].astype(np.int32)
+        evidence = -np.minimum(np.log(relative_radii) / RADIUS_SPREAD, np.log(relative_areas) / AREA_SPREAD)
+        suspicious = suspicious[np.argsort(-evidence[suspicious], kind="stable")]
+        return suspicious, int(suspicious[0]), np.resize(suspicious, count)
 
     def _search_patches(
         self, variables: Variables, goals: np.ndarray, steps: int, key: Key, start: Patches | None
     ) -> Patches:
-        """Search patches in a model, from the given ones or from scratch."""
+        """Search patches in a model, from the given ones or from scratch; none when there are no goals."""
+        if not len(goals):
+            shape = self._model.shape
+            return Patches(goals, jnp.zeros((0, *shape[:2], 1)), jnp.zeros((0, *shape)), np.zeros(0, np.float32))
         tick = partial(self._view.callback.on_progress, "smallest patch of suspicious classes")
         images, labels = self._view.images, self._view.labels
-        return search_patches(self._model, variables, images, labels, goals, steps, key, start, tick)
+        batch_size = images_per_goal(BATCH, len(goals))
+        return search_patches(self._model, variables, images, labels, goals, steps, key, start, tick, batch_size)
 
     def _refine(self, variables: Variables, key: Key, steps: int) -> None:
         """Continue the search of the perturbations in a model."""

@@ -72,10 +72,10 @@ from bdjax.errors import InputError, check_fields
 from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 
 _PROCEDURES: dict[str, tuple[Any, Any]] = {
-    "epochs": (10, 20), "batch_size": (32, 256), "steps_per_epoch": (8, 0), "steps": (3, 20),
+    "batch_size": (32, 256), "steps_per_epoch": (8, 0), "steps": (3, 20),
     "optimizer": ("adam", "sgd"),
-    "learning_rate": (1e-3, 0.05), "batch_norm": ("frozen", "separate"), "ewc": (10.0, 1e-5),
-    "inverse_ewc": (1.0, 0.01), "clip": (0.01, 100.0), "distillation": (0.8, 0.0), "averaging": (0.8, 0.0),
+    "learning_rate": (1e-3, 0.05), "ewc": (10.0, 1e-5),
+    "inverse_ewc": (100.0, 0.01), "clip": (0.01, 100.0), "distillation": (0.8, 0.0), "averaging": (0.8, 0.0),
 }  # fmt: skip
 """Values of the fields left at None, for the robust procedure and for the paper's."""
 
@@ -102,8 +102,8 @@ class Config:
     """Use the likelihood in the ascent and EWC in the descent."""
     constraints_b: bool = True
     """Use the prior in the ascent and the inverse EWC in the descent."""
-    epochs: int | None = None
-    """Passes over the clean images, or repetitions of `steps_per_epoch` steps; robust 10, paper 20."""
+    epochs: int = 20
+    """Passes over the clean images, or repetitions of `steps_per_epoch` steps; 20."""
     batch_size: int | None = None
     """Images per step, at most the number of images. Robust 32, paper 256."""
     steps_per_epoch: int | None = None
@@ -130,7 +130,7 @@ class Config:
     """λ3, weight of EWC. Robust 10, where both EWC distances are divided by that of the zero weights from θ_b, so that
     they do not grow with the network; paper 1e-5."""
     inverse_ewc: float | None = None
-    """λ4, weight of the inverse EWC; robust 1, paper 0.01."""
+    """λ4, weight of the inverse EWC; robust 100, paper 0.01."""
     clip: float | None = None
     """c, clipping threshold of the inverse-EWC term; positive. Robust 0.01, paper 100."""
     inverse: Literal["negated", "reciprocal"] = "negated"
@@ -151,9 +151,10 @@ class Config:
     averaging: float | None = None
     """Weight of the old value in the running mean of θ, in [0, 1); the mean is returned. Robust 0.8, paper 0: θ
     itself."""
-    batch_norm: Literal["separate", "batch", "frozen"] | None = None
+    batch_norm: Literal["separate", "batch", "frozen"] = "separate"
     """BatchNorm statistics in the outer step: separate for clean and adversarial images (the running ones follow the
-    clean ones), of both together ("batch"), or those of θ_b, unchanged ("frozen"). Robust frozen, paper separate."""
+    clean ones), of both together ("batch"), or those of θ_b, unchanged ("frozen"). With frozen
+    ones the backdoor returns when the model is trained further with statistics of batches."""
     fisher_cap: float = 100.0
     """Largest entry of a Fisher whose mean is one. Ours: a few weights exceed the mean by a factor of 1e4, and SGD with
     momentum diverges on the quadratic of EWC once 2 λ3 entry learning_rate > 3.8."""

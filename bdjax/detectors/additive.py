@@ -28,7 +28,8 @@ from typing import Literal
 import numpy as np
 
 from bdjax.defenses import _smallest
-from bdjax.detectors._evidence import FREEDOM, LARGEST_LEVEL, check_images, images_per_step, pair_scores, scores_of
+from bdjax.defenses._batch import images_per_goal
+from bdjax.detectors._evidence import FREEDOM, LARGEST_LEVEL, check_images, pair_scores, scores_of
 from bdjax.detectors._norms import norms_at
 from bdjax.errors import check_fields
 from bdjax.metrics import Prior
@@ -108,7 +109,7 @@ def _search(
     return _smallest.search(
         victim.model, victim.variables, view.images[positions], view.labels[positions],
         _smallest.zero_perturbations(victim.model, cap), config.steps,
-        images_per_step(config.batch_size, victim.model.classes), cap, key,
+        images_per_goal(config.batch_size, victim.model.classes), cap, key,
         partial(view.callback.on_progress, "smallest perturbation of every class"),
     )  # fmt: skip
 

@@ -21,8 +21,9 @@ import jax
 import numpy as np
 
 from bdjax.defenses import _smallest
+from bdjax.defenses._batch import images_per_goal
 from bdjax.detectors._dead_leaves import dead_leaves
-from bdjax.detectors._evidence import FREEDOM_WITHOUT_IMAGES, LARGEST_LEVEL, images_per_step, scores_of
+from bdjax.detectors._evidence import FREEDOM_WITHOUT_IMAGES, LARGEST_LEVEL, scores_of
 from bdjax.detectors._norms import norms_at
 from bdjax.engine import predict
 from bdjax.errors import check_fields
@@ -82,7 +83,7 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     cap = _smallest.norm_limit(model, config.largest_radius)
     perturbations = _smallest.search(
         model, variables, images, labels, _smallest.zero_perturbations(model, cap), config.steps,
-        images_per_step(config.batch_size, model.classes), cap, jax.random.fold_in(key, 1),
+        images_per_goal(config.batch_size, model.classes), cap, jax.random.fold_in(key, 1),
         partial(view.callback.on_progress, "smallest perturbation of random images"),
     )  # fmt: skip
     norms = norms_at(config.success, victim, images, labels, perturbations)

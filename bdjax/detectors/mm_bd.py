@@ -33,7 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.detectors._evidence import FREEDOM_WITHOUT_IMAGES, LARGEST_LEVEL, images_per_step, scores_of
+from bdjax.defenses._batch import images_per_goal
+from bdjax.detectors._evidence import FREEDOM_WITHOUT_IMAGES, LARGEST_LEVEL, scores_of
 from bdjax.engine import parallel, run_epoch
 from bdjax.errors import check_fields
 from bdjax.metrics import Prior
@@ -105,7 +106,7 @@ def largest_margins(
       The largest margin of each class in logits, float32 [C]; the inputs that reach them, float32 [C, H, W, c].
     """
     model = victim.model
-    starts = -(-images_per_step(config.images, model.classes) // parallel.count()) * parallel.count()
+    starts = -(-images_per_goal(config.images, model.classes) // parallel.count()) * parallel.count()
     state: Any = {"inputs": jax.random.uniform(key, (model.classes, starts, *model.shape))}
     state["opt"] = _direction(config.optimizer).init(state["inputs"])
     constants = {"variables": dict(victim.variables), "rate": jnp.float32(config.learning_rate)}
