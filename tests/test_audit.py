@@ -201,6 +201,17 @@ def test_the_command_writes_its_evidence_beside_the_model(finished, tmp_path, ca
     assert (out / "audit.png").exists() and "universal" in said
 
 
+def test_fields_of_the_named_detectors_are_flags(finished, tmp_path, capsys):
+    flags = ("--methods", "additive", "--additive.sources", "each", "--additive.steps", 3)
+    bdjax(capsys, "audit", finished[0], *flags, "--size", 20, "--out", tmp_path / "pairs")
+    config = json.loads((tmp_path / "pairs" / "audit.json").read_text())["methods"]["additive"]["config"]
+    assert config["sources"] == "each" and config["steps"] == 3
+    assert "steps must be at least 1" in refused(
+        capsys, "audit", finished[0], "--methods", "additive", "--additive.steps", 0
+    )
+    assert "--patch.steps" in refused(capsys, "audit", finished[0], *flags, "--patch.steps", 3)
+
+
 def test_what_cannot_be_audited_is_refused(finished, tmp_path, capsys):
     with pytest.raises(InputError, match=r"ibau cannot audit. Choose from additive, age, "):
         audit.audit(finished[0], ["ibau"])

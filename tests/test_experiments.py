@@ -66,6 +66,22 @@ def test_experiments_have_options_in_place_of_environment_variables_and_main_loo
     assert "__main__" not in text or path not in GRIDS
 
 
+def test_a_victim_directory_says_its_attack_and_a_weight_file_needs_the_attack_in_the_list(finished, tmp_path):
+    manifest = next(path for path in finished[0].parent.rglob("manifest.json") if '"victim"' in path.read_text())
+    victims = tmp_path / "victims.json"
+
+    def read(**fields):
+        victims.write_text(json.dumps([{"name": "one", "set": "dev", **fields}]))
+        return load_grid(EXPERIMENTS / "foreign/bench.py", {"victims": str(victims), "defenses": ("clp",)}).cells
+
+    (cell,) = read(path=str(manifest.parent), dataset="digits")
+    recorded = json.loads(manifest.read_text())
+    assert cell.experiment.attack == "badnets" and cell.experiment.model == recorded["model"]
+    assert to_json(cell.experiment.attack_config) == recorded["attack"]["config"]
+    with pytest.raises(InputError, match="victim one lacks model, attack, attack_config"):
+        read(path="net.pth", dataset="digits")
+
+
 @pytest.fixture(scope="module")
 def small_digits(tmp_path_factory):
     """The digits as they are, 8x8, of which 400 are to train on and 200 to test on."""

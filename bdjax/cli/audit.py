@@ -1,5 +1,6 @@
 """`bdjax audit`: detect a backdoor in a model and its target class."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,10 @@ from bdjax.cli._parsing import first_argument, parse_flags
 from bdjax.text import parse_names
 
 ORDER = 41
-USAGE = "DIR [--clean-data D] [--methods A,B] [--size N] [--budget SECONDS] [--reference DIR,DIR] [--out DIR]"
+USAGE = (
+    "DIR [--clean-data D] [--methods A,B] [--A.FIELD ..] [--size N] [--budget SECONDS] [--reference DIR,DIR] "
+    "[--out DIR]"
+)
 SUMMARY = "detect a backdoor in the model in DIR, and its target class"
 
 
@@ -25,7 +29,8 @@ class Flags(DeviceFlags):
     that need no images."""
     methods: str = ""
     """Comma-separated names of detectors; default: additive and patch; without images leaves, mm_bd and synthetic. age,
-    baeraser, neural_cleanse and universal run on request: they take long, or accuse clean models too often."""
+    baeraser, neural_cleanse and universal run on request: they take long, or accuse clean models too often. The fields
+    of a named detector are flags: --methods additive --additive.sources each."""
     size: int | None = None
     """Number of clean images to use; default: 1,000, or all if there are fewer. 100 are enough."""
     budget: float | None = None
@@ -42,15 +47,30 @@ class Flags(DeviceFlags):
     """Directory of audit.json and audit.png, where existing ones are replaced; default: DIR-audit."""
 
 
+def _named_configs(argv: list[str]) -> dict[str, type]:
+    """Config classes of the installed detectors that --methods names, by name."""
+    from bdjax import registry
+    from bdjax.config import config_of
+
+    joined = " ".join(argv).replace("--methods=", "--methods ").split()
+    value = joined[joined.index("--methods") + 1] if "--methods" in joined[:-1] else ""
+    return {name: config_of("detectors", name) for name in parse_names(value) if name in registry.names("detectors")}
+
+
 def main(argv: list[str]) -> None:
     """Run the command with the arguments that follow its name."""
     directory = Path(first_argument("audit", argv))
-    options = parse_flags("audit", (str(directory),), argv[1:], Flags)
+    configs = _named_configs(argv[1:])
+    fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in configs.items()]
+    flags = dataclasses.make_dataclass("Flags", fields, bases=(Flags,))
+    options = parse_flags("audit", (str(directory),), argv[1:], flags)
     from bdjax.io import checkpoint
     from bdjax.pipelines.audit import AuditSettings, audit
     from bdjax.reports import audit as report
 
-    settings = AuditSettings(options.seed, level=options.level, budget=options.budget)
+    settings = AuditSettings(
+        options.seed, {name: getattr(options, name) for name in configs}, level=options.level, budget=options.budget
+    )
     with run_context(options) as context:
         result, arrays = audit(
             directory, parse_names(options.methods), dataset=options.clean_data, size=options.size, settings=settings,

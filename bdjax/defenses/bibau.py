@@ -49,7 +49,11 @@ Deviations:
   R-ASR on validation images of other victims (experiments/results/bibau_table2). Separate statistics for clean and
   adversarial images, a learning rate of 0.05 with cosine decay and a weak inverse EWC (λ4 0.01, c 100) keep R-ASR low
   at a higher ACC than a constant rate of 0.01.
-- `procedure="robust"`, the default, is ours, for models that were not used to choose any setting.
+- `procedure="robust"`, the default, is ours, for models that were not used to choose any setting. The target is
+  searched (:mod:`bdjax.defenses._targeted_search`), ascents start at the triggers of that search, too, θ follows the
+  given model's predictions on mixtures of images, and the inverse EWC is strong. Frozen BatchNorm statistics had hidden
+  the backdoor: training the cleaned model further on clean images and one poisoned one brought a third of it back
+  (experiments/foreign/README.md).
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,8 @@ Measures, in runs/foreign/bench/summary.md, every victim of a list with every de
 the estimate of the ASR without the trigger; estimate.png shows how well that follows the true ASR.
 
 `victims.json` is a list of {"name", "set", "path", "model", "attack", "attack_config", "dataset"}: the path of a victim
-directory, or of a weight file, which is imported as "model" and measured with the attack's trigger. Paths are relative
+directory, which says itself what its model and attack are, or of a weight file, which is imported as "model" and
+measured with the attack's trigger. Paths are relative
 to the file; "set" is any word, "dev" for victims that settings were chosen on. The defender's images are a stratified
 part of the test split; everything is measured on the rest of it. At the scale smoke a victim is trained on the digits;
 the scales paper and cpu are the same, for the victims exist already.
@@ -21,8 +22,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
-from bdjax.config import Experiment, FitConfig, SplitConfig, config_of
+from bdjax.config import Experiment, FitConfig, SplitConfig, config_of, from_json
 from bdjax.errors import InputError
+from bdjax.io.checkpoint import MANIFEST, read_record
 from bdjax.pipelines.experiment_options import SMOKE, Cell, CellResult, ExperimentOptions
 
 from ._estimate import draw
@@ -70,7 +72,8 @@ def cells(options: Options) -> list[Cell]:
         file = Path(options.victims)
         if not file.is_file():
             raise InputError(f"no such file: {file}. Say by --victims where the list of victims is.")
-        victims, folder = json.loads(file.read_text()), file.parent
+        folder = file.parent
+        victims = [_completed(victim, folder, file) for victim in json.loads(file.read_text())]
     return [
         _cell(options, victim, folder, size, defense)
         for victim in victims
@@ -78,6 +81,23 @@ def cells(options: Options) -> list[Cell]:
         for size in options.sizes
         for defense in options.defenses
     ]
+
+
+def _completed(victim: Mapping[str, Any], folder: Path, file: Path) -> dict[str, Any]:
+    """Fill in model, attack and its Config from the manifest of a victim directory. Raises InputError for a gap."""
+    recorded: dict[str, Any] = {}
+    directory = folder / victim.get("path", "")
+    if "path" in victim and (directory / MANIFEST).is_file():
+        manifest = read_record(directory)
+        attack = manifest["attack"] or {}
+        recorded = {"model": manifest["model"], "attack": attack.get("name"), "attack_config": attack.get("config")}
+    fields = {name: value for name, value in recorded.items() if value is not None} | dict(victim)
+    if missing := [name for name in ("name", "set", "path", "model", "attack", "attack_config") if name not in fields]:
+        raise InputError(
+            f"{file}: the victim {victim.get('name', victim)} lacks {', '.join(missing)}. Only a victim directory says "
+            "itself what its model and attack are."
+        )
+    return fields
 
 
 def _cell(options: Options, victim: Mapping[str, Any], folder: Path, size: int, defense: str) -> Cell:
@@ -95,7 +115,7 @@ def _cell(options: Options, victim: Mapping[str, Any], folder: Path, size: int, 
             defense,
             f"{kind}:{place}" if place else kind,
             victim.get("model", options.model),
-            attack_config=config_of("attacks", victim["attack"])(**fields),
+            attack_config=from_json(config_of("attacks", victim["attack"]), fields, "attack_config"),
             fit=FitConfig(epochs=options.epochs or 1),
             split=SplitConfig("test", size, "stratified"),
         ),
