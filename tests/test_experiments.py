@@ -82,6 +82,14 @@ def test_a_victim_directory_says_its_attack_and_a_weight_file_needs_the_attack_i
         read(path="net.pth", dataset="digits")
 
 
+def test_the_leaderboard_lists_defenses_that_see_clean_images_alone(finished):
+    victim = next(path for path in finished[0].parent.rglob("manifest.json") if '"victim"' in path.read_text()).parent
+    options = {"scale": "cpu", "victims": (str(victim),)}
+    names = {cell.experiment.defense for cell in load_grid(EXPERIMENTS / "leaderboard/table.py", options).cells}
+    assert {"ibau", "bibau", "auto", "clp"} <= names
+    assert not {"dp_sgd", "ep", "ibu"} & names  # given the poisoned training set, or the trigger
+
+
 @pytest.fixture(scope="module")
 def small_digits(tmp_path_factory):
     """The digits as they are, 8x8, of which 400 are to train on and 200 to test on."""

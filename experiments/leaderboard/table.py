@@ -7,10 +7,11 @@ Measures ACC, ASR, DER, the estimate without the trigger, seconds and memory of 
 every number of clean images; with --reactivations retuning,query_reactivation also R-ASR and Q-ASR.
 
 --victims names lists as experiments/foreign/victims.json (its docs are in bench.py there), directories of victims that
-`bdjax train` wrote, or both, with commas between; weight files of a list are imported first. Only defenses that do not
-see the trigger take part, unless --defenses names others (ep, ibu). The defender's images are a stratified part of the
-test split; everything is measured on the rest of it, and no setting is chosen here. At the scale smoke a victim is
-trained on the digits; the scale cpu has one number of images and measures on 2,000 of the others.
+`bdjax train` wrote, or both, with commas between; weight files of a list are imported first. Only defenses that see
+neither the trigger nor the poisoned training set take part, unless --defenses names others (ep, ibu). The defender's
+images are a stratified part of the test split; everything is measured on the rest of it, and no setting is chosen here.
+At the scale smoke a victim is trained on the digits; the scale cpu has one number of images and measures on 2,000 of
+the others.
 
 Time on 2 CPU cores: from 1 second (clp, age) to 25 minutes (sau) a cell of a small network.
 To expect: on victims whose triggers are static, ASR below 10 % at a loss of at most 3 points of ACC from the better
@@ -42,7 +43,7 @@ class Options(ExperimentOptions):
     victims: tuple[str, ...] = ()
     """Lists of victims (.json) and directories of victims; default: experiments/foreign/victims.json."""
     defenses: tuple[str, ...] = ()
-    """Defenses, with their defaults; default: all that do not see the trigger."""
+    """Defenses, with their defaults; default: all that see clean images alone."""
     sizes: tuple[int, ...] = ()
     """Numbers of the defender's clean images; default: the scale's."""
     sets: tuple[str, ...] = ()
@@ -66,7 +67,7 @@ class Options(ExperimentOptions):
 
 def cells(options: Options) -> list[Cell]:
     """Every victim, number of images and defense."""
-    names = options.defenses or _without_the_trigger()
+    names = options.defenses or _with_clean_images_alone()
     return [
         _cell(options, victim, size, defense)
         for victim in _victims(options)
@@ -76,10 +77,10 @@ def cells(options: Options) -> list[Cell]:
     ]
 
 
-def _without_the_trigger() -> list[str]:
-    """The names of the defenses that do not see the trigger with their defaults."""
+def _with_clean_images_alone() -> list[str]:
+    """The names of the defenses that see neither the trigger, with their defaults, nor the poisoned training set."""
     specs = (registry.load("defenses", name) for name in registry.names("defenses"))
-    return [spec.name for spec in specs if not spec.needs_trigger(spec.Config())]
+    return [spec.name for spec in specs if spec.train is None and not spec.needs_trigger(spec.Config())]
 
 
 def _victims(options: Options) -> Iterator[dict[str, Any]]:
