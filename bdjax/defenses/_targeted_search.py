@@ -25,7 +25,7 @@ ANY_CLASS_AREA_RATIO = 0.8
 is taken for an all-to-all one. The ratio is below 1 because a patch to one class also moves images out of their own
 class."""
 PATCH_THRESHOLD = 0.5
-"""Area below which the smallest patch makes its class suspicious, relative to the median of all classes."""
+"""Area of its smallest patch, relative to the median of all classes, below which a class is suspicious."""
 RADIUS_SPREAD, AREA_SPREAD = 0.15, 0.45
 """Typical standard deviations of log radius and log area between the classes of a clean model
 (:mod:`bdjax.detectors.additive`, :mod:`bdjax.detectors.patch`)."""
@@ -206,9 +206,9 @@ class TargetedSearch:
     ) -> tuple[np.ndarray, int, np.ndarray]:
         """Choose the classes that triggers are searched for, by their perturbations and by the patches of all classes.
 
-        A small patch need not be near in the L2 norm: the class with the smallest patch is suspicious, too, when that
-        patch is below `PATCH_THRESHOLD` of the median. When a much smaller patch sends images to any class other than
-        their own, all patches have the goal `ANY`.
+        A small patch need not be near in the L2 norm: classes with a patch below `PATCH_THRESHOLD` of the median are
+        suspicious, too. When a much smaller patch sends images to any class other than their own, all patches have the
+        goal `ANY`.
 
         Args:
           variables: of the given model.
@@ -217,7 +217,7 @@ class TargetedSearch:
 
         Returns:
           The suspicious classes, most suspicious first, int32 [S], S >= 0; the goal, a class or `ANY`; the goals of the
-          patches, int32 [`Search.patches`].
+          patches, int32, `Search.patches` of them or one per suspicious class.
         """
         count, relative_radii = self._settings.patches, smallest.radii / np.median(smallest.radii)
         suspicious = _suspicious_classes(self._settings, smallest)
@@ -226,16 +226,15 @@ class TargetedSearch:
         goals = np.append(np.arange(self._model.classes), ANY).astype(np.int32)
         areas = self._search_patches(variables, goals, STEPS, key, None).areas
         smallest_first, relative_areas = np.argsort(areas[:-1], kind="stable"), areas[:-1] / np.median(areas[:-1])
-        nearest = smallest_first[0]
-        if areas[-1] < ANY_CLASS_AREA_RATIO * areas[nearest]:
+        if areas[-1] < ANY_CLASS_AREA_RATIO * areas[smallest_first[0]]:
             return suspicious, ANY, np.full(count, ANY, np.int32)
-        if relative_areas[nearest] < PATCH_THRESHOLD and nearest not in suspicious:
-            suspicious = np.append(suspicious[: self._settings.starts - 1], nearest).astype(np.int32)
+        has_small_patch = relative_areas < PATCH_THRESHOLD
+        suspicious = np.union1d(suspicious, np.flatnonzero(has_small_patch)).astype(np.int32)
         if not len(suspicious):
-            return suspicious, int(nearest), smallest_first[:count].astype(np.int32)
+            return suspicious, int(smallest_first[0]), smallest_first[:count].astype(np.int32)
         evidence = -np.minimum(np.log(relative_radii) / RADIUS_SPREAD, np.log(relative_areas) / AREA_SPREAD)
-        suspicious = suspicious[np.argsort(-evidence[suspicious], kind="stable")]
-        return suspicious, int(suspicious[0]), np.resize(suspicious, count)
+        suspicious = suspicious[np.argsort(-evidence[suspicious], kind="stable")][: self._settings.starts]
+        return suspicious, int(suspicious[0]), np.resize(suspicious, max(count, len(suspicious)))
 
     def _search_patches(
         self, variables: Variables, goals: np.ndarray, steps: int, key: Key, start: Patches | None

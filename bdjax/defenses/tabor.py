@@ -1,8 +1,8 @@
 """TABOR: Neural Cleanse with regularisers against patches that are large, scattered, blocking or overlaying.
 
-W. Guo, L. Wang, X. Xing, M. Du and D. Song, "TABOR: A Highly Accurate Approach to Inspecting and Restoring
-Trojan Backdoors in AI Systems", 2019, arXiv:1908.01763; with Y. Xu: "Towards Inspecting and Eliminating Trojan Backdoors
-in Deep Neural Networks", ICDM 2020.
+W. Guo, L. Wang, X. Xing, M. Du and D. Song, "TABOR: A Highly Accurate Approach to Inspecting and Restoring Trojan
+Backdoors in AI Systems", 2019, arXiv:1908.01763; with Y. Xu: "Towards Inspecting and Eliminating Trojan Backdoors in
+Deep Neural Networks", ICDM 2020.
 
 Threat model: the defender has the model and clean labelled images, but no trigger.
 
