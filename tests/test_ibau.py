@@ -152,7 +152,7 @@ CHANGES = {
 }  # fmt: skip
 
 
-TARGETED = {"perturbations": 2, "patches": 1, "distillation": 0.1}
+TARGETED = {"perturbations": 2, "patches": 0, "distillation": 0.1}
 """Fields of the targeted schedule alone."""
 
 

@@ -50,7 +50,7 @@ class Search:
     starts: int = 4
     """Number of perturbations that are unlearned together, shared by the suspicious classes."""
     patches: int = 2
-    """Number of patches that are unlearned with them."""
+    """Number of patches that are unlearned with them; where more classes are suspicious, one for each. 0: none."""
     largest_patch: float = 0.3
     """Largest area of an unlearned patch, as a fraction of the image; the previous patch is used in place of a larger
     one."""

@@ -115,7 +115,8 @@ class Config:
     perturbations: int = 4
     """Targeted: number of perturbations that are unlearned together."""
     patches: int = 2
-    """Targeted: number of patches (a mask and a pattern) that are unlearned with them."""
+    """Targeted: number of patches (a mask and a pattern) that are unlearned with them; where more classes are
+    suspicious, one for each. 0: none."""
     distillation: float = 0.8
     """Targeted: weight, in [0, 1], of the cross-entropy with the given model's predictions on clean images."""
 

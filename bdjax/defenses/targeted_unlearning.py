@@ -56,7 +56,8 @@ class Config:
     starts: int = 4
     """Number of perturbations that are unlearned together, shared by the suspicious classes."""
     patches: int = 2
-    """Number of patches (a mask and a pattern) that are unlearned with them."""
+    """Number of patches (a mask and a pattern) that are unlearned with them; where more classes are suspicious, one for
+    each. 0: none."""
     search_steps: int = 30
     """Steps of the search over all classes."""
     search_batch: int = 16
