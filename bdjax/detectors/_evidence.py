@@ -16,6 +16,11 @@ FREEDOM_WITHOUT_IMAGES = 10.0
 """The same for detectors without images, whose statistics differ more between models."""
 
 
+SIMILAR = 0.5
+"""Distance from the median, relative to that of the most suspicious class, from which another outlier is accused, too.
+Triggers of one attack on several classes are about equally small; a class that is merely nearer than most is not."""
+
+
 def scores_of(statistics: np.ndarray, level: float, prior: Prior | None = None) -> Scores:
     """Score classes by how far their statistic lies above the others.
 
@@ -30,14 +35,18 @@ def scores_of(statistics: np.ndarray, level: float, prior: Prior | None = None) 
 
     Returns:
       Scores: for each class its statistic minus the median, the p-value of the model, and all classes that are
-      outliers at the level (at most a quarter of the classes).
+      outliers at the level (at most a quarter of the classes) and at least `SIMILAR` times as far from the median as
+      the farthest one.
     """
     statistics = np.asarray(statistics, np.float64)
     finite = np.isfinite(statistics)
     relative = np.where(finite, statistics - np.median(statistics[finite]) if finite.any() else 0, np.nan)
     target = int(np.nanargmax(relative)) if finite.any() else 0
     compared = relative if prior is None else np.maximum(relative, -prior.deviation)
-    targets = outliers(compared, level, max(1, len(statistics) // 4), prior)
+    targets = tuple(
+        label for label in outliers(compared, level, max(1, len(statistics) // 4), prior)
+        if relative[label] >= SIMILAR * relative[target]
+    )  # fmt: skip
     p_value = model_p_value(outlier_p_values(compared, prior))
     return Scores(relative.astype(np.float32), target, float(relative[target]), bool(targets), p_value, targets)
 
