@@ -221,11 +221,15 @@ def _cross_entropies(apply: Callable, static: Static, inputs: _Inputs) -> tuple[
     """Return the mean cross-entropy of the clean and of the adversarial images, and the new BatchNorm statistics."""
     images, labels, adversarial_images, weights = inputs[:4]
     train = static.batch_norm != "frozen"
-    if static.batch_norm == "separate":
-        logits, _, stats = apply(images, train, None, inputs.axis)
-        logits = jnp.concatenate([logits, apply(adversarial_images, train, None, inputs.axis)[0]])
+    if static.batch_norm in ("separate", "both"):
+        clean_logits, _, stats = apply(images, train, None, inputs.axis)
+        passes = [apply(adversarial_images, train, None, inputs.axis)[0]]
+        if static.batch_norm == "both":
+            passes.append(apply(adversarial_images, False, None, inputs.axis)[0])
     else:
         logits, _, stats = apply(jnp.concatenate([images, adversarial_images]), train, None, inputs.axis)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.concatenate([labels, labels]))
-    clean_loss = losses[: len(labels)].mean()
-    return clean_loss, (losses[len(labels) :] * weights).sum() / jnp.maximum(weights.sum(), 1), stats
+        clean_logits, passes = logits[: len(labels)], [logits[len(labels) :]]
+    entropy = optax.softmax_cross_entropy_with_integer_labels
+    adversarial_losses = jnp.stack([entropy(logits, labels) for logits in passes]).mean(0)
+    clean_loss = entropy(clean_logits, labels).mean()
+    return clean_loss, (adversarial_losses * weights).sum() / jnp.maximum(weights.sum(), 1), stats

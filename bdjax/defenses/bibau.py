@@ -78,7 +78,7 @@ from bdjax.types import DefenderView, Key, Model, Variables, Victim, to_float
 _PROCEDURES: dict[str, tuple[Any, Any]] = {
     "batch_size": (32, 256), "steps_per_epoch": (8, 0), "steps": (3, 20),
     "optimizer": ("adam", "sgd"),
-    "learning_rate": (1e-3, 0.05), "ewc": (10.0, 1e-5),
+    "learning_rate": (1e-3, 0.05), "batch_norm": ("both", "separate"), "ewc": (10.0, 1e-5),
     "inverse_ewc": (100.0, 0.01), "clip": (0.01, 100.0), "distillation": (0.8, 0.0), "averaging": (0.8, 0.0),
 }  # fmt: skip
 """Values of the fields left at None, for the robust procedure and for the paper's."""
@@ -155,10 +155,11 @@ class Config:
     averaging: float | None = None
     """Weight of the old value in the running mean of θ, in [0, 1); the mean is returned. Robust 0.8, paper 0: θ
     itself."""
-    batch_norm: Literal["separate", "batch", "frozen"] = "separate"
+    batch_norm: Literal["both", "separate", "batch", "frozen"] | None = None
     """BatchNorm statistics in the outer step: separate for clean and adversarial images (the running ones follow the
-    clean ones), of both together ("batch"), or those of θ_b, unchanged ("frozen"). With frozen
-    ones the backdoor returns when the model is trained further with statistics of batches."""
+    clean ones), of both together ("batch"), or those of θ_b, unchanged ("frozen"). "both" takes the mean of the
+    adversarial images' loss with their own statistics and with the running ones: with frozen ones alone the backdoor
+    returns when the model is trained further, and with their own alone it may stay. Robust both, paper separate."""
     fisher_cap: float = 100.0
     """Largest entry of a Fisher whose mean is one. Ours: a few weights exceed the mean by a factor of 1e4, and SGD with
     momentum diverges on the quadratic of EWC once 2 λ3 entry learning_rate > 3.8."""
