@@ -18,7 +18,7 @@ def test_the_halves_share_no_model_and_every_backdoored_one_has_a_clean_one_besi
         for backdoored, clean in zip(rows[::2], rows[1::2], strict=True):
             assert clean["kind"] == "clean" != backdoored["kind"] and clean["target"] is None
             assert (clean["family"], clean["seed"]) == (backdoored["family"], backdoored["seed"])
-    assert len(entries["held_out"]) == 80
+    assert len(entries["held_out"]) == 82
 
 
 def row(kind, target, asr, accused, p_value, none=False):
