@@ -247,14 +247,17 @@ def test_separate_statistics_are_those_of_the_clean_images_alone(view):
         )
         return bibau.purify(config, normed, view, KEY)
 
-    stats = {kind: one_step(kind)["batch_stats"] for kind in ("separate", "batch", "frozen")}
+    stats = {kind: one_step(kind)["batch_stats"] for kind in ("separate", "both", "batch", "frozen")}
     of_clean = model.apply(normed.variables, to_float(view.images), True)[2]
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), stats["separate"], of_clean)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), stats["both"], of_clean)
     jax.tree.map(assert_array_equal, stats["frozen"], normed.variables["batch_stats"])
     gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), stats["batch"], stats["separate"])
     assert max(jax.tree.leaves(gaps)) > 1e-4
     unmoved = [one_step(kind, noise=0.0, step_size=1e-9)["params"] for kind in ("separate", "batch")]
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), *unmoved)  # the two agree when no image is changed
+    both = one_step("both", noise=0.0, step_size=1e-9)["params"]  # half of its loss has the running statistics
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), both, unmoved[0]))) > 1e-5
 
 
 def test_a_cosine_begins_at_the_peak_and_falls(victim, view):

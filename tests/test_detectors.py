@@ -10,8 +10,10 @@ from quarters import clean_images, victim
 from scipy.optimize import linprog
 
 from bdjax.detectors import _dead_leaves, _evidence, additive, leaves, mm_bd, patch, synthetic
+from bdjax.detectors._evidence import scores_of
 from bdjax.engine import parallel
 from bdjax.errors import InputError
+from bdjax.metrics import Prior
 from bdjax.types import DefenderView, Model, Victim
 
 KEY = jax.random.key(3)
@@ -120,3 +122,9 @@ def test_sources_each_measures_the_pairs_of_classes():
         np.diag(radii) >= off_diagonal.max() - 1e-6
     ).all()  # a class needs not be sent to itself: the largest radius
     assert additive.detect(config, victim(True), clean_images(), KEY).classes.shape == (5,)
+
+
+def test_another_outlier_is_accused_only_when_it_is_about_as_far_from_the_median_as_the_first():
+    ordinary = np.linspace(-0.1, 0.1, 20)
+    assert scores_of(np.append(ordinary, [4.0, 3.0]), 0.05, Prior(0.1, 30)).targets == (20, 21)
+    assert scores_of(np.append(ordinary, [4.0, 1.5]), 0.05, Prior(0.1, 30)).targets == (20,)

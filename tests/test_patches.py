@@ -9,6 +9,7 @@ import pytest
 from quarters import clean_images, rolled, victim
 
 from bdjax.defenses import _patches, _smallest, _targeted_search
+from bdjax.defenses._batch import images_per_goal
 from bdjax.engine import parallel
 
 KEY = jax.random.key(5)
@@ -52,6 +53,21 @@ def test_four_devices_search_as_one():
         four = search(victim(True), clean_images(), [1, _smallest.ANY], 6)
     np.testing.assert_allclose(four.masks, one.masks, atol=1e-5)
     np.testing.assert_allclose(four.areas, one.areas, rtol=1e-5)
+
+
+def test_a_class_with_a_small_patch_is_suspicious_even_where_no_perturbation_is_near(monkeypatch):
+    artifact, view = victim(True), clean_images()
+    everywhere = _smallest.zero_perturbations(artifact.model, 1.0)  # all classes equally far in the L2 norm
+    monkeypatch.setattr(_targeted_search, "search_all_classes", lambda *_: everywhere)
+    found = _targeted_search.TargetedSearch(SETTINGS, artifact, view, KEY, "a test")
+    assert found.goal == 1 and set(found.patches.goals.tolist()) == {1} == set(found.perturbations.goals.tolist())
+
+
+@pytest.mark.parametrize(
+    ("largest", "goals", "expected"), [(24, 4, 24), (24, 10, 24), (24, 20, 12), (24, 43, 6), (24, 200, 5), (3, 200, 3)]
+)
+def test_many_goals_share_the_images_of_a_step(largest, goals, expected):
+    assert images_per_goal(largest, goals) == expected
 
 
 def test_of_an_all_to_all_back_door_the_patch_to_any_class_is_the_smallest():
