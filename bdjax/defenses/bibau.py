@@ -107,7 +107,7 @@ class Config:
     constraints_b: bool = True
     """Use the prior in the ascent and the inverse EWC in the descent."""
     epochs: int = 20
-    """Passes over the clean images, or repetitions of `steps_per_epoch` steps; 20."""
+    """Passes over the clean images, or repetitions of `steps_per_epoch` steps."""
     batch_size: int | None = None
     """Images per step, at most the number of images. Robust 32, paper 256."""
     steps_per_epoch: int | None = None
