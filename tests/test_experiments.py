@@ -66,25 +66,29 @@ def test_experiments_have_options_in_place_of_environment_variables_and_main_loo
     assert "__main__" not in text or path not in GRIDS
 
 
-def test_a_victim_directory_says_its_attack_and_a_weight_file_needs_the_attack_in_the_list(finished, tmp_path):
-    manifest = next(path for path in finished[0].parent.rglob("manifest.json") if '"victim"' in path.read_text())
+@pytest.fixture(scope="module")
+def trained(finished):
+    """Directory of the victim that the session's run trained."""
+    return next(path for path in finished[0].parent.rglob("manifest.json") if '"victim"' in path.read_text()).parent
+
+
+def test_a_victim_directory_says_its_attack_and_a_weight_file_needs_the_attack_in_the_list(trained, tmp_path):
     victims = tmp_path / "victims.json"
 
     def read(**fields):
         victims.write_text(json.dumps([{"name": "one", "set": "dev", **fields}]))
         return load_grid(EXPERIMENTS / "foreign/bench.py", {"victims": str(victims), "defenses": ("clp",)}).cells
 
-    (cell,) = read(path=str(manifest.parent), dataset="digits")
-    recorded = json.loads(manifest.read_text())
+    (cell,) = read(path=str(trained), dataset="digits")
+    recorded = json.loads((trained / "manifest.json").read_text())
     assert cell.experiment.attack == "badnets" and cell.experiment.model == recorded["model"]
     assert to_json(cell.experiment.attack_config) == recorded["attack"]["config"]
     with pytest.raises(InputError, match="victim one lacks model, attack, attack_config"):
         read(path="net.pth", dataset="digits")
 
 
-def test_the_leaderboard_lists_defenses_that_see_clean_images_alone(finished):
-    victim = next(path for path in finished[0].parent.rglob("manifest.json") if '"victim"' in path.read_text()).parent
-    options = {"scale": "cpu", "victims": (str(victim),)}
+def test_the_leaderboard_lists_defenses_that_see_clean_images_alone(trained):
+    options = {"scale": "cpu", "victims": (str(trained),)}
     names = {cell.experiment.defense for cell in load_grid(EXPERIMENTS / "leaderboard/table.py", options).cells}
     assert {"ibau", "bibau", "auto", "clp"} <= names
     assert not {"dp_sgd", "ep", "ibu"} & names  # given the poisoned training set, or the trigger

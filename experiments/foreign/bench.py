@@ -15,17 +15,15 @@ the scales paper and cpu are the same, for the victims exist already.
 Time on 2 CPU cores: 9 to 430 seconds a cell. To expect: see README.md beside this file.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
 from bdjax.config import Experiment, FitConfig, SplitConfig, config_of, from_json
 from bdjax.errors import InputError
-from bdjax.io.checkpoint import MANIFEST, read_record
 from bdjax.pipelines.experiment_options import SMOKE, Cell, CellResult, ExperimentOptions
+from bdjax.pipelines.victim_list import read_victims
 
 from ._estimate import draw
 
@@ -65,17 +63,10 @@ class Options(ExperimentOptions):
 
 def cells(options: Options) -> list[Cell]:
     """Every victim, number of images and defense."""
-    if not options.victims:
-        victims: list[dict[str, Any]] = [{"name": "badnets", "set": "smoke", "attack": "badnets", "attack_config": {}}]
-        folder = Path()
-    else:
-        file = Path(options.victims)
-        if not file.is_file():
-            raise InputError(f"no such file: {file}. Say by --victims where the list of victims is.")
-        folder = file.parent
-        victims = [_completed(victim, folder, file) for victim in json.loads(file.read_text())]
+    smoke = {"name": "badnets", "set": "smoke", "attack": "badnets", "attack_config": {}}
+    victims = list(read_victims([options.victims])) if options.victims else [smoke]
     return [
-        _cell(options, victim, folder, size, defense)
+        _cell(options, victim, size, defense)
         for victim in victims
         if not options.sets or victim["set"] in options.sets
         for size in options.sizes
@@ -83,44 +74,20 @@ def cells(options: Options) -> list[Cell]:
     ]
 
 
-def _completed(victim: Mapping[str, Any], folder: Path, file: Path) -> dict[str, Any]:
-    """Fill in model, attack and its Config from the manifest of a victim directory. Raises InputError for a gap."""
-    recorded: dict[str, Any] = {}
-    directory = folder / victim.get("path", "")
-    if "path" in victim and (directory / MANIFEST).is_file():
-        manifest = read_record(directory)
-        attack = manifest["attack"] or {}
-        recorded = {"model": manifest["model"], "attack": attack.get("name"), "attack_config": attack.get("config")}
-    fields = {name: value for name, value in recorded.items() if value is not None} | dict(victim)
-    if missing := [name for name in ("name", "set", "path", "model", "attack", "attack_config") if name not in fields]:
-        raise InputError(
-            f"{file}: the victim {victim.get('name', victim)} lacks {', '.join(missing)}. Only a victim directory says "
-            "itself what its model and attack are."
-        )
-    return fields
-
-
-def _cell(options: Options, victim: Mapping[str, Any], folder: Path, size: int, defense: str) -> Cell:
-    fields = dict(victim["attack_config"])
-    for name in {"trigger", "mask"} & set(fields):
-        fields[name] = str(folder / fields[name])
-    kind, _, place = victim.get("dataset", options.dataset).partition(":")
-    if "dataset" in victim and kind != "tfds":
-        place = str(folder / place)
-    smoke = options.scale == "smoke"
+def _cell(options: Options, victim: Mapping[str, Any], size: int, defense: str) -> Cell:
     return Cell(
         label=f"{victim['set']}, {victim['name']}, {defense}, {size} images",
         experiment=Experiment(
             victim["attack"],
             defense,
-            f"{kind}:{place}" if place else kind,
+            victim.get("dataset", options.dataset),
             victim.get("model", options.model),
-            attack_config=from_json(config_of("attacks", victim["attack"]), fields, "attack_config"),
+            attack_config=from_json(config_of("attacks", victim["attack"]), victim["attack_config"], "attack_config"),
             fit=FitConfig(epochs=options.epochs or 1),
             split=SplitConfig("test", size, "stratified"),
         ),
-        scale="digits" if smoke else "",
-        stored=folder / victim["path"] if "path" in victim else None,
+        scale="digits" if options.scale == "smoke" else "",
+        stored=victim.get("path"),
         measured=options.measured,
         estimate=True,
     )

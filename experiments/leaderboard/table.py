@@ -18,18 +18,16 @@ To expect: on victims whose triggers are static, ASR below 10 % at a loss of at 
 half of the defenses (experiments/foreign/README.md); clp, bnp and fst may change nothing.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from bdjax import registry
-from bdjax.config import Experiment, FitConfig, SplitConfig, config_of
+from bdjax.config import Experiment, FitConfig, SplitConfig, config_of, from_json
 from bdjax.errors import InputError
-from bdjax.io import checkpoint
 from bdjax.pipelines.experiment_options import SMOKE, Cell, ExperimentOptions
 from bdjax.pipelines.stages import Reactivation
+from bdjax.pipelines.victim_list import read_victims
 
 TITLE = "Leaderboard: all defenses with their defaults"
 SEEDS = (0, 1, 2)
@@ -68,9 +66,11 @@ class Options(ExperimentOptions):
 def cells(options: Options) -> list[Cell]:
     """Every victim, number of images and defense."""
     names = options.defenses or _with_clean_images_alone()
+    smoke = {"name": "badnets", "set": "smoke", "attack": "badnets", "attack_config": {}}
+    victims = list(read_victims(options.victims)) or [smoke]
     return [
         _cell(options, victim, size, defense)
-        for victim in _victims(options)
+        for victim in victims
         if not options.sets or victim["set"] in options.sets
         for size in options.sizes
         for defense in names
@@ -83,48 +83,6 @@ def _with_clean_images_alone() -> list[str]:
     return [spec.name for spec in specs if spec.train is None and not spec.needs_trigger(spec.Config())]
 
 
-def _victims(options: Options) -> Iterator[dict[str, Any]]:
-    """Name, set, attack with its settings, data set, model and absolute path of each victim."""
-    if not options.victims:
-        yield {"name": "badnets", "set": "smoke", "attack": "badnets", "attack_config": {}}
-    for text in options.victims:
-        path = Path(text)
-        if path.suffix == ".json":
-            if not path.is_file():
-                raise InputError(f"no such file: {path}. Say by --victims where the victims are.")
-            for victim in json.loads(path.read_text()):
-                yield _of_list(victim, path.parent)
-        else:
-            yield _of_directory(path)
-
-
-def _of_list(victim: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A victim of a list, whose paths are relative to the folder of the list."""
-    config = {
-        name: str(folder / value) if name in ("trigger", "mask") else value
-        for name, value in victim["attack_config"].items()
-    }
-    kind, _, place = victim["dataset"].partition(":")
-    dataset = victim["dataset"] if kind == "tfds" or not place else f"{kind}:{folder / place}"
-    return {**victim, "attack_config": config, "dataset": dataset, "path": folder / victim["path"]}
-
-
-def _of_directory(directory: Path) -> dict[str, Any]:
-    """A victim that `bdjax train` wrote, by its manifest."""
-    manifest = checkpoint.read_record(directory)
-    if manifest["kind"] != "victim":
-        raise InputError(f"{directory} holds a model of kind {manifest['kind']!r}. Give directories of `bdjax train`.")
-    return {
-        "name": directory.name,
-        "set": "",
-        "attack": manifest["attack"]["name"],
-        "attack_config": manifest["attack"]["config"],
-        "dataset": manifest["dataset"]["spec"],
-        "model": manifest["model"],
-        "path": directory,
-    }
-
-
 def _cell(options: Options, victim: Mapping[str, Any], size: int, defense: str) -> Cell:
     attack, stored = victim["attack"], victim.get("path")
     trained_here = stored is None or stored.is_dir()
@@ -135,7 +93,7 @@ def _cell(options: Options, victim: Mapping[str, Any], size: int, defense: str) 
             defense,
             victim.get("dataset", options.dataset),
             victim.get("model", options.model),
-            attack_config=config_of("attacks", attack)(**victim["attack_config"]),
+            attack_config=from_json(config_of("attacks", attack), victim["attack_config"], "attack_config"),
             fit=FitConfig(epochs=options.epochs or 1),
             split=SplitConfig("test", size, "stratified"),
         ),
