@@ -88,7 +88,7 @@ def parse_flags(name: str, arguments: tuple[str, ...], argv: list[str], flags: t
       argv: the remaining arguments.
       flags: dataclass of the command's flags.
       **parts: what adds the flags --PART.FIELD: the name of the method for "attack" and "defense", True for "fit" and
-        "split".
+        "split", and a Config class for any other part.
 
     Returns:
       An instance of a subclass of `flags`, with one more field for each part.
@@ -104,7 +104,12 @@ def parse_flags(name: str, arguments: tuple[str, ...], argv: list[str], flags: t
 
         kinds = {"attack": "attacks", "defense": "defenses"}
         for part, value in parts.items():
-            config = config_of(kinds[part], value) if part in kinds else {"fit": FitConfig, "split": SplitConfig}[part]
+            if isinstance(value, type):
+                config = value
+            elif part in kinds:
+                config = config_of(kinds[part], value)
+            else:
+                config = {"fit": FitConfig, "split": SplitConfig}[part]
             fields.append((part, config, dataclasses.field(default_factory=config)))
     options_class = dataclasses.make_dataclass(flags.__name__, fields, bases=(flags,))
     options_class.__doc__ = load_command(name).SUMMARY

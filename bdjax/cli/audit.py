@@ -1,6 +1,5 @@
 """`bdjax audit`: detect a backdoor in a model and its target class."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +60,7 @@ def main(argv: list[str]) -> None:
     """Run the command with the arguments that follow its name."""
     directory = Path(first_argument("audit", argv))
     configs = _named_configs(argv[1:])
-    fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in configs.items()]
-    flags = dataclasses.make_dataclass("Flags", fields, bases=(Flags,))
-    options = parse_flags("audit", (str(directory),), argv[1:], flags)
+    options = parse_flags("audit", (str(directory),), argv[1:], Flags, **configs)
     from bdjax.io import checkpoint
     from bdjax.pipelines.audit import AuditSettings, audit
     from bdjax.reports import audit as report

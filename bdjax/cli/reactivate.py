@@ -1,6 +1,5 @@
 """`bdjax reactivate`: try to reactivate the backdoor of a purified model."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +48,7 @@ def main(argv: list[str]) -> None:
     directory = Path(first_argument("reactivate", argv))
     (attack,), rest = leading_methods(argv[1:], "reactivate", ("attacks",))
     needs = _needs(attack)
-    fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in needs.items()]
-    flags = dataclasses.make_dataclass("Flags", fields, bases=(Flags,))
-    options = parse_flags("reactivate", (str(directory), attack), rest, flags, attack=attack)
+    options = parse_flags("reactivate", (str(directory), attack), rest, Flags, **needs, attack=attack)
     from bdjax.pipelines.reactivation import ReactivationRequest, reactivate
 
     request = ReactivationRequest(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdjax.defenses._batch import batch_of
+from bdjax.defenses._batch import batch_of, images_per_goal
 from bdjax.defenses._pool import draw_batches
 from bdjax.defenses._smallest import hinge_loss, other_class_weights
 from bdjax.engine import parallel, run_epoch
@@ -25,7 +25,7 @@ from bdjax.types import Key, Model, Variables, to_float
 STEPS = 80
 """Steps of a search without a given start."""
 BATCH = 24
-"""Images per step, the same for all goals."""
+"""Images per step, the same for all goals; with more than ten goals fewer."""
 _RATE, _COST = 0.2, 0.1
 _SUCCESS = 0.8  # success rate from which a patch is kept
 _ADAM = optax.scale_by_adam(0.5, 0.9)
@@ -68,7 +68,8 @@ def search(
       key: draws batches and patterns.
       start: initial patches, or None. Where no patch succeeds, the initial one is returned.
       tick: called with (steps done, steps).
-      batch_size: images per step, the same for all goals.
+      batch_size: images per step, the same for all goals; with more than ten goals fewer
+        (:func:`bdjax.defenses._batch.images_per_goal`).
 
     Returns:
       Patches with these goals.
@@ -86,7 +87,8 @@ def search(
         "images": jnp.asarray(images), "labels": jnp.asarray(labels), "goals": jnp.asarray(goals),
         "variables": dict(variables),
     }  # fmt: skip
-    batch_indices = jnp.asarray(draw_batches(key, len(labels), batch_of(batch_size, len(labels)), steps))
+    size = batch_of(images_per_goal(batch_size, goal_count), len(labels))
+    batch_indices = jnp.asarray(draw_batches(key, len(labels), size, steps))
     state = run_epoch(_step(model), state, {"index": batch_indices}, {}, constants, tick=tick)[0]
     areas = np.minimum(np.asarray(state["smallest"]), np.prod(model.shape[:2])).astype(np.float32)
     return Patches(goals, state["best"]["mask"], state["best"]["pattern"], areas)

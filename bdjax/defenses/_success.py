@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.defenses import _patches, _targeted_search
-from bdjax.defenses._batch import images_per_goal
 from bdjax.defenses._smallest import ANY, Perturbations, norm_limit, search
 from bdjax.engine import predict
 from bdjax.types import DefenderView, Key, Model, Scores, Variables, Victim, to_float
@@ -196,10 +195,8 @@ def recover(victim: Victim, labels: np.ndarray, view: DefenderView, key: Key) ->
         areas = _search_patches(victim, labels, view, jax.random.fold_in(key, 2)).areas
         smallest_area = areas[labels != ANY].min()
         to_any = areas[labels == ANY].min() < _targeted_search.ANY_CLASS_AREA_RATIO * smallest_area
-        smallest_first = np.argsort(areas, kind="stable")
-        near = smallest_first[
-            (labels != ANY)[smallest_first] & (areas[smallest_first] <= MAX_SIZE_RATIO * smallest_area)
-        ]
+        near = np.flatnonzero((labels != ANY) & (areas <= MAX_SIZE_RATIO * smallest_area))
+        near = near[np.argsort(areas[near], kind="stable")]
         labels = np.array([ANY], np.int32) if to_any else labels[near[:MAX_CLASSES]]
     return _recover_triggers(victim, labels, view, key)
 
@@ -231,8 +228,7 @@ def _search_patches(victim: Victim, goals: np.ndarray, view: DefenderView, key: 
     """Search the smallest patch for each goal."""
     tick = partial(view.callback.on_progress, "smallest patch of suspicious classes")
     return _patches.search(
-        victim.model, victim.variables, view.images, view.labels, goals, _patches.STEPS, key, tick=tick,
-        batch_size=images_per_goal(_patches.BATCH, len(goals)),
+        victim.model, victim.variables, view.images, view.labels, goals, _patches.STEPS, key, tick=tick
     )  # fmt: skip
 
 

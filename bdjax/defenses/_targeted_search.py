@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.defenses._batch import images_per_goal
-from bdjax.defenses._patches import BATCH, STEPS, Patches
+from bdjax.defenses._patches import STEPS, Patches
 from bdjax.defenses._patches import search as search_patches
 from bdjax.defenses._smallest import ANY, Perturbations, l2_norms, norm_limit, search, zero_perturbations
 from bdjax.errors import InputError
@@ -245,8 +244,7 @@ class TargetedSearch:
             return Patches(goals, jnp.zeros((0, *shape[:2], 1)), jnp.zeros((0, *shape)), np.zeros(0, np.float32))
         tick = partial(self._view.callback.on_progress, "smallest patch of suspicious classes")
         images, labels = self._view.images, self._view.labels
-        batch_size = images_per_goal(BATCH, len(goals))
-        return search_patches(self._model, variables, images, labels, goals, steps, key, start, tick, batch_size)
+        return search_patches(self._model, variables, images, labels, goals, steps, key, start, tick)
 
     def _refine(self, variables: Variables, key: Key, steps: int) -> None:
         """Continue the search of the perturbations in a model."""

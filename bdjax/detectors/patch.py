@@ -18,7 +18,6 @@ from functools import partial
 import numpy as np
 
 from bdjax.defenses import _patches
-from bdjax.defenses._batch import images_per_goal
 from bdjax.detectors._evidence import FREEDOM, LARGEST_LEVEL, check_images, scores_of
 from bdjax.errors import check_fields
 from bdjax.metrics import Prior
@@ -70,7 +69,7 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     patches = _patches.search(
         victim.model, victim.variables, view.images, view.labels, np.arange(victim.model.classes, dtype=np.int32),
         config.steps, key, tick=partial(view.callback.on_progress, "smallest patch of every class"),
-        batch_size=images_per_goal(config.batch_size, victim.model.classes),
+        batch_size=config.batch_size,
     )  # fmt: skip
     nearest = np.argsort(patches.areas, kind="stable")[:3]
     view.callback.on_round_end(

@@ -23,7 +23,6 @@ import numpy as np
 import optax
 
 from bdjax.defenses import _patches
-from bdjax.defenses._batch import images_per_goal
 from bdjax.detectors._dead_leaves import dead_leaves
 from bdjax.detectors._evidence import FREEDOM_WITHOUT_IMAGES, LARGEST_LEVEL, scores_of
 from bdjax.engine import parallel, predict, run_epoch
@@ -81,7 +80,6 @@ def detect(config: Config, victim: Victim, view: DefenderView, key: Key) -> Scor
     patches = _patches.search(
         model, variables, images, labels, goals, config.steps, jax.random.fold_in(key, 1),
         tick=partial(view.callback.on_progress, "smallest patch of synthetic images"),
-        batch_size=images_per_goal(_patches.BATCH, model.classes),
     )  # fmt: skip
     nearest = np.argsort(patches.areas, kind="stable")[:3]
     view.callback.on_round_end(

@@ -8,9 +8,8 @@ Trains every model of the half that is missing, audits it with the detectors' de
 writes a line of JSON a model to OUT/rows-HALF.jsonl, and OUT/table-HALF.md. Thresholds and priors of the detectors were
 chosen on the development half alone; the held-out half has other seeds, other targets and more kinds of attack.
 
-DATA holds mnist.npz (10,000 training images), fashion.npz (10,000), cifar10.npz (20,000) and gtsrb.npz (16,000 of the
-cut-out signs), 4,000 test images each; digits need no file. --families picks some of
-them.
+DATA holds mnist.npz (10,000 training images), fashion.npz (10,000), cifar10.npz (20,000) and gtsrb.npz (16,000 cut-out
+signs), 4,000 test images each; digits need no file. --families picks some of them.
 
 Models: `cnn` (digits 20 epochs, MNIST 4, Fashion-MNIST and GTSRB 5, CIFAR-10 6), `small_vgg` and ResNet-20 on CIFAR-10
 (5); Adam 2e-3 (digits 1e-3) falling along a cosine, batches of 64 (digits 128). Beside each backdoored model stands a
@@ -72,34 +71,28 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "all_to_all": ("badnets", {"labels": "all_to_all", "ratio": 0.3}),
 }
 """Attacks that are not an attack's defaults."""
-HALVES: dict[str, dict[str, tuple[tuple[int, tuple[str, ...]], ...]]] = {
+HALVES: dict[str, dict[str, tuple[tuple[int, str], ...]]] = {
     "development": {
         "digits": (
-            (100, ("badnets", "blended", "smooth", "l2_inv", "adaptive_blend", "trojan_wm")),
-            (0, ("badnets", "blended", "l0_inv", "trojan_sq", "l2_inv", "random_patch", "trojan_wm", "smooth",
-                 "adaptive_blend", "rgba_patch")),
+            (100, "badnets blended smooth l2_inv adaptive_blend trojan_wm"),
+            (0, "badnets blended l0_inv trojan_sq l2_inv random_patch trojan_wm smooth adaptive_blend rgba_patch"),
         ),
-        "mnist": (
-            (200, ("blended", "badnets", "sig", "wanet")),
-            (20, ("badnets", "smooth", "wanet", "l2_inv", "trojan_wm", "sig", "iad", "all_to_all")),
-        ),
+        "mnist": ((200, "blended badnets sig wanet"), (20, "badnets smooth wanet l2_inv trojan_wm sig iad all_to_all")),
         "fashion": (
-            (300, ("smooth", "trojan_sq", "badnets", "blended")),
-            (40, ("badnets", "blended", "l0_inv", "trojan_wm", "sig", "wanet", "rgba_patch", "trojan_sq")),
+            (300, "smooth trojan_sq badnets blended"),
+            (40, "badnets blended l0_inv trojan_wm sig wanet rgba_patch trojan_sq"),
         ),
-        "gtsrb": ((400, ("trojan_wm", "blended", "badnets")),),
-        "cifar": ((500, ("badnets", "blended", "l2_inv")),),
+        "gtsrb": ((400, "trojan_wm blended badnets"),),
+        "cifar": ((500, "badnets blended l2_inv"),),
     },
     "held_out": {
-        "digits": ((1000, ("badnets", "blended", "l0_inv", "trojan_sq", "l2_inv", "random_patch", "trojan_wm", "smooth",
-                           "adaptive_blend")),),
-        "mnist": ((2000, ("badnets", "smooth", "wanet", "l2_inv", "trojan_wm", "sig", "ssdt", "all_to_all")),),
-        "fashion": ((3000, ("badnets", "blended", "l0_inv", "trojan_wm", "sig", "wanet", "rgba_patch",
-                            "trojan_sq")),),
-        "gtsrb": ((4000, ("badnets", "blended", "smooth", "trojan_sq", "wanet", "l0_inv")),),
-        "cifar": ((5000, ("badnets", "blended", "sig", "l0_inv", "smooth")),),
-        "cifar_resnet": ((6000, ("badnets", "blended", "trojan_wm")),),
-        "cifar_vgg": ((7000, ("trojan_wm", "badnets")),),
+        "digits": ((1000, "badnets blended l0_inv trojan_sq l2_inv random_patch trojan_wm smooth adaptive_blend"),),
+        "mnist": ((2000, "badnets smooth wanet l2_inv trojan_wm sig ssdt all_to_all"),),
+        "fashion": ((3000, "badnets blended l0_inv trojan_wm sig wanet rgba_patch trojan_sq"),),
+        "gtsrb": ((4000, "badnets blended smooth trojan_sq wanet l0_inv"),),
+        "cifar": ((5000, "badnets blended sig l0_inv smooth"),),
+        "cifar_resnet": ((6000, "badnets blended trojan_wm"),),
+        "cifar_vgg": ((7000, "trojan_wm badnets"),),
     },
 }  # fmt: skip
 """By half and family: first seeds, and the attacks of the consecutive seeds from there."""
@@ -179,7 +172,7 @@ def population(options: Options) -> list[dict[str, Any]]:
     """The models of a half: family, kind, seed, target and name; each backdoored one is followed by a clean one."""
     entries = []
     for family, groups in HALVES[options.half].items():
-        seeded = [pair for first, kinds in groups for pair in enumerate(kinds, first)]
+        seeded = [pair for first, kinds in groups for pair in enumerate(kinds.split(), first)]
         for seed, kind in seeded[: options.most] if family in options.families else []:
             for name, target in ((kind, (7 * seed + 3) % 10), ("clean", None)):
                 entries.append({"family": family, "kind": name, "seed": seed, "target": target})
